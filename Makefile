@@ -1,0 +1,20 @@
+.PHONY: install lint test smoke sync results
+
+install:
+	pip install -r requirements.txt
+
+lint:
+	ruff check .
+	ruff format --check .
+
+test:
+	pytest
+
+smoke:  # every algorithm file alone, a few updates each
+	pytest tests -k smoke
+
+sync:  # helpers that should be identical in every algorithm file but are not
+	python tests/sync.py
+
+results:  # the table and pictures of benchmarks/results from the run folders below runs/
+	python benchmarks/report.py runs
