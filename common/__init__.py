@@ -1,0 +1,20 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a paper would not mention: data sets, evaluation, run plumbing. No learning in here."""
+
+import sys
+from typing import NoReturn
+
+
+def fail(message: str) -> NoReturn:
+    """Print one line that names the bad value and the remedy, and leave with exit code 2.
+
+    Raises:
+        SystemExit: always, with code 2 and the message as its cause.
+    """
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2) from ValueError(message)
+
+
+def one_line(error: BaseException) -> str:
+    """What an exception says, in one line and short enough for a message of ours."""
+    return " ".join(str(error).split())[:300] or type(error).__name__

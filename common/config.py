@@ -1,0 +1,226 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Config defaults, a YAML file, its row of the data set and the command line -> one checked Config.
+
+Every value of a file becomes a command line token, so that file and command line are parsed by the
+same code (tyro) and the last one wins.
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import hashlib
+import inspect
+import io
+import json
+import math
+import re
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from common import datasets, fail
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What belongs to this start of a run rather than to its Config."""
+
+    config: str | None = None  # YAML over the defaults above (default: the data set's suite's)
+    name: str | None = None  # run name (default: a hash of the resolved config)
+    resume: bool = False  # go on from the newest checkpoint; start anew where there is none
+    runs_dir: str = "runs"  # where run folders go
+    wandb: Literal["offline", "online", "disabled"] = "offline"  # offline needs no account
+    env: str | None = None  # Gymnasium id to evaluate in instead of the data set's own
+    env_steps: int | None = None  # step limit of that env
+
+
+IN_YAML = ("env", "env_steps")  # options that change results, so a YAML may set them
+
+
+def parse(config_class, argv=None):
+    """Config and Options of this start, from `configs/<algorithm>/` and the command line.
+
+    Raises:
+        SystemExit: code 2 after one line that names the file and key or the flag.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    script = Path(inspect.getfile(config_class))
+    unset = "\0"  # tells a data set chosen on the command line from the default one
+    cfg, options = _cli(config_class, ["--dataset", unset, *argv], script.name)
+    chosen = None if cfg.dataset == unset else cfg.dataset
+    dataset = chosen or config_class.dataset
+    file, tokens = options.config, []
+    if file is None and (suite := datasets.suite(dataset)):
+        path = script.resolve().parents[1] / "configs" / script.stem / f"{suite}.yaml"
+        file = _short(path) if path.exists() else None
+    if file is None:
+        print(f"config: no file for {dataset}, the defaults of {script.name} apply")
+    else:
+        values, rows = read_yaml(file, config_class)
+        dataset = chosen or values.get("dataset", dataset)
+        tokens = list(_tokens(values | {"dataset": dataset}))
+        _cli(config_class, tokens, file)
+        name = datasets.config_name(dataset)
+        row = rows.get(name, {})
+        _cli(config_class, list(_tokens(row)), f"{file}: datasets: {name}")
+        tokens += _tokens(row)
+        words = ", ".join(f"{key} {value}" for key, value in row.items())
+        print(
+            f"config: {file}, "
+            + (f"row {name}: {words}" if row else f"common values (no row for {dataset})")
+        )
+    cfg, options = _cli(config_class, [*tokens, *argv], script.name)
+    _validate(cfg)
+    run_folder(cfg, options)
+    return cfg, options
+
+
+def read_yaml(file, config_class):
+    """Fields and `datasets:` rows of a YAML file. Unknown and doubled keys end with exit code 2."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node, deep=False):
+            keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+            for key in keys:
+                if not isinstance(key, str) or keys.count(key) > 1:
+                    what = "appears twice" if isinstance(key, str) else "is not a word"
+                    fail(f"{file}: key {key!r} {what} (line {node.start_mark.line + 1} ff.)")
+            return super().construct_mapping(node, deep)
+
+    try:
+        values = yaml.load(Path(file).read_text(), Loader)
+    except (OSError, UnicodeDecodeError) as error:
+        fail(f"--config {file}: cannot be read ({getattr(error, 'strerror', None) or error})")
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        fail(f"{file}: not valid YAML ({' '.join(str(error).split())})")
+    values = {} if values is None else values
+    if not isinstance(values, dict):
+        fail(f"{file}: a mapping of fields to values is wanted, not a {type(values).__name__}")
+    values.pop("record", None)  # what a run wrote into its config.yaml for the reader
+    rows = values.pop("datasets", None) or {}
+    if not isinstance(rows, dict) or not all(isinstance(row, dict) for row in rows.values()):
+        fail(f"{file}: datasets: a mapping of data set ids to mappings of fields is wanted")
+    fields = [field.name for field in dataclasses.fields(config_class)]
+    optional = {x.name for x in dataclasses.fields(config_class) if "None" in str(x.type)}
+    wheres = {"": values} | {f"datasets: {name}: ": row for name, row in rows.items()}
+    for where, mapping in wheres.items():
+        for key, value in mapping.items():
+            if key not in (*fields, *IN_YAML):
+                near = difflib.get_close_matches(key, fields, 1)
+                hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(fields)}"
+                fail(f"{file}: {where}unknown key {key!r}; {hint}")
+            if (value is None and key not in optional) or isinstance(value, dict):
+                fail(f"{file}: {where}{key}: a value is wanted, not {value}")
+    return values, rows
+
+
+def read_run(folder, config_class):
+    """Config and Options that a run folder's config.yaml holds."""
+    file = Path(folder) / "config.yaml"
+    if not file.exists():
+        fail(f"{folder}: no config.yaml in it, so no run folder")
+    values, _ = read_yaml(file, config_class)
+    return _cli(config_class, list(_tokens(values)), str(file))
+
+
+def resolved(cfg, options):
+    """Everything that decides the numbers, as plain YAML values."""
+    values = {key: list(x) if isinstance(x, tuple) else x for key, x in vars(cfg).items()}
+    return values | {key: getattr(options, key) for key in IN_YAML if getattr(options, key)}
+
+
+def run_folder(cfg, options):
+    """`<runs-dir>/<algorithm>/<data set>/<name>`.
+
+    Raises:
+        SystemExit: code 2 where the folder holds a run and --resume is missing, or another config.
+    """
+    values = resolved(cfg, options)
+    digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
+    name = digest if options.name is None else options.name
+    if not re.fullmatch(r"\w[\w.-]*", name):
+        fail(f"--name {name!r}: letters, digits, '_', '-' and, inside, '.' only")
+    algorithm = Path(inspect.getfile(type(cfg))).stem
+    folder = Path(options.runs_dir) / algorithm / datasets.slug(cfg.dataset) / name
+    if (folder / "config.yaml").exists():
+        if not options.resume:
+            fail(f"{folder} exists; go on with --resume or start another run with --name")
+        before = resolved(*read_run(folder, type(cfg)))
+        for key in sorted({*before, *values}):
+            if before.get(key) != values.get(key):
+                was, now = before.get(key), values.get(key)
+                fail(f"{folder} has {key} {was}, not {now}; resume with that or choose a --name")
+    return folder
+
+
+def _cli(config_class, argv, source):
+    """Parse with tyro; its box of errors becomes one line that begins with the source."""
+    config_class = Annotated[config_class, tyro.conf.FlagConversionOff]
+    both = dataclasses.make_dataclass("Both", [("cfg", config_class), ("options", Options)])
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(printed):
+            parsed = tyro.cli(both, args=argv, prog=source, config=(tyro.conf.OmitArgPrefixes,))
+    except SystemExit as leave:
+        if leave.code == 0:  # --help
+            raise
+        text = re.sub(r"\x1b\[[\d;]*m|[╭╮╰╯│─]", " ", printed.getvalue())
+        text = " ".join(text.split("For full helptext")[0].split())
+        fail(f"{source}: {re.sub(r'^(Parsing error|Unrecognized options) ', '', text)}")
+    return parsed.cfg, parsed.options
+
+
+def _tokens(values):
+    for name, value in values.items():
+        flag = _flag(name)
+        if isinstance(value, list):
+            yield from (flag, *map(str, value))
+        else:
+            yield f"{flag}={value}"
+
+
+def _validate(cfg):
+    """Ranges, seeds, and counts that must divide; every message has the value and the remedy."""
+    for name, value in vars(cfg).items():
+        flag = f"{_flag(name)} {value}"
+        numbers = value if isinstance(value, tuple) else (value,)
+        if any(isinstance(x, float) and not math.isfinite(x) for x in numbers):
+            fail(f"{flag}: a finite number is wanted")
+        if name == "seeds":
+            if not value or len(set(value)) < len(value):
+                fail(f"{flag}: at least one seed is wanted, and none twice")
+            if min(value) < 0 or max(value) >= 2**32:
+                fail(f"{flag}: seeds go from 0 to {2**32 - 1}")
+        elif name == "hidden" and not value:
+            fail(f"{flag}: at least one hidden layer is wanted")
+        elif any(type(x) is int and x < 1 for x in numbers):
+            fail(f"{flag}: at least 1 is wanted")
+        elif name in ("discount", "target_rate") and not 0 <= value <= 1:
+            fail(f"{flag}: a number from 0 to 1 is wanted")
+        elif name.endswith("learning_rate") and value <= 0:
+            fail(f"{flag}: a number above 0 is wanted")
+    for whole, part in (
+        ("eval_every", "log_every"),
+        ("num_updates", "log_every"),
+        ("log_every", "policy_delay"),
+    ):
+        if hasattr(cfg, part) and getattr(cfg, whole) % getattr(cfg, part):
+            number, divisor = getattr(cfg, whole), getattr(cfg, part)
+            fail(
+                f"{_flag(whole)} {number} is no multiple of {_flag(part)} {divisor}; "
+                f"{max(1, round(number / divisor)) * divisor} would be one"
+            )
+
+
+def _flag(name):
+    return f"--{name.replace('_', '-')}"
+
+
+def _short(path):
+    """The path from here where it lies below, so that messages stay readable."""
+    with contextlib.suppress(ValueError):
+        return str(path.relative_to(Path.cwd()))
+    return str(path)

@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Evaluation envs as an algorithm sees them: flat float32 observations, actions in [-1, 1]."""
+
+import contextlib
+import io
+import os
+import tempfile
+import warnings
+
+import numpy as np
+
+from common import fail, one_line, recipes
+
+
+def gym_make(env_id, **options):
+    import gymnasium
+
+    if env_id not in gymnasium.registry and ":" not in env_id:
+        gymnasium.register_envs(robotics())
+        recipes.register()
+    options = {name: value for name, value in options.items() if value is not None}
+    return quiet(env_id, gymnasium.make, env_id, **options)
+
+
+def robotics():
+    """The package gymnasium_robotics, without what it prints at import about Adroit's rewards."""
+    with contextlib.redirect_stderr(io.StringIO()):
+        import gymnasium_robotics
+    return gymnasium_robotics
+
+
+def quiet(env_id, make, *args, **options):
+    """Make an env without the news (newer versions, no display); one line if it cannot be made."""
+    import gymnasium
+
+    # Said at every look at OGBench's spaces, and at the first step in FrankaKitchen.
+    for news in ("precision lowered by casting", "share an object"):
+        warnings.filterwarnings("ignore", message=f".*{news}")
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            env = make(*args, **options)
+    except (gymnasium.error.Error, ImportError, AttributeError, TypeError) as error:
+        fail(f"env {env_id or 'of the data set'}: cannot be made ({one_line(error)}); see --env")
+    _tidy(env)
+    return env
+
+
+def _tidy(env):
+    """Remove the model that gymnasium-robotics and OGBench write for each maze and leave behind."""
+    world = env.unwrapped
+    if type(world).__module__.startswith(("gymnasium_robotics", "ogbench")):
+        for name in ("tmp_xml_file_path", "fullpath"):
+            path = str(getattr(world, name, ""))
+            if os.path.dirname(path) == tempfile.gettempdir():
+                with contextlib.suppress(OSError):
+                    os.remove(path)
+
+
+def in_our_units(make_env, keys, box):
+    """The env as the algorithm sees it: flat float32 observations, actions in [-1, 1]."""
+
+    def make(render_mode=None):
+        import gymnasium
+        from gymnasium.wrappers import RescaleAction, TransformObservation
+
+        env = make_env(render_mode)
+        if hasattr(env.unwrapped, "tasks_to_complete"):
+            env = _tells_success(env)
+        parts = [env.observation_space[key] for key in keys] or [env.observation_space]
+        size = sum(gymnasium.spaces.flatdim(part) for part in parts)
+        flat = gymnasium.spaces.Box(-np.inf, np.inf, (size,), np.float32)
+        env = TransformObservation(env, lambda observation: flatten(observation, keys), flat)
+        if box is None or ((box[0] == -1).all() and (box[1] == 1).all()):
+            return env
+        return RescaleAction(env, np.float32(-1), np.float32(1))
+
+    return make
+
+
+def _tells_success(env):
+    """FrankaKitchen tells which tasks are left; success is to have none left."""
+    import gymnasium
+
+    class TellsSuccess(gymnasium.Wrapper):
+        def step(self, action):
+            *rest, info = self.env.step(action)
+            return *rest, info | {"success": not info["tasks_to_complete"]}
+
+    return TellsSuccess(env)
+
+
+def flatten(observation, keys):
+    """Dict or array, with or without a time axis -> float32 array with a flat last axis."""
+    if not keys:
+        return np.asarray(observation, np.float32)
+    return np.concatenate([np.asarray(observation[key], np.float32) for key in keys], axis=-1)

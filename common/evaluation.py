@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rollouts of all seeds' policies at once, scored by the data set's reference pair.
+
+S seeds x E episodes run side by side, one complete episode per environment (never "the first E to
+finish", which favours short ones). All of a seed's environments share one batched policy call per
+step; finished ones are no longer stepped. Environment (s, i) is reset with `EVAL_SEED + i` for
+every s, so all seeds and all evaluations meet the same starts.
+"""
+
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import jax
+import numpy as np
+
+EVAL_SEED = 10_000
+
+
+class Rollouts:
+    """Evaluation of `act` in `dataset.make_env()`; without an env every evaluation is None.
+
+    Args:
+        dataset: supplies the env and the score.
+        act: (params, observation [E, O], key) -> action [E, A] in [-1, 1] (or integers [E]).
+        policy_keys: [S] keys; a step's key is a function of (seed, update, env step) alone.
+        cfg: `eval_episodes`, `eval_every` and `num_updates` are read.
+    """
+
+    def __init__(self, dataset, act, policy_keys, cfg):
+        self.dataset, self.cfg = dataset, cfg
+        self.cpu = jax.local_devices(backend="cpu")[0]
+        self.keys = jax.device_put(policy_keys, self.cpu)
+        # On an accelerator a thread rolls out while the device trains. Where the CPU is the
+        # device, a policy call would queue behind the chunk: roll out at once.
+        self.beside = jax.default_backend() != "cpu"
+        self.pool = ThreadPoolExecutor(1)
+        self.envs = []
+
+        def step(params, observation, keys, update, env_step):
+            def one(lane):
+                params, observation, key = lane
+                return act(params, observation, jax.random.fold_in(key, env_step))
+
+            keys = jax.vmap(jax.random.fold_in, (0, None))(keys, update)
+            # One seed after the other: the same numbers for any number of seeds.
+            return jax.lax.map(one, (params, observation, keys))
+
+        self.act = jax.jit(step)
+
+    def __enter__(self):
+        if self.dataset.make_env is None:
+            print("no env to evaluate in: training only, scores stay empty (set --env)")
+            return self
+        count = len(self.keys) * self.cfg.eval_episodes
+        self.envs = [self.dataset.make_env() for _ in range(count)]
+        print(self._estimate())
+        return self
+
+    def __exit__(self, *error):
+        self.pool.shutdown(wait=True, cancel_futures=True)
+        for env in self.envs:
+            env.close()
+
+    def start(self, params, update):
+        """A future of `run`'s result, computed beside the next chunk where there is a device."""
+        if not self.envs:
+            return None
+        params = jax.device_put(params, self.cpu)  # a copy: the state is donated to the next chunk
+        if self.beside:
+            return self.pool.submit(self.run, params, update)
+        future = Future()
+        future.set_result(self.run(params, update))
+        return future
+
+    def run(self, params, update):
+        """Roll out one episode per environment. Returns [S] each: score, return, success, length.
+
+        `score` is the normalised one (0 to 100), `return` undiscounted, `success` the share of
+        episodes that ever report it (None where the env reports none), `length` in steps;
+        `seconds` is the time taken.
+        """
+        began = time.perf_counter()
+        shape = (len(self.keys), self.cfg.eval_episodes)
+        observation = np.stack([self._reset(i) for i in range(len(self.envs))])
+        returns, length, success = np.zeros(len(self.envs)), np.zeros(len(self.envs)), {}
+        live = np.arange(len(self.envs))
+        env_step = 0
+        while len(live):
+            lanes = observation.reshape(*shape, *observation.shape[1:])
+            numbers = np.uint32(update), np.uint32(env_step)
+            action = np.asarray(self.act(params, lanes, self.keys, *numbers))
+            action = action.reshape(len(self.envs), *action.shape[2:])
+            if action.dtype.kind == "f":  # a diverged policy must not stop the others
+                action = np.nan_to_num(action.clip(-1, 1))
+            over = np.zeros(len(self.envs), bool)
+            for i in live:
+                observation[i], reward, termination, truncation, info = self.envs[i].step(action[i])
+                returns[i] += reward
+                length[i] += 1
+                if "success" in info:
+                    success[i] = success.get(i, False) or bool(info["success"])
+                over[i] = termination or truncation
+            live = live[~over[live]]
+            env_step += 1
+        returns = returns.reshape(shape).mean(axis=1)
+        rate = None
+        if success:
+            rate = np.array([success.get(i, False) for i in range(len(self.envs))])
+            rate = rate.reshape(shape).mean(axis=1)
+        return {
+            "score": self.dataset.score(returns, rate),
+            "return": returns,
+            "success": rate,
+            "length": length.reshape(shape).mean(axis=1),
+            "seconds": time.perf_counter() - began,
+        }
+
+    def _reset(self, i):
+        seed = EVAL_SEED + i % self.cfg.eval_episodes
+        np.random.seed(seed)  # noqa: NPY002 - ogbench envs draw from NumPy's global generator
+        observation, _ = self.envs[i].reset(seed=seed)
+        return observation
+
+    def _estimate(self):
+        """How long the evaluations will take at most, from the speed of a few steps."""
+        env, cfg = self.envs[0], self.cfg
+        self._reset(0)
+        began, steps = time.perf_counter(), 0
+        while time.perf_counter() - began < 0.2:
+            _, _, termination, truncation, _ = env.step(env.action_space.sample())
+            steps += 1
+            if termination or truncation:
+                self._reset(0)
+        speed = steps / (time.perf_counter() - began)
+        horizon = self.dataset.horizon or 1000
+        evaluations = 1 + -(-cfg.num_updates // cfg.eval_every)
+        seconds = len(self.envs) * horizon * evaluations / speed
+        return (
+            f"evaluation: {evaluations} times {cfg.eval_episodes} episodes per seed of at most "
+            f"{horizon} steps, {speed:,.0f} steps/s: at most {seconds / 60:.1f} min in all"
+        )

@@ -1,0 +1,396 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Run folder, metrics, checkpoints, signals, wandb.
+
+A run folder `<runs-dir>/<algorithm>/<data set>/<name>/` holds
+    config.yaml   the resolved Config; `--config` reads it back
+    metrics.csv   one row per seed and border: row t has the mean losses of the chunk ending at t
+                  (empty at 0) and, at evaluation borders, the scores of the policy at t
+    timing.csv    seconds; the first chunk of every start includes compiling
+    checkpoints/  orbax, the newest two
+    result.json   written last: final and best score per seed, versions, hardware, speed
+    wandb/        offline runs, one per seed
+"""
+
+import contextlib
+import fcntl
+import json
+import math
+import os
+import platform
+import re
+import shutil
+import signal
+import socket
+import statistics
+import sys
+import threading
+import time
+from importlib import metadata
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from common import config, datasets, fail, one_line
+from common.devices import over_seeds, setup, streams
+from common.wandb_mirror import Mirror
+
+__all__ = ["Run", "load", "over_seeds", "parse", "streams"]
+SCORES = ("score", "return", "success", "length")
+VERSIONS = ("jax", "jaxlib", "flax", "optax", "numpy", "orbax-checkpoint", "gymnasium")
+VERSIONS += ("gymnasium-robotics", "mujoco", "minari", "ogbench")
+
+
+def parse(config_class, argv=None):
+    """Config and Options, see `config.parse`; sets up JAX's persistent compilation cache."""
+    cfg, options = config.parse(config_class, argv)
+    setup(len(cfg.seeds))
+    return cfg, options
+
+
+def load(module, folder):
+    """Config, data set and newest saved State (arrays [S, ...]) of a run folder.
+
+    Args:
+        module: the algorithm's file, imported.
+        folder: the run folder.
+    """
+    cfg, options = config.read_run(folder, module.Config)
+    dataset = datasets.load(cfg.dataset, options.env, options.env_steps, actions="any")
+    example = jax.tree.map(lambda x: x[:1], dataset.transitions)
+    create = jax.jit(jax.vmap(lambda key: module.create_state(key, example, cfg)))
+    state, meta = _restore(_manager(Path(folder)), create(*streams(cfg.seeds, 1)), keep=True)
+    if meta is None:
+        fail(f"{folder}: no readable checkpoint in it")
+    return cfg, dataset, state
+
+
+# --- Run ----------------------------------------------------------------------------------------
+class Run:
+    """The run folder and all that is written into it; used as in every `train`."""
+
+    def __init__(self, cfg, options, dataset):
+        self.cfg, self.options, self.dataset = cfg, options, dataset
+        self.folder = config.run_folder(cfg, options)
+        self.algorithm = self.folder.relative_to(options.runs_dir).parts[0]
+        self.scores = np.full(len(cfg.seeds), np.nan)  # [S] of the last evaluation
+        self.last = {}  # name -> [S], all numbers of the last evaluation
+        self.best = np.full(len(cfg.seeds), np.nan)  # [S] over training; never called the score
+        self.diverged = {}  # index of a seed -> border at which its numbers were not finite
+        self.kept = None  # the state on the host as last saved
+        self.waiting = []  # rows of border 0, until the metrics have names
+        self.seconds = {"train": 0.0, "eval": 0.0}
+        self.chunks = []  # seconds of the chunks of this start
+        self.signal = self.bar = None
+
+    def __enter__(self):
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.lock = (self.folder / ".lock").open("w")
+        except OSError as error:
+            fail(f"{self.folder}: cannot be written ({error.strerror}); choose another --runs-dir")
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            fail(f"{self.folder}: another process trains in it; wait for it or choose a --name")
+        import yaml
+
+        returns = self.dataset.episode_returns
+        record = {"algorithm": self.algorithm} | (self.dataset.record or {})
+        record["data_return"] = {"mean": float(returns.mean()), "max": float(returns.max())}
+        record["reference"] = [self.dataset.ref_min_score, self.dataset.ref_max_score]
+        values = config.resolved(self.cfg, self.options) | {"record": record}
+        if not (self.folder / "config.yaml").exists():
+            _write(
+                self.folder / "config.yaml",
+                yaml.safe_dump(values, sort_keys=False, default_flow_style=None),
+            )
+        print(f"run {self.folder}")
+        self.manager = _manager(self.folder)
+        self.wandb = Mirror(self)
+        self._listen()
+        return self
+
+    def __exit__(self, kind, error, trace):
+        if self.bar is not None:
+            self.bar.close()
+        self._unlisten()
+        self.manager.close()
+        self.wandb.close()
+        if kind is None:
+            self._finish()
+        self.lock.close()
+        if kind is None and self.diverged:
+            raise SystemExit(1)
+
+    def restore(self, state):
+        """State, metrics and update of the newest readable checkpoint, else (state, None, 0)."""
+        saved, meta = _restore(self.manager, state)
+        start, metrics = 0, None
+        if meta is not None:
+            state, start, metrics = saved, meta["update"], meta["metrics"]
+            self.seconds, self.waiting = meta["seconds"], meta["waiting"]
+            self.best = np.array(meta["best"], float)
+            self.diverged = {int(index): border for index, border in meta["diverged"].items()}
+            print(f"resuming at update {start:,}")
+        elif self.options.resume:
+            print(f"nothing to resume in {self.folder}: starting anew")
+        if start < self.cfg.num_updates:  # a folder with a result is a finished run
+            (self.folder / "result.json").unlink(missing_ok=True)
+        waiting = self.waiting[0][0] if self.waiting else start  # these rows are written again too
+        for name, first in (("metrics.csv", waiting), ("timing.csv", start)):
+            file = self.folder / name
+            if file.exists():
+                header, *rows = file.read_text().splitlines(keepends=True) or [""]
+                rows = [row for row in rows if row[-1] == "\n" and int(row.split(",")[0]) < first]
+                _write(file, "".join([header, *rows] if rows else []))
+        from tqdm import tqdm
+
+        self.bar = tqdm(total=self.cfg.num_updates, initial=start, disable=None, unit=" updates")
+        return state, metrics, start
+
+    def borders(self, start):
+        """start, start + log_every, ..., num_updates."""
+        self.clock, self.away, self.start = time.perf_counter(), 0.0, start
+        yield from range(start, self.cfg.num_updates + 1, self.cfg.log_every)
+
+    def evaluates(self, step):
+        return step % self.cfg.eval_every == 0 or step == self.cfg.num_updates
+
+    def save(self, step, state, metrics):
+        """Wait for the chunk; freeze seeds that are not finite; save; leave if a signal came."""
+        metrics = metrics and {k: np.asarray(v, float).tolist() for k, v in metrics.items()}
+        host = jax.tree.map(np.array, state)  # copies: the state is donated to the next chunk
+        if step > self.start:
+            self.chunks.append(time.perf_counter() - self.clock - self.away)
+            self.seconds["train"] += self.chunks[-1]
+        self._freeze(step, host, metrics or {})
+        self.kept = host
+        if step not in self.manager.all_steps():
+            import orbax.checkpoint as ocp
+
+            meta = {"update": step, "metrics": metrics, "seconds": self.seconds}
+            meta |= {"waiting": self.waiting, "best": self.best.tolist(), "diverged": self.diverged}
+            items = {"state": ocp.args.StandardSave(host), "meta": ocp.args.JsonSave(meta)}
+            self.manager.save(step, args=ocp.args.Composite(**items))
+        if self.signal is not None:
+            print(f"saved at update {step:,}; go on with the same command and --resume")
+            raise SystemExit(128 + self.signal)
+        if len(self.diverged) == len(self.cfg.seeds):
+            print(f"no seed is left to train after update {step:,}", file=sys.stderr)
+            raise SystemExit(1)
+        self.clock, self.away = time.perf_counter(), 0.0
+
+    def log(self, step, metrics, scores):
+        """Write the rows of a border, one per seed, once its evaluation is there."""
+        began = time.perf_counter()
+        scores = scores and scores.result()
+        metrics = metrics and {k: np.asarray(v, float).tolist() for k, v in metrics.items()}
+        if scores:
+            # On a CPU the rollouts came before the chunk; elsewhere only waiting for them counts.
+            cpu = jax.default_backend() == "cpu"
+            self.away = scores["seconds"] if cpu else time.perf_counter() - began
+            self.seconds["eval"] += self.away
+            scores = {k: _blank(scores[k], self.diverged) for k in SCORES if scores[k] is not None}
+            self.last, self.scores = scores, np.array(scores["score"])
+            self.best = np.fmax(self.best, self.scores)
+            self._say(step)
+        for i, seed in enumerate(self.cfg.seeds):
+            gone = self.diverged.get(i, step) < step
+            means = {} if gone else {k: v[i] for k, v in (metrics or {}).items()}
+            self.waiting.append((step, seed, means, {k: v[i] for k, v in (scores or {}).items()}))
+        if metrics or step == self.cfg.num_updates:
+            names = list(metrics or {})
+            for update, seed, means, numbers in self.waiting:
+                cells = [_cell(means.get(name)) for name in names]
+                cells += [_cell(numbers.get(name)).replace("nan", "") for name in SCORES]
+                self._append(
+                    "metrics.csv", ("update", "seed", *names, *SCORES), update, seed, *cells
+                )
+                self.wandb.log(seed, update, means | numbers)
+            self.waiting = []
+        chunk = self.chunks[-1] if self.chunks else 0.0
+        seconds = (f"{x:.3f}" for x in (chunk, self.seconds["train"], self.seconds["eval"]))
+        header = ("update", "chunk_seconds", "train_seconds", "eval_seconds")
+        self._append("timing.csv", header, step, *seconds)
+        self.bar.update(step - self.bar.n)
+
+    def _freeze(self, step, host, metrics):
+        """A seed with a loss or parameter that is not finite keeps its last saved state."""
+        for i, seed in enumerate(self.cfg.seeds):
+            bad = [name for name, means in metrics.items() if not math.isfinite(means[i])]
+            if not bad and not all(np.isfinite(x[i]).all() for x in jax.tree.leaves(host)):
+                bad = ["a parameter"]
+            if bad and i not in self.diverged:
+                self.diverged[i] = step
+                where = f"in updates {step - self.cfg.log_every:,} to {step:,}"
+                print(f"WARNING: seed {seed}: {', '.join(bad)} not finite {where}", file=sys.stderr)
+        if self.kept is not None:
+            for i in self.diverged:
+                for new, old in zip(jax.tree.leaves(host), jax.tree.leaves(self.kept), strict=True):
+                    new[i] = old[i]
+
+    def _say(self, step):
+        if np.isnan(self.scores).all():
+            return
+        self.bar.set_postfix_str(f"score {np.nanmean(self.scores):.1f}")
+        if self.bar.disable:  # a log file gets a line per evaluation instead of the bar
+            each = " ".join(f"{score:.1f}" for score in self.scores)
+            print(
+                f"update {step:,}: score {np.nanmean(self.scores):.1f} (seeds: {each})", flush=True
+            )
+
+    def _append(self, name, header, *row):
+        file = self.folder / name
+        lines = [row] if file.exists() and file.stat().st_size else [header, row]
+        with file.open("a") as out:
+            out.write("".join(",".join(map(str, line)) + "\n" for line in lines))
+
+    def _finish(self):
+        """Write result.json and say the final score."""
+        cfg, train, evaluation = self.cfg, self.seconds["train"], self.seconds["eval"]
+        # The first chunk compiles; the median is robust to what else runs on the machine.
+        chunks = self.chunks[1:] or self.chunks or [train * cfg.log_every / cfg.num_updates]
+        speed = cfg.log_every * len(cfg.seeds) / statistics.median(chunks)
+        result = {
+            "algorithm": self.algorithm,
+            "dataset": cfg.dataset,
+            "num_updates": cfg.num_updates,
+            "eval_episodes": cfg.eval_episodes,
+            "score": self._each(self.scores),
+            "best_score": self._each(self.best),
+            **{name: self._each(x) for name, x in self.last.items() if name != "score"},
+            "diverged": {cfg.seeds[i]: border for i, border in self.diverged.items()},
+            "updates_per_second": round(speed, 1),
+            "train_seconds": round(train, 1),
+            "eval_seconds": round(evaluation, 1),
+            "eval_share": round(evaluation / max(train + evaluation, 1e-9), 3),
+            "hardware": f"{len(jax.devices())} x {jax.devices()[0].device_kind}; {_processor()}",
+            "matmul_precision": jax.config.jax_default_matmul_precision or "default",
+            "versions": {"python": platform.python_version()} | dict(_versions()),
+        }
+        _write(self.folder / "result.json", json.dumps(result, indent=2) + "\n")
+        left = len(cfg.seeds) - len(self.diverged)
+        lost = (
+            "" if not self.diverged else f", {left} of {len(cfg.seeds)} seeds: the others diverged"
+        )
+        if np.isnan(self.scores).all():
+            print(f"trained without an evaluation{lost}, in {self.folder}")
+            return
+        spread = f" ± {np.nanstd(self.scores):.1f}" if left > 1 else ""
+        best = f"best during training {np.nanmean(self.best):.1f}"
+        print(f"final score {np.nanmean(self.scores):.1f}{spread} ({best}){lost}", end=", ")
+        print(f"return {np.nanmean(self.last['return']):.1f}, in {self.folder}")
+
+    def _each(self, numbers):
+        """Per seed, with None for a number that is not there."""
+        return {seed: _finite(float(x)) for seed, x in zip(self.cfg.seeds, numbers, strict=True)}
+
+    def _listen(self):
+        """The first signal asks for a save at the next border; a second one leaves at once.
+
+        Python handles signals between bytecodes only, not while it waits for a chunk: the wakeup
+        file descriptor tells a thread at any moment.
+        """
+        self.handlers = {}
+        if threading.current_thread() is not threading.main_thread():
+            return
+        reader, self.wakeup = socket.socketpair()
+        self.wakeup.setblocking(False)
+        signal.set_wakeup_fd(self.wakeup.fileno())
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+            self.handlers[number] = signal.signal(number, lambda *_: None)
+
+        def watch():
+            while byte := reader.recv(1):
+                if byte[0] not in self.handlers:
+                    continue
+                if self.signal is not None:
+                    os._exit(128 + byte[0])
+                self.signal = byte[0]
+                name = signal.Signals(byte[0]).name
+                print(f"{name}: saving at the next border; once more leaves at once", flush=True)
+
+        threading.Thread(target=watch, daemon=True).start()
+
+    def _unlisten(self):
+        if self.handlers:
+            signal.set_wakeup_fd(-1)
+            for number, handler in self.handlers.items():
+                signal.signal(number, handler)
+            self.wakeup.close()
+
+
+# --- Files --------------------------------------------------------------------------------------
+def _manager(folder):
+    import orbax.checkpoint as ocp
+
+    options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
+    return ocp.CheckpointManager((folder / "checkpoints").resolve(), options=options)
+
+
+def _restore(manager, target, keep=False):
+    """(state, meta) of the newest checkpoint that can be read, (None, None) where there is none.
+
+    Damaged ones newer than that are set aside, since new checkpoints will want their numbers;
+    `keep` leaves them. Where none can be read, nothing is touched and the run stops with one line.
+    """
+    import orbax.checkpoint as ocp
+
+    damaged = []
+    for step in sorted(manager.all_steps(), reverse=True):
+        try:
+            items = {"state": ocp.args.StandardRestore(target), "meta": ocp.args.JsonRestore()}
+            saved = manager.restore(step, args=ocp.args.Composite(**items))
+        except Exception as error:
+            why = one_line(error)
+            if re.search("shape|tree struct", str(error)):
+                fail(
+                    f"{manager.directory}: checkpoint {step} is of another State than this file "
+                    f"makes ({why}); take the file it was made with, or another --name"
+                )
+            print(f"WARNING: checkpoint {step} cannot be read ({why})", file=sys.stderr)
+            damaged.append(step)
+            continue
+        for step in [] if keep else damaged:
+            aside = manager.directory.parent / "damaged" / f"{step}-{time.time_ns()}"
+            aside.parent.mkdir(exist_ok=True)
+            shutil.move(manager.directory / str(step), aside)
+        manager.reload()
+        return saved["state"], saved["meta"]
+    if damaged:
+        fail(f"{manager.directory}: no checkpoint can be read; mend it, or start another --name")
+    return None, None
+
+
+def _write(path, text):
+    """Write a whole file or nothing of it."""
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(text)
+    os.replace(part, path)
+
+
+def _blank(numbers, lost):
+    return [math.nan if i in lost else float(x) for i, x in enumerate(numbers)]
+
+
+def _cell(x):
+    return "" if x is None else f"{x:.9g}"
+
+
+def _finite(x):
+    return x if math.isfinite(x) else None
+
+
+def _versions():
+    for name in VERSIONS:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            yield name, metadata.version(name)
+
+
+def _processor():
+    model = platform.machine()
+    with contextlib.suppress(OSError):
+        found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+        model = found[1] if found else model
+    return f"{os.cpu_count()} cores of {model}"
