@@ -1,0 +1,233 @@
+# SPDX-License-Identifier: Apache-2.0
+"""ReBRAC (Tarasov et al., 2023): TD3+BC with separate behaviour penalties for actor and critic.
+
+Paper       https://arxiv.org/abs/2305.09836
+Reference   https://github.com/tinkoff-ai/ReBRAC
+Run         python algorithms/rebrac.py --config configs/rebrac/antmaze.yaml
+Parent      none
+Results     benchmarks/results
+Deviations  none known in the method. Data with recorded next observations keep the rows at a
+            truncation (0.1 % of 1000-step episodes), whose next action is their own action;
+            the reference drops them.
+
+Shapes: S seeds, K critics, B batch, E episodes, O observation, A action. Arrays are float32.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from flax.training import train_state
+
+from common import datasets, evaluation, experiment
+
+
+# --- Config -------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Config:
+    dataset: str = "local/pointmaze/umaze-v0"  # data set id or path, see common/datasets.py
+    seeds: tuple[int, ...] = (0,)  # trained side by side, one lane each
+    num_updates: int = 1_000_000  # critic gradient steps
+    log_every: int = 1_000  # updates per compiled chunk: one row of metrics, the border to save at
+    eval_every: int = 20_000  # updates between evaluations
+    eval_episodes: int = 10  # episodes per seed and evaluation
+    batch_size: int = 1024  # transitions per update
+    actor_learning_rate: float = 1e-3  # Adam
+    critic_learning_rate: float = 1e-3  # Adam
+    discount: float = 0.99  # gamma, per environment step
+    target_rate: float = 0.005  # tau, Polyak step of the target networks
+    policy_delay: int = 2  # critic updates per actor and target update
+    target_noise: float = 0.2  # std of the target policy smoothing noise, in action units
+    target_noise_clip: float = 0.5  # bound on that noise, in action units
+    hidden: tuple[int, ...] = (256, 256, 256)  # widths of actor and critics
+    num_critics: int = 2  # K, the target is their minimum
+    reward_scale: float = 1.0  # multiplies data set rewards (AntMaze: 100)
+    # ReBRAC
+    actor_penalty: float = 1.0  # beta_1, weight of (pi(s) - a)^2 in the actor loss, Eq. 7
+    critic_penalty: float = 1.0  # beta_2, weight of (pi(s') - a')^2 in the TD target, Eq. 6
+
+
+# --- Networks -----------------------------------------------------------------------------------
+def fan_in_uniform():
+    return nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # U(±1 / sqrt(fan in))
+
+
+def uniform(bound):
+    def init(key, shape, dtype=jnp.float32):
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    return init
+
+
+def hidden_layer(width):
+    return nn.Dense(width, kernel_init=fan_in_uniform(), bias_init=nn.initializers.constant(0.1))
+
+
+class Actor(nn.Module):
+    hidden: tuple[int, ...]
+    action_dim: int
+
+    @nn.compact
+    def __call__(self, observation):  # [..., O] -> [..., A]
+        x = observation
+        for width in self.hidden:
+            x = nn.relu(hidden_layer(width)(x))
+        head = nn.Dense(self.action_dim, kernel_init=uniform(1e-3), bias_init=uniform(1e-3))
+        return jnp.tanh(head(x))
+
+
+class LayerNormCritic(nn.Module):
+    hidden: tuple[int, ...]
+
+    @nn.compact
+    def __call__(self, observation, action):  # [..., O], [..., A] -> [...]
+        x = jnp.concatenate([observation, action], axis=-1)
+        for width in self.hidden:
+            x = nn.relu(hidden_layer(width)(x))
+            x = nn.LayerNorm()(x)
+        return nn.Dense(1, kernel_init=uniform(3e-3), bias_init=uniform(3e-3))(x).squeeze(-1)
+
+
+# --- State --------------------------------------------------------------------------------------
+class TrainState(train_state.TrainState):
+    target_params: Any  # Polyak average of params
+
+    @classmethod
+    def create(cls, apply_fn, params, tx):
+        # The targets are a copy: params and targets are donated, so they must not share buffers.
+        target = jax.tree.map(jnp.copy, params)
+        return super().create(apply_fn=apply_fn, params=params, target_params=target, tx=tx)
+
+
+class State(NamedTuple):
+    actor: TrainState
+    critic: TrainState  # every array has a leading [K] axis
+
+
+def create_state(key, batch, cfg):
+    """State of one seed before the first update. `batch` supplies shapes only."""
+    key_actor, key_critic = jax.random.split(key)
+    actor, critic = Actor(cfg.hidden, batch.action.shape[-1]), LayerNormCritic(cfg.hidden)
+    actor_params = actor.init(key_actor, batch.observation)
+    critic_params = jax.vmap(critic.init, (0, None, None))(
+        jax.random.split(key_critic, cfg.num_critics), batch.observation, batch.action
+    )
+    critics = jax.vmap(critic.apply, (0, None, None))  # -> [K, B]
+    return State(
+        TrainState.create(actor.apply, actor_params, optax.adam(cfg.actor_learning_rate)),
+        TrainState.create(critics, critic_params, optax.adam(cfg.critic_learning_rate)),
+    )
+
+
+# --- Losses -------------------------------------------------------------------------------------
+def critic_loss(params, state, batch, key, cfg):
+    """TD error to the penalised clipped double-Q target, mean over B, summed over K. Eq. 6."""
+    noise = cfg.target_noise * jax.random.normal(key, batch.action.shape)
+    noise = noise.clip(-cfg.target_noise_clip, cfg.target_noise_clip)
+    next_action = state.actor.apply_fn(state.actor.target_params, batch.next_observation)
+    next_action = (next_action + noise).clip(-1.0, 1.0)
+    penalty = jnp.square(next_action - batch.next_action).sum(axis=-1)  # [B]
+    next_q = state.critic.apply_fn(state.critic.target_params, batch.next_observation, next_action)
+    next_q = next_q.min(axis=0) - cfg.critic_penalty * penalty  # [B]
+    # Bootstrap through truncations, never through terminations.
+    target = cfg.reward_scale * batch.reward + cfg.discount * (1.0 - batch.termination) * next_q
+    q = state.critic.apply_fn(params, batch.observation, batch.action)  # [K, B]
+    chex.assert_equal_shape([*q, target, penalty])
+    loss = jnp.square(q - target[None]).mean(axis=1).sum()
+    return loss, {"critic_loss": loss, "q": q.mean()}
+
+
+def actor_loss(params, state, batch, cfg):
+    """beta_1 (pi(s) - a)^2 - min_k Q_k(s, pi(s)) / mean |min_k Q_k|. Eq. 7."""
+    action = state.actor.apply_fn(params, batch.observation)
+    q = state.critic.apply_fn(state.critic.params, batch.observation, action).min(axis=0)  # [B]
+    penalty = jnp.square(action - batch.action).sum(axis=-1)  # [B]
+    chex.assert_equal_shape([q, penalty, batch.reward])
+    loss = (cfg.actor_penalty * penalty - q / jax.lax.stop_gradient(jnp.abs(q).mean())).mean()
+    return loss, {"actor_loss": loss, "behaviour_mse": penalty.mean()}
+
+
+# --- Update -------------------------------------------------------------------------------------
+def update(state, step, key, data, cfg):
+    """`policy_delay` critic updates, the first followed by an actor and target update. One seed.
+
+    Randomness is a function of (key, step) alone, so neither the length of a chunk nor a resumed
+    run changes the result. `key` is folded with the step, never split.
+    """
+    critic_metrics = []
+    for i in range(cfg.policy_delay):  # unrolled: a `cond` would run both branches under vmap
+        key_batch, key_noise = jax.random.split(jax.random.fold_in(key, step + i))
+        index = jax.random.randint(key_batch, (cfg.batch_size,), 0, len(data.reward))
+        batch = jax.tree.map(lambda x, index=index: x[index], data)
+        grads, metrics = jax.grad(critic_loss, has_aux=True)(
+            state.critic.params, state, batch, key_noise, cfg
+        )
+        state = state._replace(critic=state.critic.apply_gradients(grads=grads))
+        critic_metrics.append(metrics)
+        if i == 0:
+            # Targets first: they follow the new critic, but the actor before its update.
+            state = State(*(update_target(net, cfg) for net in state))
+            grads, actor_metrics = jax.grad(actor_loss, has_aux=True)(
+                state.actor.params, state, batch, cfg
+            )
+            state = state._replace(actor=state.actor.apply_gradients(grads=grads))
+    mean = jax.tree.map(lambda *x: sum(x) / len(x), *critic_metrics)
+    return state, mean | actor_metrics
+
+
+def update_target(net, cfg):
+    target_params = optax.incremental_update(net.params, net.target_params, cfg.target_rate)
+    return net.replace(target_params=target_params)
+
+
+def train_chunk(state, key, start, data, cfg):
+    """`log_every` updates of one seed, compiled as one program. Metrics are chunk means."""
+    steps = start + jnp.arange(0, cfg.log_every, cfg.policy_delay)
+    state, metrics = jax.lax.scan(partial(update, key=key, data=data, cfg=cfg), state, steps)
+    return state, jax.tree.map(jnp.mean, metrics)
+
+
+# --- Policy -------------------------------------------------------------------------------------
+def policy(apply_fn, params, observation, key):
+    """Deterministic action in [-1, 1], [..., O] -> [..., A]. `key` is not used."""
+    return apply_fn(params, observation)
+
+
+def policy_params(state):
+    return state.actor.params
+
+
+# --- Training -----------------------------------------------------------------------------------
+def train(cfg, options):
+    """Train every seed of `cfg` and return its final normalised scores, [S]."""
+    dataset = datasets.load(cfg.dataset, options.env, options.env_steps)
+    data = jax.device_put(dataset.transitions)
+    example = jax.tree.map(lambda x: x[:1], data)
+    init_keys, train_keys, policy_keys = experiment.streams(cfg.seeds, 3)  # [S] each
+    state = jax.jit(jax.vmap(partial(create_state, batch=example, cfg=cfg)))(init_keys)
+    # jit with the state donated; seeds by vmap on an accelerator, one after the other on CPU.
+    train_seeds = experiment.over_seeds(partial(train_chunk, cfg=cfg))
+    act = partial(policy, state.actor.apply_fn)
+
+    with (
+        experiment.Run(cfg, options, dataset) as run,
+        evaluation.Rollouts(dataset, act, policy_keys, cfg) as rollouts,
+    ):
+        state, metrics, start = run.restore(state)
+        for step in run.borders(start):  # start, start + log_every, ..., num_updates
+            run.save(step, state, metrics)
+            scores = rollouts.start(policy_params(state), step) if run.evaluates(step) else None
+            row = (step, metrics, scores)
+            if step < cfg.num_updates:  # beside the evaluation where there is an accelerator
+                state, metrics = train_seeds(state, train_keys, step, data)
+            run.log(*row)
+    return run.scores
+
+
+if __name__ == "__main__":
+    train(*experiment.parse(Config))
