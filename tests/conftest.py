@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every test runs on the CPU with JAX's debug modes on, so that silent mistakes become errors."""
+
+import os
+from pathlib import Path
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+import jax
+import probes
+import pytest
+
+jax.config.update("jax_numpy_rank_promotion", "raise")  # [B] against [B, 1]
+jax.config.update("jax_debug_nans", True)
+jax.config.update("jax_debug_key_reuse", True)
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compilation_cache(tmp_path_factory):
+    """Programs that several tests compile are compiled once."""
+    folder = tmp_path_factory.mktemp("xla")
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    return folder
+
+
+@pytest.fixture
+def transitions():
+    """The function that builds random Transitions, see probes.py."""
+    return probes.random_transitions
+
+
+@pytest.fixture
+def atoll_data():
+    """Folder of recorded data sets, kept outside of the repository."""
+    folder = Path(os.environ.get("ATOLL_DATA", ROOT.parent / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"no recorded data in {folder} (set ATOLL_DATA)")
+    return folder

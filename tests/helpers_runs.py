@@ -1,0 +1,192 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs small enough for tests: data files, argument lists, in this process or as a user's command.
+
+As a script it is a command that dies at a chosen point: `python tests/helpers_runs.py POINT
+algorithms/rebrac.py ...`, see `die_at`.
+"""
+
+import csv
+import hashlib
+import importlib
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import gymnasium
+import h5py
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[1]
+ALGORITHMS = ["rebrac"]  # every test of runs goes through these files
+CONTINUOUS = ["rebrac"]  # and these refuse integer actions
+TINY = ["--num-updates", "24", "--log-every", "4", "--eval-every", "8", "--eval-episodes", "2"]
+TINY += ["--batch-size", "4", "--hidden", "8", "--wandb", "disabled"]
+
+
+class Endless(gymnasium.Env):
+    """Never ends by itself; observations and actions as in Pendulum-v1, where the box is wider."""
+
+    observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (3,), np.float32)
+    action_space = gymnasium.spaces.Box(-1, 1, (1,), np.float32)
+
+    def __init__(self, render_mode=None):
+        self.render_mode = render_mode
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.position = self.np_random.normal(size=3).astype(np.float32)
+        return self.position.copy(), {}
+
+    def step(self, action):
+        self.position += np.float32(0.1) * action
+        return self.position.copy(), float(self.position[0]), False, False, {}
+
+
+if "Endless-v0" not in gymnasium.registry:
+    gymnasium.register("Endless-v0", Endless)
+
+
+def module(name):
+    return importlib.import_module(f"algorithms.{name}")
+
+
+def write_hdf5(path, rows=60, attributes=None, **columns):
+    """A file in D4RL's layout with three numbers per observation; columns of None are left out."""
+    random = np.random.default_rng(0)
+    timeouts = np.zeros(rows)
+    timeouts[9::10] = 1
+    arrays = {
+        "observations": random.normal(size=(rows, 3)),
+        "actions": random.uniform(-2, 2, (rows, 1)),
+        "rewards": random.normal(size=rows),
+        "terminals": np.zeros(rows),
+        "timeouts": timeouts,
+    }
+    facts = {"env_id": "Pendulum-v1", "max_episode_steps": 10}
+    facts |= {"ref_min_score": -100.0, "ref_max_score": 0.0}
+    with h5py.File(path, "w") as file:
+        for name, array in (arrays | columns).items():
+            if array is not None:
+                file[name] = array
+        for name, value in (facts if attributes is None else attributes).items():
+            file.attrs[name] = value
+    return str(path)
+
+
+def start(name, argv):
+    """`python algorithms/<name>.py <argv>` in this process."""
+    from common import experiment
+
+    algorithm = module(name)
+    return algorithm.train(*experiment.parse(algorithm.Config, argv))
+
+
+def command(name, argv, die=None, code=None):
+    """The words of that command; with `die` it kills itself there, with `code` that runs first."""
+    script = str(ROOT / "algorithms" / f"{name}.py")
+    if code is not None:
+        code = f"import runpy, sys; sys.argv = sys.argv[1:]; {code}"
+        code = f"{code}\nrunpy.run_path(sys.argv[0], run_name='__main__')"
+        return [sys.executable, "-c", code, script, *argv]
+    before = [] if die is None else [str(Path(__file__)), die]
+    return [sys.executable, *before, script, *argv]
+
+
+def environment(cache, **variables):
+    """Variables of a subprocess: one CPU device, no debug modes, its own compilation cache."""
+    keep = {key: value for key, value in os.environ.items() if not key.startswith("WANDB")}
+    keep |= {"JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(cache), "XLA_FLAGS": ""}
+    return keep | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"} | variables
+
+
+def call(words, cwd, environment):
+    """Run to the end. -> (exit code, stdout, stderr)"""
+    done = subprocess.run(
+        words,
+        cwd=cwd,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+def only_run(folder):
+    """The one run folder below a folder of runs."""
+    (file,) = Path(folder).rglob("config.yaml")
+    return file.parent
+
+
+def read_csv(file):
+    with Path(file).open() as text:
+        return list(csv.DictReader(text))
+
+
+def seed_lines(file, seed):
+    """Header and the rows of one seed, as written."""
+    header, *rows = Path(file).read_text().splitlines()
+    return [header, *(row for row in rows if row.split(",")[1] == str(seed))]
+
+
+def tree(folder):
+    """Everything below a folder: path -> digest. Equal before and after = nothing was written."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        if path.is_file()
+        else "folder"
+        for path in sorted(Path(folder).rglob("*"))
+    }
+
+
+def wait_for(what, seconds=60):
+    end = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.01)
+
+
+# --- Deaths -------------------------------------------------------------------------------------
+def die_at(point):
+    """Arrange for SIGKILL at a point: start, "before save 8", "in save 8", "after save 8", ..."""
+    from common import experiment
+
+    def die():
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    when, _, rest = point.partition(" ")
+    method, _, border = (rest or "restore").partition(" ")
+    original = getattr(experiment.Run, method)
+
+    def replaced(run, step, *args):
+        if border and step != int(border):
+            return original(run, step, *args)
+        if when == "in" and method == "save":
+            os.rename = os.replace = Path.rename = Path.replace = lambda *_: die()
+        if when == "in" and method == "log":  # half of a line is in the file
+
+            def append(run, name, header, *row):
+                with (run.folder / name).open("a") as file:
+                    file.write(",".join(map(str, row))[:5])
+                die()
+
+            experiment.Run._append = append
+        if when == "before" or method == "restore":
+            die()
+        result = original(run, step, *args)
+        die()
+        return result
+
+    setattr(experiment.Run, method, replaced)
+
+
+if __name__ == "__main__":
+    die_at(sys.argv[1])
+    sys.argv = sys.argv[2:]
+    runpy.run_path(sys.argv[0], run_name="__main__")

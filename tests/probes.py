@@ -1,0 +1,204 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tiny data sets with known answers, and how to train an algorithm file on one.
+
+Every data set is a `Transitions` of float32 arrays, drawn from a fixed NumPy seed.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+
+from common.datasets import Transitions
+
+
+def random_transitions(count=32, observation_dim=3, action_dim=2, seed=0, **columns):
+    """Random rows of every column; `columns` replace some of them (numbers fill a column)."""
+    rng = np.random.default_rng(seed)
+    observation = (count, observation_dim)
+    rows = {
+        "observation": rng.standard_normal(observation),
+        "action": rng.uniform(-1, 1, (count, action_dim)),
+        "reward": rng.standard_normal(count),
+        "next_observation": rng.standard_normal(observation),
+        "next_action": rng.uniform(-1, 1, (count, action_dim)),
+        "termination": rng.random(count) < 0.3,
+        "truncation": rng.random(count) < 0.2,
+    }
+    rows["truncation"] &= ~rows["termination"]
+    for name, value in columns.items():
+        shape = np.shape(value) or rows[name].shape
+        rows[name] = np.broadcast_to(np.asarray(value), shape)
+    return Transitions(**{name: np.array(rows[name], np.float32) for name in Transitions._fields})
+
+
+# --- Data sets ----------------------------------------------------------------------------------
+# One state, or two, at +1 and -1; one action dimension; actions uniform in [-1, 1] unless said.
+COUNT = 2000
+
+
+def one_state(**columns):
+    rows = {"observation": 1.0, "next_observation": 1.0, "termination": 0, "truncation": 0}
+    return random_transitions(COUNT, 1, 1, **(rows | columns))
+
+
+def terminal_reward():
+    """Reward 1 and the end: Q = 1."""
+    return one_state(reward=1.0, termination=1)
+
+
+def endless_reward():
+    """Reward 1 for ever: Q = 1 / (1 - discount)."""
+    return one_state(reward=1.0)
+
+
+def cut_reward():
+    """The same, every row the last one of an episode cut by time: Q = 1 / (1 - discount)."""
+    return one_state(reward=1.0, truncation=1)
+
+
+def two_steps():
+    """From +1 without reward to -1, there reward 1 and the end: Q = (discount, 1)."""
+    second = np.arange(COUNT) % 2
+    state = (1.0 - 2.0 * second)[:, None]
+    return one_state(
+        observation=state, next_observation=-np.ones_like(state), reward=second, termination=second
+    )
+
+
+def best_action():
+    """The end after any action a, with reward 1 - (a - 0.5)^2: pi = 0.5, Q = 1 there."""
+    action = np.random.default_rng(1).uniform(-1, 1, (COUNT, 1))
+    return one_state(action=action, reward=1 - (action[:, 0] - 0.5) ** 2, termination=1)
+
+
+def best_action_by_state():
+    """Reward 1 - (a - 0.5 s)^2 in s = ±1, then the end: pi = 0.5 s."""
+    rng = np.random.default_rng(2)
+    state, action = rng.choice([-1.0, 1.0], (COUNT, 1)), rng.uniform(-1, 1, (COUNT, 1))
+    reward = 1 - (action - 0.5 * state)[:, 0] ** 2
+    return one_state(observation=state, action=action, reward=reward, termination=1)
+
+
+def support():
+    """Actions in [-1, 0] only, reward -(a - 0.5)^2, the end: unconstrained pi is 0 or more."""
+    action = np.random.default_rng(3).uniform(-1, 0, (COUNT, 1))
+    return one_state(action=action, reward=-((action[:, 0] - 0.5) ** 2), termination=1)
+
+
+def rewarding_left():
+    """Actions in [-1, 0], reward a, no end: V = 0. No row shows that actions > 0 cost -1."""
+    rng = np.random.default_rng(4)
+    action, next_action = rng.uniform(-1, 0, (2, COUNT, 1))
+    return one_state(action=action, reward=action[:, 0], next_action=next_action)
+
+
+SPEED = 0.2  # longest step in the plane
+
+
+def move(position, action):
+    """A point in the plane moves by its action, SPEED at most."""
+    length = np.linalg.norm(action, axis=-1, keepdims=True)
+    return position + SPEED * action / np.maximum(1, length)
+
+
+def crossing(copies=50):
+    """Noisy walks from (-1, -1) over (0, 0) to (1, -1), reward 0, cut there by time; then others
+    from (-1, 1) over (0, 0) to (1, 1), reward 1 and the end. None goes from (-1, -1) to (1, 1)."""
+    rng, rows = np.random.default_rng(5), []
+    for side in np.repeat([-1.0, 1.0], copies):
+        position, way = starts(rng, 1, side)[0], [np.zeros(2), np.array([1.0, side])]
+        while way:
+            wanted = (way[0] - position) / SPEED
+            wanted /= max(1, np.linalg.norm(wanted))
+            action = np.clip(wanted + 0.2 * rng.standard_normal(2), -1, 1)
+            after = move(position, action)
+            if np.linalg.norm(after - way[0]) < 0.15:
+                way.pop(0)
+            good, bad = not way and side == 1, not way and side == -1
+            rows.append([position, action, good, after, action, good, bad])
+            if len(rows) > 1 and rows[-2][3] is position:  # the same walk
+                rows[-2][4] = action
+            position = after
+    return Transitions(*(np.array(column, np.float32) for column in zip(*rows, strict=True)))
+
+
+def starts(rng, count, side=-1.0):
+    return np.array([-1.0, side]) + 0.1 * rng.standard_normal((count, 2))
+
+
+# --- Training -----------------------------------------------------------------------------------
+CHUNK = 1000  # updates per compiled program
+
+SMALL = {  # what makes an algorithm file small and fast; data sets and claims set the rest
+    "rebrac": {
+        "hidden": (64, 64),
+        "batch_size": 64,
+        "actor_learning_rate": 1e-3,
+        "critic_learning_rate": 1e-3,
+    },
+}
+
+
+def config(module, **overrides):
+    """Config of an algorithm file, small unless overridden; fields it lacks are left out."""
+    known = {field.name for field in dataclasses.fields(module.Config)}
+    values = SMALL[module.__name__.split(".")[-1]] | overrides
+    return module.Config(**{name: value for name, value in values.items() if name in known})
+
+
+def start(module, data, cfg, seed=0):
+    """State, train key and data on the device, for one seed."""
+    data = jax.device_put(data)
+    key_init, key_train = jax.random.split(jax.random.key(seed))
+    state = jax.jit(module.create_state, static_argnums=2)(
+        key_init, jax.tree.map(lambda x: x[:1], data), cfg
+    )
+    return state, key_train, data
+
+
+@functools.cache
+def compiled_chunk(module_chunk):
+    def chunk(state, key, start, data, numbers, cfg):
+        return module_chunk(state, key, start, data, dataclasses.replace(cfg, **numbers))
+
+    return jax.jit(chunk, static_argnums=5, donate_argnums=0)
+
+
+def train(module, data, updates, seed=0, **overrides):
+    """State of one seed after `updates` updates.
+
+    Floats of the Config enter the compiled program as arguments: one program serves them all.
+    """
+    cfg = config(module, **overrides, log_every=CHUNK)
+    state, key, data = start(module, data, cfg, seed)
+    numbers = {name: value for name, value in vars(cfg).items() if isinstance(value, float)}
+    cfg = dataclasses.replace(cfg, **dict.fromkeys(numbers))
+    for step in range(0, updates, CHUNK):
+        state, _ = compiled_chunk(module.train_chunk)(state, key, step, data, numbers, cfg)
+    return state
+
+
+def policy(module, state):
+    """The compiled policy with its parameters: observations [..., O] -> actions [..., A]."""
+    params, key = module.policy_params(state), jax.random.key(0)
+    return jax.jit(
+        lambda observation: module.policy(state.actor.apply_fn, params, observation, key)
+    )
+
+
+def act(module, state, observation):
+    """Action [A] in one observation."""
+    return np.asarray(policy(module, state)(np.atleast_1d(np.float32(observation))))
+
+
+def q(state, observation, action):
+    """min over K of Q(observation, action), for one pair."""
+    pair = [np.atleast_2d(np.float32(x)) for x in (observation, action)]
+    return float(state.critic.apply_fn(state.critic.params, *pair).min())
+
+
+def leaves(tree):
+    """NumPy copies of all arrays of a tree, keys left out."""
+    return [np.array(x) for x in jax.tree.leaves(tree)]

@@ -1,0 +1,354 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Config default < YAML < its row of the data set < command line, and what a run folder keeps."""
+
+import dataclasses
+import importlib.util
+import sys
+
+import helpers_runs as runs
+import pytest
+import yaml
+
+from common import config
+
+TOY = """
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Config:
+    dataset: str = "local/pointmaze/umaze-v0"
+    seeds: tuple[int, ...] = (0,)
+    num_updates: int = 100
+    log_every: int = 10
+    eval_every: int = 50
+    learning_rate: float = 1e-3
+    discount: float = 0.99
+    shift: float = 0.0
+    hidden: tuple[int, ...] = (32, 32)
+    weights: tuple[float, ...] = ()
+    note: str = "plain"
+    flag: bool = False
+    limit: int | None = None
+"""
+YAML = """
+dataset: maze2d-umaze-v1
+learning_rate: 1e-4
+hidden: [64, 64]
+discount: 0.9
+datasets:
+  maze2d-umaze-v1: {discount: 0.8, hidden: [16], shift: -1.5}
+  maze2d-large-v1: {discount: 0.7}
+"""
+
+
+@pytest.fixture
+def toy(tmp_path, monkeypatch):
+    """An algorithm file `toy.py` with a maze2d.yaml, in a folder of its own."""
+    (tmp_path / "algorithms").mkdir()
+    (tmp_path / "configs" / "toy").mkdir(parents=True)
+    file = tmp_path / "algorithms" / "toy.py"
+    file.write_text(TOY)
+    (tmp_path / "configs" / "toy" / "maze2d.yaml").write_text(YAML)
+    spec = importlib.util.spec_from_file_location("toy", file)
+    loaded = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "toy", loaded)
+    spec.loader.exec_module(loaded)
+    monkeypatch.chdir(tmp_path)
+    return loaded.Config
+
+
+def parse(config_class, *words):
+    return config.parse(config_class, [word for line in words for word in line.split()])[0]
+
+
+def error(capsys, config_class, *words):
+    """The one line that a start with these words ends with."""
+    with pytest.raises(SystemExit) as leave:
+        parse(config_class, *words)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert leave.value.code == 2
+    assert line.startswith("error: ")
+    return line
+
+
+# --- Precedence ---------------------------------------------------------------------------------
+MAZE = ("--dataset", "maze2d-umaze-v1")
+
+
+@pytest.mark.parametrize(
+    ("argv", "field", "value"),
+    [
+        ([], "learning_rate", 1e-3),  # the default: the default data set has no file here
+        (MAZE, "learning_rate", 1e-4),  # the file
+        (MAZE, "discount", 0.8),  # the row before the file
+        (MAZE, "hidden", (16,)),
+        (MAZE, "shift", -1.5),
+        (("--dataset", "maze2d-large-v1"), "discount", 0.7),  # another row
+        (("--dataset", "maze2d-large-v1"), "hidden", (64, 64)),
+        (("--dataset", "maze2d-medium-v1"), "discount", 0.9),  # no row: the file alone
+        ((*MAZE, "--discount", "0.5"), "discount", 0.5),  # the command line before the row
+        ((*MAZE, "--hidden", "8", "4"), "hidden", (8, 4)),
+        ((*MAZE, "--shift", "-2"), "shift", -2.0),
+        ((*MAZE, "--learning-rate", "3e-4"), "learning_rate", 3e-4),
+        (("--config", "configs/toy/maze2d.yaml"), "dataset", "maze2d-umaze-v1"),
+        (("--config", "configs/toy/maze2d.yaml"), "discount", 0.8),  # the row of the file's own
+        (("--config", "configs/toy/maze2d.yaml", "--dataset", "maze2d-large-v1"), "discount", 0.7),
+        (("--config", "configs/toy/maze2d.yaml", "--dataset", "x.hdf5"), "discount", 0.9),
+        (("--dataset", "some/where/maze2d-large-v1.hdf5"), "discount", 0.7),  # a file by its stem
+    ],
+)
+def test_the_last_source_wins(toy, argv, field, value):
+    assert getattr(config.parse(toy, list(argv))[0], field) == value
+
+
+def test_one_line_says_what_was_read(toy, capsys):
+    for argv, line in (
+        ([], "config: no file for local/pointmaze/umaze-v0, the defaults of toy.py apply"),
+        (
+            MAZE,
+            "config: configs/toy/maze2d.yaml, row maze2d-umaze-v1: "
+            "discount 0.8, hidden [16], shift -1.5",
+        ),
+        (
+            ["--dataset", "maze2d-medium-v1"],
+            "config: configs/toy/maze2d.yaml, common values (no row for maze2d-medium-v1)",
+        ),
+    ):
+        config.parse(toy, list(argv))
+        assert capsys.readouterr().out.splitlines() == [line]
+
+
+@pytest.mark.parametrize("name", runs.ALGORITHMS)
+def test_no_arguments_is_the_quickstart(name, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    cfg, options = config.parse(runs.module(name).Config, [])
+    values, _ = config.read_yaml(
+        runs.ROOT / "configs" / name / "pointmaze.yaml", runs.module(name).Config
+    )
+    assert cfg.dataset == "local/pointmaze/umaze-v0" == values["dataset"]
+    assert {key: getattr(cfg, key) for key in values} == {
+        key: tuple(value) if isinstance(value, list) else value for key, value in values.items()
+    }
+    assert options.config is None and not options.resume and options.wandb == "offline"
+    assert f"configs/{name}/pointmaze.yaml" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", runs.ALGORITHMS)
+@pytest.mark.parametrize(
+    ("dataset", "suite"),
+    [
+        ("hopper-medium-v2", "mujoco"),
+        ("mujoco/walker2d/medium-v0", "mujoco"),
+        ("path/to/hopper-medium-v4.hdf5", "v4"),
+        ("antmaze-umaze-v2", "antmaze"),
+        ("D4RL/antmaze/umaze-v1", "antmaze"),
+        ("maze2d-large-v1", "maze2d"),
+        ("D4RL/pointmaze/umaze-v2", "maze2d"),
+        ("local/pointmaze/large-v0", "pointmaze"),
+        ("pen-human-v1", "adroit"),
+        ("D4RL/pen/human-v2", "adroit"),
+    ],
+)
+def test_the_data_set_picks_the_file(name, dataset, suite, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    if (runs.ROOT / "configs" / name / f"{suite}.yaml").exists():
+        config.parse(runs.module(name).Config, ["--dataset", dataset])
+        assert f"configs/{name}/{suite}.yaml, " in capsys.readouterr().out
+
+
+def test_options_of_the_environment_may_stand_in_a_file(toy, tmp_path):
+    (tmp_path / "own.yaml").write_text("dataset: x.hdf5\nenv: Pendulum-v1\nenv_steps: 50\n")
+    _, options = config.parse(toy, ["--config", "own.yaml"])
+    assert (options.env, options.env_steps) == ("Pendulum-v1", 50)
+    _, options = config.parse(toy, ["--config", "own.yaml", "--env-steps", "70"])
+    assert (options.env, options.env_steps) == ("Pendulum-v1", 70)
+
+
+# --- Values -------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("text", "field", "value"),
+    [
+        ("learning_rate: 1e-4", "learning_rate", 1e-4),  # a string to YAML 1.1
+        ("learning_rate: 1.0e-4", "learning_rate", 1e-4),
+        ("learning_rate: 1E-4", "learning_rate", 1e-4),
+        ("learning_rate: 1", "learning_rate", 1.0),
+        ("shift: -1", "shift", -1.0),
+        ("shift: -1e-3", "shift", -1e-3),
+        ("hidden: 16", "hidden", (16,)),
+        ("weights: []", "weights", ()),
+        ("weights: [-1, 2e-3]", "weights", (-1.0, 2e-3)),
+        ("seeds: [3, 1]", "seeds", (3, 1)),
+        ("flag: true", "flag", True),
+        ("flag: no", "flag", False),
+        ("limit: 7", "limit", 7),
+        ("limit: null", "limit", None),
+        ("note: '--resume'", "note", "--resume"),
+        ("note: 'two words'", "note", "two words"),
+        ("note: ''", "note", ""),
+        ("note: 'None'", "note", "None"),
+    ],
+)
+def test_values_of_a_file(toy, tmp_path, text, field, value):
+    (tmp_path / "own.yaml").write_text(f"dataset: x.hdf5\n{text}\n")
+    cfg = parse(toy, "--config own.yaml")
+    assert getattr(cfg, field) == value
+    assert type(getattr(cfg, field)) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("words", "field", "value"),
+    [
+        ("--flag True", "flag", True),
+        ("--flag False", "flag", False),
+        ("--limit 3", "limit", 3),
+        ("--limit None", "limit", None),
+        ("--shift -1e-3", "shift", -1e-3),
+        ("--shift=-3", "shift", -3.0),
+        ("--weights -1 2", "weights", (-1.0, 2.0)),
+        ("--weights", "weights", ()),
+        ("--seeds 4 2 7", "seeds", (4, 2, 7)),
+    ],
+)
+def test_values_of_the_command_line(toy, words, field, value):
+    assert getattr(parse(toy, words), field) == value
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("discount: high", ("own.yaml", "--discount", "high")),
+        ("num_updates: 1.5", ("own.yaml", "--num-updates", "1.5")),
+        ("flag: 3", ("own.yaml", "--flag", "3")),
+        ("discount:", ("own.yaml", "discount", "None")),
+        ("note:", ("own.yaml", "note", "None")),
+        ("discount: [0.9, 0.8]", ("own.yaml",)),
+        ("hidden: {a: 1}", ("own.yaml", "hidden")),
+        ("datasets: [a, b]", ("own.yaml", "datasets", "mapping")),
+        ("datasets: {a: 3}", ("own.yaml", "datasets", "mapping")),
+        ("datasets: {a: {discont: 3}}", ("own.yaml", "datasets: a", "did you mean 'discount'")),
+        ("datasets: {x: {discount: off}}", ("own.yaml", "datasets: x", "--discount", "False")),
+        ("1: 2", ("own.yaml", "1", "not a word")),
+        ("[a, b]: 2", ("own.yaml",)),
+    ],
+)
+def test_errors_name_file_and_key(toy, tmp_path, capsys, text, words):
+    (tmp_path / "own.yaml").write_text(f"dataset: x.hdf5\n{text}\n")
+    line = error(capsys, toy, "--config own.yaml")
+    assert all(word in line for word in words), line
+
+
+def test_a_good_line_of_the_command_line_does_not_hide_a_bad_file(toy, tmp_path, capsys):
+    (tmp_path / "own.yaml").write_text("dataset: x.hdf5\ndiscount: high\n")
+    assert "own.yaml" in error(capsys, toy, "--config own.yaml --discount 0.5")
+
+
+def cases():
+    """Every file under configs/, alone and with each of its rows."""
+    for file in sorted((runs.ROOT / "configs").glob("*/*.yaml")):
+        yield file, None
+        for row in yaml.safe_load(file.read_text()).get("datasets") or {}:
+            yield file, row
+
+
+def test_every_file_and_row_of_the_repository():
+    count = 0
+    for file, row in cases():
+        config_class = runs.module(file.parent.name).Config
+        values, rows = config.read_yaml(file, config_class)
+        wanted = values | (rows[row] if row else {})
+        cfg, _ = config._cli(config_class, list(config._tokens(wanted)), str(file))
+        config._validate(cfg)
+        kinds = {field.name: field.default for field in dataclasses.fields(config_class)}
+        for key, value in wanted.items():
+            if key in config.IN_YAML:
+                continue
+            value = tuple(value) if isinstance(value, list) else value
+            assert getattr(cfg, key) == (float(value) if type(kinds[key]) is float else value), file
+        count += 1
+    assert count > 50
+
+
+# --- Run folder ---------------------------------------------------------------------------------
+ODD = (
+    "--learning-rate 1e-05 --discount 0.1234567890123 --shift -0.25 --seeds 7 3 --flag True "
+    "--weights -1 2e-3 --limit 5"
+)
+
+
+def write_run(cfg, options):
+    """What a run keeps of its config, as Run writes it."""
+    folder = config.run_folder(cfg, options)
+    folder.mkdir(parents=True)
+    text = yaml.safe_dump(config.resolved(cfg, options), default_flow_style=None)
+    (folder / "config.yaml").write_text(text)
+    return folder
+
+
+@pytest.mark.parametrize("words", ["", ODD, f"{ODD} --env Pendulum-v1 --env-steps 50", "--weights"])
+def test_round_trip(toy, words):
+    cfg, options = config.parse(toy, [*MAZE, *words.split()])
+    folder = write_run(cfg, options)
+    again, options_again = config.parse(
+        toy, ["--config", str(folder / "config.yaml"), "--name", "other"]
+    )
+    assert again == cfg
+    assert type(again.seeds) is type(again.hidden) is tuple
+    assert (options_again.env, options_again.env_steps) == (options.env, options.env_steps)
+    read, _ = config.read_run(folder, toy)
+    assert read == cfg
+
+
+@pytest.mark.parametrize("name", runs.ALGORITHMS)
+def test_round_trip_of_every_algorithm(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config_class = runs.module(name).Config
+    for dataset in ("local/pointmaze/umaze-v0", "antmaze-large-play-v2", "mujoco/hopper/medium-v0"):
+        cfg, options = config.parse(config_class, ["--dataset", dataset, "--seeds", "2", "5"])
+        assert config.read_run(write_run(cfg, options), config_class)[0] == cfg
+
+
+def test_default_name_is_a_stable_hash(toy):
+    def name(*words):
+        cfg, options = config.parse(toy, [*MAZE, *words])
+        return config.run_folder(cfg, options)
+
+    assert str(name()) == "runs/toy/maze2d-umaze-v1/70e4fe92"
+    assert name() == name("--discount", "0.8") == name("--wandb", "disabled", "--resume")
+    others = (("--discount", "0.81"), ("--seeds", "1"), ("--env", "Pendulum-v1"))
+    others += (("--env-steps", "3"), ("--note", "x"))
+    assert len({name(), *(name(*words) for words in others)}) == 1 + len(others)
+    assert str(name("--name", "mine", "--runs-dir", "elsewhere")) == (
+        "elsewhere/toy/maze2d-umaze-v1/mine"
+    )
+
+
+def test_folder_of_a_file_has_its_stem(toy):
+    cfg, options = config.parse(toy, ["--dataset", "some/where/data.hdf5", "--name", "a"])
+    assert str(config.run_folder(cfg, options)) == "runs/toy/data/a"
+
+
+def test_resume_wants_the_same_config(toy, capsys):
+    cfg, options = config.parse(toy, [*MAZE, "--name", "a"])
+    folder = write_run(cfg, options)
+    assert config.parse(toy, [*MAZE, "--name", "a", "--resume"])[0] == cfg
+    capsys.readouterr()
+    line = error(capsys, toy, *MAZE, "--name a")
+    assert str(folder) in line and "--resume" in line and "--name" in line
+    line = error(capsys, toy, *MAZE, "--name a --resume --discount 0.5")
+    assert "discount 0.8, not 0.5" in line
+    line = error(capsys, toy, *MAZE, "--name a --resume --env Pendulum-v1")
+    assert "env None, not Pendulum-v1" in line
+
+
+def test_resume_without_a_run_starts_anew(toy):
+    assert config.parse(toy, [*MAZE, "--name", "new", "--resume"])[1].resume
+
+
+def test_help_lists_every_field(toy, capsys):
+    with pytest.raises(SystemExit) as leave:
+        config.parse(toy, ["--help"])
+    assert leave.value.code == 0
+    text = capsys.readouterr().out
+    for field in (*dataclasses.fields(toy), *dataclasses.fields(config.Options)):
+        assert f"--{field.name.replace('_', '-')}" in text

@@ -1,0 +1,254 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rollouts in an env whose episodes end early when they go badly, so that every shortcut shows."""
+
+from types import SimpleNamespace
+
+import gymnasium
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from common import evaluation
+
+UPDATE = 40
+
+
+class Fickle(gymnasium.Env):
+    """Episodes of 1 to 9 steps by the reset's seed; short ones have low rewards.
+
+    The observation tells (length of the episode, steps so far); a step pays length + action.
+    Stepping an episode that is over raises.
+    """
+
+    observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (2,), np.float32)
+    action_space = gymnasium.spaces.Box(-1, 1, (1,), np.float32)
+    reports = True  # success, at the last step of long episodes
+    made = 0
+
+    def __init__(self):
+        Fickle.made += 1
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.length, self.steps = int(self.np_random.integers(1, 10)), 0
+        self.actions = []
+        self.seeds = (*getattr(self, "seeds", ()), seed)
+        self.noise = np.random.random()  # noqa: NPY002 - as ogbench envs do
+        return np.array([self.length, 0], np.float32), {}
+
+    def step(self, action):
+        assert self.steps < self.length, "stepped after its end"
+        self.steps += 1
+        self.actions.append(np.array(action))
+        over = self.steps == self.length
+        info = {"success": self.length > 5} if over and self.reports else {}
+        cut = self.length % 2 == 0
+        observation = np.array([self.length, self.steps], np.float32)
+        return observation, self.length + float(action[0]), over and not cut, over and cut, info
+
+
+def dataset(make_env=Fickle, pair=(10.0, 20.0), by_success=False):
+    def score(returns, success=None):
+        if by_success:
+            return 100 * success
+        return returns if pair is None else 100 * (returns - pair[0]) / (pair[1] - pair[0])
+
+    return SimpleNamespace(make_env=make_env, horizon=9, score=score)
+
+
+def act(params, observation, key):
+    """Sampled: a function of the parameters, the observation and the key."""
+    noise = jax.random.uniform(key, (len(observation), 1))
+    return jnp.tanh(params["shift"] + 0.01 * observation.sum(axis=-1, keepdims=True)) * noise
+
+
+def parameters(seeds):
+    return {"shift": jnp.asarray(seeds, jnp.float32)[:, None, None] / 10}
+
+
+def policy_keys(seeds):
+    return jax.vmap(jax.random.key)(jnp.asarray(seeds, jnp.uint32))
+
+
+def evaluate(seeds=(0,), episodes=6, update=UPDATE, beside=None, params=None, act=act, **options):
+    cfg = SimpleNamespace(eval_episodes=episodes, eval_every=10, num_updates=100)
+    rollouts = evaluation.Rollouts(dataset(**options), act, policy_keys(seeds), cfg)
+    if beside is not None:
+        rollouts.beside = beside
+    with rollouts:
+        future = rollouts.start(parameters(seeds) if params is None else params, update)
+        return (None, None) if future is None else (future.result(), rollouts.envs)
+
+
+def lengths(episodes):
+    envs = [Fickle() for _ in range(episodes)]
+    for i, env in enumerate(envs):
+        env.reset(seed=evaluation.EVAL_SEED + i)
+    return np.array([env.length for env in envs])
+
+
+def same(one, two):
+    for name in evaluation_names(one):
+        np.testing.assert_array_equal(one[name], two[name], err_msg=name)
+
+
+def evaluation_names(result):
+    return [name for name in result if name != "seconds"]
+
+
+def test_one_complete_episode_per_environment():
+    result, envs = evaluate((0, 1), episodes=6)
+    expected = lengths(6)
+    assert len(set(expected)) > 2  # so that the first six to finish would be others
+    assert [env.length for env in envs] == [*expected, *expected]
+    assert all(env.steps == env.length == len(env.actions) for env in envs)
+    np.testing.assert_array_equal(result["length"], [expected.mean()] * 2)
+
+
+def test_mean_return_success_and_score():
+    still = lambda params, observation, key: jnp.zeros((len(observation), 1))  # noqa: E731
+    result, _ = evaluate((0, 1), episodes=6, act=still)
+    expected = lengths(6)
+    mean = np.square(expected).mean()  # `length` steps that pay `length` each
+    np.testing.assert_array_equal(result["return"], [mean] * 2)
+    np.testing.assert_allclose(result["score"], [100 * (mean - 10) / 10] * 2)
+    np.testing.assert_array_equal(result["success"], [(expected > 5).mean()] * 2)
+
+
+def test_score_is_the_plain_return_without_a_pair():
+    result, _ = evaluate(pair=None)
+    np.testing.assert_array_equal(result["score"], result["return"])
+
+
+def test_score_may_be_the_success():
+    result, _ = evaluate(by_success=True)
+    np.testing.assert_array_equal(result["score"], 100 * result["success"])
+
+
+def test_success_is_none_where_no_env_reports_it(monkeypatch):
+    monkeypatch.setattr(Fickle, "reports", False)
+    assert evaluate()[0]["success"] is None
+
+
+def test_a_success_counts_once_seen():
+    class Passing(Fickle):
+        def step(self, action):
+            *rest, _ = super().step(action)
+            return *rest, {"success": self.steps == 1}  # only at the first step
+
+    np.testing.assert_array_equal(evaluate(make_env=Passing)[0]["success"], [1.0])
+
+
+@pytest.mark.parametrize("seeds", [(3, 1, 0, 2), (1, 3), (2,)])
+def test_a_seed_has_its_numbers_in_any_company(seeds):
+    together, _ = evaluate((0, 1, 2, 3))
+    assert len(set(together["return"])) == 4
+    others, _ = evaluate(seeds)
+    for name in evaluation_names(together):
+        np.testing.assert_array_equal(others[name], together[name][list(seeds)], err_msg=name)
+
+
+def test_keys_are_a_function_of_seed_update_and_step():
+    def record(params, observation, key):
+        data = jax.random.key_data(key).astype(jnp.uint32)
+        return jnp.broadcast_to(data[0] >> 9, (len(observation), 1)) / 2.0**23
+
+    def expected(seed, step, update=UPDATE):
+        key = jax.random.fold_in(jax.random.key(seed), update)
+        data = jax.random.key_data(jax.random.fold_in(key, step))
+        return np.float32(int(data[0]) >> 9) / np.float32(2.0**23)
+
+    _, envs = evaluate((5, 6), episodes=4, act=record)
+    drawn = set()
+    for i, env in enumerate(envs):
+        seed = (5, 6)[i // 4]
+        for step, action in enumerate(env.actions):
+            assert action == expected(seed, step)
+            drawn.add((seed, step, action.item()))
+    assert len({value for _, _, value in drawn}) == len(drawn)  # all differ
+    _, later = evaluate((5, 6), episodes=4, act=record, update=UPDATE + 10)
+    assert later[0].actions[0] == expected(5, 0, UPDATE + 10)
+
+
+def test_every_evaluation_meets_the_same_starts():
+    cfg = SimpleNamespace(eval_episodes=3, eval_every=10, num_updates=100)
+    with evaluation.Rollouts(dataset(), act, policy_keys((0, 1)), cfg) as rollouts:
+        results, noises = [], []
+        for _ in range(2):
+            results.append(rollouts.start(parameters((0, 1)), UPDATE).result())
+            noises.append([env.noise for env in rollouts.envs])
+        seeds = [env.seeds[-2:] for env in rollouts.envs]
+    same(*results)
+    assert seeds == [(evaluation.EVAL_SEED + i,) * 2 for i in (0, 1, 2, 0, 1, 2)]
+    assert noises[0] == noises[1] and noises[0][:3] == noises[0][3:]  # NumPy's generator as well
+
+
+def test_actions_that_are_not_finite_do_not_stop_the_other_seed():
+    with jax.debug_nans(False):
+        params = {"shift": parameters((0, 1))["shift"].at[0].set(jnp.nan)}
+        result, envs = evaluate((0, 1), params=params)
+    assert np.isfinite([action for env in envs for action in env.actions]).all()
+    alone, _ = evaluate((1,))
+    np.testing.assert_array_equal(result["return"][1:], alone["return"])
+
+
+def test_actions_leave_neither_box_nor_type():
+    far = lambda params, observation, key: jnp.full((len(observation), 1), 3.0)  # noqa: E731
+    _, envs = evaluate(act=far)
+    assert {action.item() for env in envs for action in env.actions} == {1.0}
+
+    class Discrete(Fickle):
+        action_space = gymnasium.spaces.Discrete(4)
+
+        def step(self, action):
+            assert self.action_space.contains(action)
+            return super().step(np.array([action]))
+
+    third = lambda params, observation, key: jnp.full(len(observation), 3)  # noqa: E731
+    _, envs = evaluate(act=third, make_env=Discrete)
+    assert {action.item() for env in envs for action in env.actions} == {3}
+
+
+def test_one_policy_call_per_step(monkeypatch):
+    calls = []
+    cfg = SimpleNamespace(eval_episodes=5, eval_every=10, num_updates=100)
+    with evaluation.Rollouts(dataset(), act, policy_keys((0, 1)), cfg) as rollouts:
+        inner = rollouts.act
+        monkeypatch.setattr(rollouts, "act", lambda *args: calls.append(args) or inner(*args))
+        rollouts.run(parameters((0, 1)), UPDATE)
+    assert len(calls) == lengths(5).max()
+    assert calls[0][1].shape == (2, 5, 2) and calls[0][1].dtype == np.float32
+
+
+def test_beside_the_training_gives_the_same_numbers():
+    same(evaluate((0, 1), beside=True)[0], evaluate((0, 1), beside=False)[0])
+
+
+def test_beside_the_training_leaves_an_error_visible():
+    class Broken(Fickle):
+        def step(self, action):
+            if len(self.seeds) > 1:  # past the measurement of its speed
+                raise ZeroDivisionError
+            return super().step(action)
+
+        def reset(self, *, seed=None, options=None):
+            self.__dict__.setdefault("seeds", (None,))
+            return super().reset(seed=seed)
+
+    with pytest.raises(ZeroDivisionError):
+        evaluate(beside=True, make_env=Broken)
+
+
+def test_no_env_no_evaluation(capsys):
+    assert evaluate(make_env=None) == (None, None)
+    assert "training only" in capsys.readouterr().out
+
+
+def test_envs_are_made_once_and_closed(monkeypatch, capsys):
+    closed = []
+    monkeypatch.setattr(Fickle, "close", lambda env: closed.append(env))
+    monkeypatch.setattr(Fickle, "made", 0)
+    evaluate((0, 1, 2), episodes=4)
+    assert Fickle.made == len(closed) == 12
+    assert "evaluation: 11 times 4 episodes per seed of at most 9 steps" in capsys.readouterr().out

@@ -1,0 +1,597 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs: what they leave behind, and that neither death nor company changes a number."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import helpers_runs as runs
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import yaml
+
+from common import evaluation, experiment
+
+SEEDS = ["--seeds", "0", "1"]
+BORDERS = [0, 4, 8, 12, 16, 20, 24]
+EVALUATIONS = [0, 8, 16, 24]
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory):
+    """What the runs of a session share: a data file and a compilation cache."""
+    folder = tmp_path_factory.mktemp("base")
+    runs.write_hdf5(folder / "data.hdf5")
+    return folder
+
+
+@pytest.fixture(params=runs.ALGORITHMS)
+def name(request):
+    return request.param
+
+
+@pytest.fixture
+def tiny(base, tmp_path, monkeypatch):
+    """Arguments of a tiny run; the working directory is empty."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(base / "cache"))
+    return ["--dataset", str(base / "data.hdf5"), *runs.TINY]
+
+
+@pytest.fixture(scope="session")
+def reference(base, tmp_path_factory):
+    """Folder of the undisturbed run of two seeds, as a command of its own; one per algorithm."""
+    made = {}
+
+    def run(name):
+        if name not in made:
+            folder = tmp_path_factory.mktemp(name)
+            argv = ["--dataset", str(base / "data.hdf5"), *runs.TINY, *SEEDS]
+            words = runs.command(name, argv)
+            code, _, error = runs.call(words, folder, runs.environment(base / "cache"))
+            assert code == 0, error
+            made[name] = runs.only_run(folder)
+        return made[name]
+
+    return run
+
+
+def metrics(folder):
+    return (folder / "metrics.csv").read_text()
+
+
+def parameters(name, folder):
+    """Every number of the newest checkpoint."""
+    _, _, state = experiment.load(runs.module(name), folder)
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(state)]
+
+
+def copy_of(folder, name):
+    """A copy of a run folder below this working directory, where the same command finds it."""
+    return Path(shutil.copytree(folder, Path("runs") / name / "data" / folder.name))
+
+
+def run(name, argv, expected=0):
+    """A run in this process; its folder."""
+    code = 0
+    try:
+        runs.start(name, argv)
+    except SystemExit as leave:
+        code = leave.code
+    assert code == expected
+    return runs.only_run("runs" if "--runs-dir" not in argv else argv[-1])
+
+
+# --- What a run leaves behind -------------------------------------------------------------------
+def test_run_folder(name, tiny, reference):
+    folder = reference(name)
+    rows = runs.read_csv(folder / "metrics.csv")
+    header = list(rows[0])
+    assert header[:2] == ["update", "seed"]
+    assert header[-4:] == ["score", "return", "success", "length"]
+    assert not [word for word in header if "second" in word or "time" in word]
+    assert [(int(row["update"]), int(row["seed"])) for row in rows] == [
+        (border, seed) for border in BORDERS for seed in (0, 1)
+    ]
+    for row in rows:
+        losses = [row[word] for word in header[2:-4]]
+        assert all(x == "" if row["update"] == "0" else np.isfinite(float(x)) for x in losses)
+        evaluated = int(row["update"]) in EVALUATIONS
+        assert all((row[word] != "") == evaluated for word in ("score", "return", "length"))
+        assert row["success"] == ""  # Pendulum reports none
+        if evaluated:
+            assert float(row["score"]) == pytest.approx(float(row["return"]) + 100, abs=1e-4)
+            assert row["length"] == "10"
+    assert metrics(folder).endswith("\n") and "nan" not in metrics(folder)
+
+    timing = runs.read_csv(folder / "timing.csv")
+    assert [int(row["update"]) for row in timing] == BORDERS
+    assert float(timing[-1]["train_seconds"]) > 0 < float(timing[-1]["eval_seconds"])
+
+    values = yaml.safe_load((folder / "config.yaml").read_text())
+    assert values["seeds"] == [0, 1] and values["hidden"] == [8]
+    assert values["record"]["env"] == "Pendulum-v1"
+
+    result = json.loads((folder / "result.json").read_text())
+    last = {row["seed"]: float(row["score"]) for row in rows[-2:]}
+    assert result["score"] == pytest.approx(last)
+    for seed in ("0", "1"):
+        scores = [float(row["score"]) for row in rows if row["seed"] == seed and row["score"]]
+        assert result["best_score"][seed] == pytest.approx(max(scores))
+    assert result["versions"]["jax"] == jax.__version__
+    assert result["algorithm"] == name and result["diverged"] == {}
+    assert {"hardware", "matmul_precision", "updates_per_second", "eval_share"} <= set(result)
+    assert len(list((folder / "checkpoints").iterdir())) == 2
+    assert {path.name for path in folder.iterdir()} == {
+        *("config.yaml", "metrics.csv", "timing.csv", "checkpoints", "result.json", ".lock")
+    }
+
+
+def test_the_config_of_a_run_starts_the_same_run(name, tiny, reference):
+    before = reference(name)
+    argv = ["--config", str(before / "config.yaml"), "--wandb", "disabled"]
+    folder = run(name, argv)
+    assert folder.name == before.name  # the hash of an equal config
+    assert metrics(folder) == metrics(before)
+
+
+def test_training_without_an_env(name, tiny, capsys):
+    runs.write_hdf5("plain.hdf5", actions=np.zeros((60, 1)), attributes={})
+    folder = run(name, [*tiny, "--dataset", "plain.hdf5"])
+    rows = runs.read_csv(folder / "metrics.csv")
+    assert [int(row["update"]) for row in rows] == BORDERS
+    assert {row["score"] for row in rows} == {""} and rows[1]["critic_loss"]
+    result = json.loads((folder / "result.json").read_text())
+    assert result["score"] == result["best_score"] == {"0": None}
+    assert "scores stay empty" in capsys.readouterr().out
+
+
+def test_load_and_act(name, tiny, reference):
+    folder, algorithm = reference(name), runs.module(name)
+    cfg, dataset, state = experiment.load(algorithm, folder)
+    before = runs.tree(folder)
+    params = algorithm.policy_params(state)
+    key = jax.random.key(0)
+    env = dataset.make_env()
+    observation, _ = env.reset(seed=0)
+    one = jax.tree.map(lambda x: x[0], params)
+    action = algorithm.policy(state.actor.apply_fn, one, observation, key)
+    observation, reward, *_ = env.step(np.asarray(action))
+    assert np.abs(action).max() <= 1 and np.isfinite(reward)
+
+    def act(*args):
+        return algorithm.policy(state.actor.apply_fn, *args)
+
+    keys = experiment.streams(cfg.seeds, 3)[2]
+    with evaluation.Rollouts(dataset, act, keys, cfg) as rollouts:
+        returns = rollouts.run(params, cfg.num_updates)["return"]
+    rows = runs.read_csv(folder / "metrics.csv")[-2:]
+    assert [f"{x:.9g}" for x in returns] == [row["return"] for row in rows]
+    assert runs.tree(folder) == before
+
+
+def test_loading_changes_nothing_in_a_damaged_run(name, tiny, reference, capsys):
+    folder = copy_of(reference(name), name)
+    for checkpoint in (folder / "checkpoints").iterdir():
+        damage_files(checkpoint)
+    before = runs.tree(folder)
+    with pytest.raises(SystemExit) as leave:
+        experiment.load(runs.module(name), folder)
+    assert leave.value.code == 2
+    assert "no checkpoint can be read" in capsys.readouterr().err
+    assert runs.tree(folder) == before
+
+
+# --- Same numbers in any company ----------------------------------------------------------------
+def test_every_seed_has_its_own_numbers(name, tiny):
+    together = run(name, [*tiny, "--seeds", "0", "1", "2", "3", "--runs-dir", "together"])
+    lines = {seed: runs.seed_lines(together / "metrics.csv", seed) for seed in range(4)}
+    assert len({tuple(row[1:]) for row in lines.values()}) == 4
+    for seed in (0, 3):
+        alone = run(name, [*tiny, "--seeds", str(seed), "--runs-dir", f"alone{seed}"])
+        assert runs.seed_lines(alone / "metrics.csv", seed) == lines[seed]
+    other = run(name, [*tiny, "--seeds", "3", "0", "2", "1", "--runs-dir", "other"])
+    for seed in range(4):
+        assert runs.seed_lines(other / "metrics.csv", seed) == lines[seed]
+    for leaf, swapped in zip(parameters(name, together), parameters(name, other), strict=True):
+        np.testing.assert_array_equal(leaf[[3, 0, 2, 1]], swapped)
+
+
+def test_length_of_a_chunk_changes_nothing(name, tiny):
+    four = run(name, [*tiny, "--runs-dir", "four"])
+    scores = [row["score"] for row in runs.read_csv(four / "metrics.csv") if row["score"]]
+    eight = run(name, [*tiny, "--log-every", "8", "--runs-dir", "eight"])
+    for one, two in zip(parameters(name, four), parameters(name, eight), strict=True):
+        np.testing.assert_array_equal(one, two)
+    rows = runs.read_csv(eight / "metrics.csv")
+    assert [row["score"] for row in rows if row["score"]] == scores
+
+
+def test_simulated_devices(name, tiny, base, tmp_path):
+    """Four devices give the metrics of one, also when the run dies and is resumed there."""
+    seeds = ["--seeds", "0", "1", "2", "3"]
+    one = run(name, [*tiny, *seeds, "--runs-dir", "one"])
+    four = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    environment = runs.environment(base / "cache", **four)
+    argv = [*tiny, *seeds, "--runs-dir", "four"]
+    die = runs.command(name, argv, die="after save 8")
+    assert runs.call(die, tmp_path, environment)[0] == -signal.SIGKILL
+    words = runs.command(name, [*argv, "--resume"])
+    code, _, error = runs.call(words, tmp_path, environment)
+    assert code == 0, error
+    assert metrics(runs.only_run("four")) == metrics(one)
+    result = json.loads((runs.only_run("four") / "result.json").read_text())
+    assert result["hardware"].startswith("4 x cpu")
+
+
+# --- Death and resuming -------------------------------------------------------------------------
+DEATHS = ("start", "in save 4", "after save 8", "in log 16", "before save 24")
+
+
+def test_killed_and_resumed(name, tiny, base, reference, tmp_path):
+    """One run that SIGKILL meets five times, each time followed by the same with --resume."""
+    environment = runs.environment(base / "cache")
+    argv = [*tiny, *SEEDS, "--resume"]
+    for point in DEATHS:
+        code, _, error = runs.call(runs.command(name, argv, die=point), tmp_path, environment)
+        assert code == -signal.SIGKILL, f"{point}: {error}"
+        assert not (runs.only_run("runs") / "result.json").exists()
+    code, out, error = runs.call(runs.command(name, argv), tmp_path, environment)
+    assert code == 0, error
+    assert "resuming at update 20" in out
+    assert metrics(runs.only_run("runs")) == metrics(reference(name))
+
+
+class Stop(Exception):
+    pass
+
+
+def test_stopped_at_every_border(name, tiny, reference, monkeypatch):
+    """Before and after each save and after each log; every start gets one step further."""
+    points = [
+        (method, when, border)
+        for border in (0, 4, 8, 24)
+        for method, when in (("save", "before"), ("save", "after"), ("log", "after"))
+    ]
+    for method, when, border in points:
+        original = getattr(experiment.Run, method)
+
+        def stopping(self, step, *args, original=original, when=when, border=border):
+            if step == border and when == "before":
+                raise Stop
+            original(self, step, *args)
+            if step == border:
+                raise Stop
+
+        with monkeypatch.context() as patch:
+            patch.setattr(experiment.Run, method, stopping)
+            with pytest.raises(Stop):
+                runs.start(name, [*tiny, *SEEDS, "--resume"])
+    folder = run(name, [*tiny, *SEEDS, "--resume"])
+    assert metrics(folder) == metrics(reference(name))
+    again = run(name, [*tiny, *SEEDS, "--resume"])  # of a finished run
+    assert metrics(again) == metrics(reference(name))
+    timing = runs.read_csv(folder / "timing.csv")
+    assert [int(row["update"]) for row in timing] == BORDERS
+    result = json.loads((folder / "result.json").read_text())
+    before = json.loads((reference(name) / "result.json").read_text())
+    assert (result["score"], result["best_score"]) == (before["score"], before["best_score"])
+
+
+def damage_files(folder):
+    for root, _, files in os.walk(folder):
+        for file in files:
+            with open(os.path.join(root, file), "r+b") as out:
+                out.truncate(os.path.getsize(out.name) // 2)
+
+
+def damage_nothing_left(folder):
+    shutil.rmtree(folder)
+    os.mkdir(folder)
+
+
+def damage_meta(folder):
+    shutil.rmtree(os.path.join(folder, "meta"))
+
+
+def damage_noise(folder):
+    for root, _, files in os.walk(folder):
+        for file in files:
+            path = os.path.join(root, file)
+            with open(path, "r+b") as out:
+                out.write(b"\xa5" * os.path.getsize(path))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [damage_files, damage_nothing_left, damage_meta, damage_noise],
+    ids=lambda x: x.__name__,
+)
+def test_damaged_checkpoint(name, tiny, reference, capsys, damage):
+    folder = copy_of(reference(name), name)
+    newest = folder / "checkpoints" / "24"
+    assert newest.exists()
+    damage(newest)
+    run(name, [*tiny, *SEEDS, "--resume"])
+    out, error = capsys.readouterr()
+    assert "WARNING: checkpoint 24 cannot be read" in out + error
+    assert "resuming at update 20" in out
+    assert metrics(folder) == metrics(reference(name))
+
+
+def test_every_checkpoint_damaged(name, tiny, reference, capsys):
+    folder = copy_of(reference(name), name)
+    for checkpoint in (folder / "checkpoints").iterdir():
+        damage_files(checkpoint)
+    before = runs.tree(folder)
+    run(name, [*tiny, *SEEDS, "--resume"], expected=2)
+    out, error = capsys.readouterr()
+    assert error.count("cannot be read") == 2 and "no checkpoint can be read" in error
+    assert "resuming" not in out
+    assert runs.tree(folder) == before
+
+
+# --- Signals ------------------------------------------------------------------------------------
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2])
+def test_signal_saves_and_leaves_at_the_next_border(
+    name, tiny, reference, monkeypatch, capsys, number
+):
+    original, handler = experiment.Run.log, signal.getsignal(number)
+
+    def log(self, step, *args):
+        original(self, step, *args)
+        if step == 8:
+            os.kill(os.getpid(), number)
+            runs.wait_for(lambda: self.signal is not None, 10)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(experiment.Run, "log", log)
+        folder = run(name, [*tiny, *SEEDS], expected=128 + number)
+    assert signal.getsignal(number) is handler  # left as it was
+    out = capsys.readouterr().out
+    assert f"{number.name}: saving at the next border" in out and "saved at update 12" in out
+    assert not (folder / "result.json").exists()
+    run(name, [*tiny, *SEEDS, "--resume"])
+    assert "resuming at update 12" in capsys.readouterr().out
+    assert metrics(folder) == metrics(reference(name))
+
+
+SLOW = """
+import time
+from common import experiment
+log = experiment.Run.log
+def slow(run, step, *args):
+    log(run, step, *args)
+    time.sleep(SECONDS)
+experiment.Run.log = slow
+"""
+
+
+def test_signal_from_outside(name, tiny, base, reference, tmp_path):
+    code = SLOW.replace("SECONDS", "0.3")
+    words = runs.command(name, [*tiny, *SEEDS], code=code)
+    process = subprocess.Popen(words, cwd=tmp_path, env=runs.environment(base / "cache"))
+    runs.wait_for(lambda: [*tmp_path.rglob("timing.csv")])
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 128 + signal.SIGTERM
+    folder = run(name, [*tiny, *SEEDS, "--resume"])
+    assert metrics(folder) == metrics(reference(name))
+
+
+def test_second_signal_leaves_at_once(name, tiny, base, tmp_path):
+    words = runs.command(name, [*tiny, *SEEDS], code=SLOW.replace("SECONDS", "60"))
+    process = subprocess.Popen(
+        words,
+        cwd=tmp_path,
+        env=runs.environment(base / "cache"),
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    runs.wait_for(lambda: [*tmp_path.rglob("timing.csv")])
+    process.send_signal(signal.SIGINT)
+    while "once more leaves at once" not in process.stdout.readline():
+        pass
+    began = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 128 + signal.SIGTERM
+    assert time.monotonic() - began < 5
+    process.stdout.close()
+
+
+# --- A seed that diverges -----------------------------------------------------------------------
+def poisoned(monkeypatch, lane, update, what):
+    """The chunk that starts at `update` gives one seed NaN in its parameters, maybe its metrics."""
+    over_seeds = experiment.over_seeds
+
+    def spoil(x):
+        return x.at[lane].set(jnp.nan) if x.dtype.kind == "f" else x
+
+    def poisoning(chunk):
+        train_seeds = over_seeds(chunk)
+
+        def train(state, keys, start, data):
+            state, values = train_seeds(state, keys, start, data)
+            if start == update:
+                state = jax.tree.map(spoil, state)
+                if what == "metrics":
+                    values = {**values, "q": spoil(values["q"])}
+            return state, values
+
+        return train
+
+    monkeypatch.setattr(experiment, "over_seeds", poisoning)
+
+
+@pytest.mark.parametrize("what", ["metrics", "parameters"])
+def test_a_seed_that_diverges(name, tiny, reference, monkeypatch, capsys, what):
+    poisoned(monkeypatch, 1, 8, what)
+    with jax.debug_nans(False):
+        folder = run(name, [*tiny, *SEEDS], expected=1)
+        error = capsys.readouterr().err
+        (warning,) = [line for line in error.splitlines() if "not finite" in line]
+        assert "seed 1: " in warning and "in updates 8 to 12" in warning
+        assert ("q" if what == "metrics" else "a parameter") in warning
+        assert all(np.isfinite(leaf).all() for leaf in parameters(name, folder))
+
+    whole = reference(name) / "metrics.csv"
+    assert runs.seed_lines(folder / "metrics.csv", 0) == runs.seed_lines(whole, 0)
+    ours, theirs = runs.seed_lines(folder / "metrics.csv", 1), runs.seed_lines(whole, 1)
+    assert ours[:4] == theirs[:4]  # header and updates 0, 4, 8
+    rows = [row for row in runs.read_csv(folder / "metrics.csv") if row["seed"] == "1"]
+    assert [row["score"] != "" for row in rows] == [border in (0, 8) for border in BORDERS]
+    assert rows[3]["q"] == "nan" if what == "metrics" else np.isfinite(float(rows[3]["q"]))
+    assert all(set(list(row.values())[2:]) == {""} for row in rows[4:])
+    result = json.loads((folder / "result.json").read_text())
+    assert result["diverged"] == {"1": 12}
+    assert result["score"]["1"] is None and result["score"]["0"] is not None
+    assert result["best_score"]["1"] == pytest.approx(
+        max(float(row["score"]) for row in rows if row["score"])
+    )
+    if what == "metrics":
+        dies_and_goes_on(name, tiny, monkeypatch, metrics(folder))
+
+
+def dies_and_goes_on(name, tiny, monkeypatch, text):
+    """The seed stays given up: the same file as without that death."""
+    original = experiment.Run.log
+
+    def log(self, step, *args):
+        if step == 16:
+            raise Stop
+        original(self, step, *args)
+
+    argv = [*tiny, *SEEDS, "--runs-dir", "again"]
+    with jax.debug_nans(False):
+        with monkeypatch.context() as patch:
+            patch.setattr(experiment.Run, "log", log)
+            with pytest.raises(Stop):
+                runs.start(name, argv)
+        folder = run(name, ["--resume", *argv], expected=1)
+        assert all(np.isfinite(leaf).all() for leaf in parameters(name, folder))
+    assert metrics(folder) == text
+
+
+# --- Compilation cache --------------------------------------------------------------------------
+COUNT = """
+import atexit, collections, jax
+events = collections.Counter()
+jax.monitoring.register_event_listener(lambda event, **_: events.update([event.split("/")[-1]]))
+atexit.register(lambda: print("events", events["cache_misses"], events["cache_hits"]))
+"""
+
+
+def test_second_start_compiles_nothing(name, tiny, tmp_path):
+    environment = runs.environment(tmp_path / "fresh")
+    counts = []
+    for folder in ("one", "two"):
+        words = runs.command(name, [*tiny, "--runs-dir", folder], code=COUNT)
+        code, out, error = runs.call(words, tmp_path, environment)
+        assert code == 0, error
+        counts.append([int(x) for x in out.splitlines()[-1].split()[1:]])
+    (first_misses, _), (misses, hits) = counts
+    assert first_misses > 3 and misses == 0 and hits >= first_misses
+
+
+# --- wandb --------------------------------------------------------------------------------------
+class FakeWandb(SimpleNamespace):
+    """Records what is asked of wandb; `fails` says which calls raise."""
+
+    def __init__(self, fails=lambda call, **_: False):
+        super().__init__(started=[], logged=[], finished=[], fails=fails)
+
+    def Settings(self, **settings):
+        return settings
+
+    def init(self, **options):
+        if self.fails("init", **options):
+            raise RuntimeError("api_key not configured (no-tty).\nsecond line")
+        self.started.append(options)
+        return SimpleNamespace(
+            log=lambda values, step: self.log(options, values, step),
+            finish=lambda: self.finished.append(options["id"]),
+        )
+
+    def log(self, options, values, step):
+        if self.fails("log", **options):
+            raise ConnectionError("the service is gone")
+        self.logged.append((options["id"], step, values))
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    def use(*args):
+        wandb = FakeWandb(*args)
+        monkeypatch.setitem(sys.modules, "wandb", wandb)
+        return wandb
+
+    return use
+
+
+def test_wandb_has_a_run_per_seed(name, tiny, fake, reference):
+    wandb = fake()
+    folder = run(name, [*tiny, *SEEDS, "--wandb", "offline", "--name", "mine"])
+    assert [options["id"] for options in wandb.started] == [
+        f"{name}-data-mine-0",
+        f"{name}-data-mine-1",
+    ]
+    assert wandb.finished == [options["id"] for options in wandb.started]
+    for seed, options in enumerate(wandb.started):
+        assert options["group"] == f"{name}/data/mine" and options["mode"] == "offline"
+        assert options["config"]["seed"] == seed and options["config"]["batch_size"] == 4
+        logged = [(step, values) for id, step, values in wandb.logged if id == options["id"]]
+        assert [step for step, _ in logged] == BORDERS
+        rows = [row for row in runs.read_csv(folder / "metrics.csv") if row["seed"] == str(seed)]
+        for row, (_, values) in zip(rows, logged, strict=True):
+            written = {key: row[key] for key in list(row)[2:] if row[key]}
+            assert {key: f"{x:.9g}" for key, x in values.items()} == written
+    assert metrics(folder) == metrics(reference(name))
+
+
+def test_wandb_goes_offline_for_all_seeds_at_the_first_failure(name, tiny, fake, capsys):
+    wandb = fake(lambda call, mode, id, **_: mode == "online" and id.endswith("1"))
+    run(name, [*tiny, *SEEDS, "--wandb", "online"])
+    modes = [options["mode"] for options in wandb.started]
+    assert modes == ["online", "offline", "offline"]
+    assert len(wandb.finished) == 3 and len(wandb.logged) == 14
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "wandb" in line]
+    assert line == "WARNING: wandb: api_key not configured (no-tty). second line; logging offline"
+
+
+@pytest.mark.parametrize("call", ["init", "log"])
+def test_wandb_never_ends_a_run(name, tiny, fake, capsys, reference, call):
+    fake(lambda this, **_: this == call)
+    folder = run(name, [*tiny, *SEEDS, "--wandb", "offline"])
+    assert metrics(folder) == metrics(reference(name))
+    assert capsys.readouterr().err.count("WARNING: wandb") >= 1
+
+
+def test_wandb_is_not_needed(name, tiny, monkeypatch, capsys, reference):
+    monkeypatch.setitem(sys.modules, "wandb", None)  # importing it fails
+    folder = run(name, [*tiny, *SEEDS, "--wandb", "offline"])
+    assert metrics(folder) == metrics(reference(name))
+    assert "WARNING: wandb" in capsys.readouterr().err
+
+
+def test_wandb_itself(name, tiny, base, tmp_path):
+    """Online without a key: one warning, offline runs, and no long wait."""
+    home = tmp_path / "home"
+    home.mkdir()
+    environment = runs.environment(base / "cache", HOME=str(home), NETRC=str(home / "netrc"))
+    began = time.monotonic()
+    words = runs.command(name, [*tiny, *SEEDS, "--wandb", "online"])
+    code, _, error = runs.call(words, tmp_path, environment)
+    assert time.monotonic() - began < 60
+    assert code == 0, error
+    assert error.count("WARNING") == 1 and "logging offline" in error
+    folder = runs.only_run("runs") / "wandb"
+    files = sorted(file.name for file in folder.glob("offline-run-*/*.wandb"))
+    assert len(files) == 2
+    assert [file.rsplit("-", 1)[-1] for file in files] == ["0.wandb", "1.wandb"]

@@ -1,0 +1,247 @@
+"""Local data sets: a contiguous walk, rewards as in evaluation, nothing left by a killed run."""
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from common import recipes
+
+minari = pytest.importorskip("minari")
+gymnasium = pytest.importorskip("gymnasium")
+pytest.importorskip("gymnasium_robotics")
+
+UMAZE = "local/pointmaze/umaze-v0"
+EPISODES = 10  # 3000 steps
+
+
+def run(code, root):
+    """Runs code in a fresh process that finds `common` but has imported nothing of it."""
+    repository = str(Path(recipes.__file__).resolve().parents[1])
+    env = os.environ | {"MINARI_DATASETS_PATH": str(root), "PYTHONPATH": repository}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def listing(root):
+    return sorted(path.name for path in root.rglob("*"))
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A root with 3000 steps of umaze, and its episodes."""
+    root = tmp_path_factory.mktemp("made")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MINARI_DATASETS_PATH", str(root))
+        recipes._make_point_maze(UMAZE, "umaze", EPISODES)
+        return root, list(minari.load_dataset(UMAZE).iterate_episodes())
+
+
+@pytest.fixture
+def root(tmp_path, monkeypatch):
+    """An empty root, and a data set of 600 steps where `make` is called."""
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+    umaze = recipes.MAZES["umaze"]._replace(episodes=2)
+    monkeypatch.setitem(recipes.MAZES, "umaze", umaze)
+    return tmp_path
+
+
+def test_episodes_are_one_walk_cut_by_truncation(made):
+    episodes = made[1]
+    assert len(episodes) == EPISODES
+    for episode, following in itertools.pairwise(episodes):
+        np.testing.assert_array_equal(episode.observations[-1], following.observations[0])
+    for episode in episodes:
+        assert episode.observations.shape == (301, 4) and episode.actions.shape == (300, 2)
+        assert episode.observations.dtype == episode.actions.dtype == np.float32
+        assert not episode.terminations.any()
+        assert episode.truncations.tolist() == [False] * 299 + [True]
+        moved = np.linalg.norm(np.diff(episode.observations[:, :2], axis=0), axis=1)
+        assert moved.max() < 0.08  # no teleport: speed about 5 per axis, 0.01 s
+
+
+def test_rewards_are_those_of_the_next_position(made):
+    env = recipes.point_maze("umaze")
+    np.testing.assert_allclose(env.goal, [-1.0, 1.0])  # row 1, column 1 of a 5 x 5 maze
+    rewards = np.concatenate([episode.rewards for episode in made[1]])
+    position = np.concatenate([episode.observations[1:, :2] for episode in made[1]])
+    expected = np.linalg.norm(position - env.goal, axis=1) <= 0.5
+    np.testing.assert_array_equal(rewards, expected)
+    assert 0 < rewards.mean() < 1
+
+
+def test_actions_stay_in_the_box_and_are_noisy(made):
+    actions = np.concatenate([episode.actions for episode in made[1]])
+    assert np.abs(actions).max() <= 1.0
+    # The control changes slowly: a step's change is that of two noise draws, cut by the box.
+    inside = (np.abs(actions) < 1).all(axis=1)
+    assert 0.3 < np.diff(actions, axis=0)[inside[1:] & inside[:-1]].std() < 0.8
+
+
+def test_walk_visits_every_cell(made):
+    env = recipes.point_maze("umaze")
+    position = np.concatenate([episode.observations[:, :2] for episode in made[1]])
+    visited = {tuple(env.maze.cell_xy_to_rowcol(p).tolist()) for p in position}
+    assert visited == set(env.cells)
+
+
+def test_same_bytes_every_time(made, root):
+    recipes._make_point_maze(UMAZE, "umaze", EPISODES)
+    for file in ("main_data.hdf5", "metadata.json"):
+        path = Path(UMAZE, "data", file)
+        assert (root / path).read_bytes() == (made[0] / path).read_bytes()
+
+
+def test_env_is_recovered_in_a_fresh_process(made):
+    code = f"""
+import json, minari, numpy, sys
+dataset = minari.load_dataset({UMAZE!r})
+assert "common.recipes" not in sys.modules
+env = dataset.recover_environment(eval_env=True)
+observation, info = env.reset(seed=0)
+steps = 0
+while True:
+    observation, reward, termination, truncation, info = env.step(env.action_space.sample())
+    assert env.observation_space.contains(observation) and reward == info["success"]
+    steps += 1
+    if termination or truncation:
+        break
+scores = minari.get_normalized_score(dataset, numpy.array([36.33, 221.7])).tolist()
+print(json.dumps([steps, termination, truncation, env.observation_space.shape, scores]))
+"""
+    done = run(code, made[0])
+    assert json.loads(done.stdout) == [300, False, True, [4], [0.0, 1.0]]
+    assert done.stderr == ""
+
+
+def test_reset_depends_on_the_seed_alone():
+    recipes.register()
+    recipes.register()  # idempotent
+    actions = np.random.default_rng(0).uniform(-1, 1, (100, 2)).astype(np.float32)
+
+    def rollout(env, seed):
+        first, _ = env.reset(seed=seed)
+        return np.stack([first] + [env.step(action)[0] for action in actions])
+
+    used, fresh = (gymnasium.make("atoll/PointMaze_Medium-v0") for _ in range(2))
+    assert not np.array_equal(rollout(used, 7), rollout(used, None))
+    np.testing.assert_array_equal(rollout(used, 3), rollout(fresh, 3))
+
+
+def test_starts_and_goals_lie_in_free_cells():
+    for name, maze in recipes.MAZES.items():
+        env = recipes.point_maze(name)
+        assert maze.goal in env.cells
+        starts = [env.reset(seed=seed)[0][:2] for seed in range(200)]
+        cells = {tuple(env.maze.cell_xy_to_rowcol(start).tolist()) for start in starts}
+        assert cells <= set(env.cells) and len(cells) > 0.9 * len(env.cells)
+
+
+def test_render_mode_passes_through():
+    recipes.register()
+    env = gymnasium.make("atoll/PointMaze_UMaze-v0", render_mode="rgb_array", width=64, height=48)
+    assert env.render_mode == env.unwrapped.point.render_mode == "rgb_array"
+    assert (env.unwrapped.point.width, env.unwrapped.point.height) == (64, 48)
+
+
+@pytest.mark.parametrize("name", ["umaze", "medium", "large"])
+def test_controller_reaches_the_goal_from_every_cell(name):
+    env, generator = recipes.point_maze(name), np.random.default_rng(0)
+    for cell in env.cells:
+        env.reset(seed=0)
+        env.point.set_state(env.maze.cell_rowcol_to_xy(cell), np.zeros(2))
+        observation = np.concatenate([env.point.data.qpos, env.point.data.qvel])
+        waypoints = recipes._plan(env, generator, observation, recipes.MAZES[name].goal)
+        for _ in range(recipes.MAZES[name].horizon):
+            action, reached = recipes._control(observation, waypoints)
+            if reached:
+                break
+            observation, *_ = env.step(action)
+        assert reached, cell
+
+
+def test_recorded_reference_returns_are_about_right():
+    umaze = recipes.MAZES["umaze"]
+    random_return, controller_return = recipes.reference_returns("umaze", episodes=100)
+    assert abs(random_return - umaze.random_return) < 25  # 75 is one episode's deviation
+    assert abs(controller_return - umaze.controller_return) < 20
+
+
+def test_make_prints_one_line_and_is_quiet(root, capfd, recwarn):
+    recipes.make(UMAZE)
+    recipes.make(UMAZE)  # there already: nothing to do or say
+    out, err = capfd.readouterr()
+    assert out.startswith(f"making {UMAZE} (600 steps, about ") and out.count("\n") == 1
+    assert err == "" and not list(recwarn)
+    assert minari.load_dataset(UMAZE).total_steps == 600
+    assert not list(root.glob(".making-*"))
+
+
+def test_failure_leaves_nothing_and_the_next_call_succeeds(root, monkeypatch):
+    def die(*args, **kwargs):
+        Path(os.environ["MINARI_DATASETS_PATH"], UMAZE, "data").mkdir(parents=True)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(minari, "create_dataset_from_buffers", die)
+        with pytest.raises(KeyboardInterrupt):
+            recipes.make(UMAZE)
+    assert listing(root) == []
+    assert os.environ["MINARI_DATASETS_PATH"] == str(root)
+    recipes.make(UMAZE)
+    assert minari.load_dataset(UMAZE).total_steps == 600
+
+
+def test_leftover_of_a_killed_process_is_cleared(root):
+    dead, alive = root / ".making-dead", root / ".making-alive"
+    for folder in (dead, alive):
+        (folder / UMAZE / "data").mkdir(parents=True)
+    os.utime(dead, (0, 0))
+    recipes.make(UMAZE)
+    assert alive.exists() and not dead.exists()
+    assert list(minari.list_local_datasets()) == [UMAZE]
+
+
+def test_second_process_at_the_same_time(root, monkeypatch):
+    walk = recipes._walk
+
+    def other_first(*args):
+        monkeypatch.setattr(recipes, "_walk", walk)
+        recipes.make(UMAZE)
+        (root / UMAZE / "first").touch()
+        return walk(*args)
+
+    monkeypatch.setattr(recipes, "_walk", other_first)
+    recipes.make(UMAZE)
+    assert (root / UMAZE / "first").exists()  # theirs stayed, ours is gone
+    assert not list(root.glob(".making-*"))
+    assert minari.load_dataset(UMAZE).total_steps == 600
+
+
+def test_something_else_in_the_way_is_an_error(root):
+    (root / UMAZE).mkdir(parents=True)
+    (root / UMAZE / "notes.txt").touch()
+    with pytest.raises(OSError):
+        recipes.make(UMAZE)
+    assert listing(root / UMAZE) == ["notes.txt"]
+
+
+def test_unknown_id_names_near_ones():
+    with pytest.raises(ValueError, match="did you mean local/pointmaze/umaze-v0"):
+        recipes.make("local/pointmaze/u-maze-v0")
+
+
+def test_import_needs_numpy_only(tmp_path):
+    code = """
+import sys
+for name in ("gymnasium", "gymnasium_robotics", "minari", "mujoco", "tqdm", "h5py"):
+    sys.modules[name] = None
+import common.recipes
+"""
+    run(code, tmp_path)

@@ -1,0 +1,765 @@
+"""Where data come from: D4RL's and OGBench's files over a loopback server, Minari, the envs."""
+
+import contextlib
+import http.server
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_datasets import error_of, write
+
+from common import d4rl, datasets, download, environments, sources
+
+h5py = pytest.importorskip("h5py")
+gymnasium = pytest.importorskip("gymnasium")
+ROOT = Path(__file__).resolve().parents[1]
+
+
+# --- A server -----------------------------------------------------------------------------------
+class Handler(http.server.BaseHTTPRequestHandler):
+    """Serves `files`; drops the connection after `drop` bytes as often as `drops` says."""
+
+    protocol_version = "HTTP/1.0"  # ended by the server, so that a drop looks like one
+
+    def do_GET(self):
+        server = self.server
+        server.asked.append((self.path, self.headers.get("Range")))
+        body = server.files.get(self.path)
+        if body is None:
+            return self.send_error(404)
+        start, found = 0, re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
+        if found and server.ranges:
+            start = int(found[1])
+            if start >= len(body):
+                return self.send_error(416)
+        self.send_response(206 if start else 200)
+        self.send_header("Content-Length", str(len(body) - start))
+        self.end_headers()
+        end = len(body)
+        if server.drops > 0:
+            server.drops -= 1
+            end = min(end, start + server.drop)
+        self.wfile.write(body[start:end])
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def server():
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        server.files, server.asked, server.drops, server.drop = {}, [], 0, 0
+        server.ranges = True
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        server.url = f"http://127.0.0.1:{server.server_port}/"
+        yield server
+        server.shutdown()
+
+
+def no_check(path):
+    pass
+
+
+def listing(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_download_is_resumed_where_the_connection_broke(server, tmp_path):
+    body = np.random.default_rng(0).bytes(100_000)
+    server.files["/x"], server.drops, server.drop = body, 2, 30_000
+    download.fetch([server.url + "x"], tmp_path / "x", no_check)
+    assert (tmp_path / "x").read_bytes() == body
+    assert [asked for _, asked in server.asked] == [None, "bytes=30000-", "bytes=60000-"]
+    assert listing(tmp_path) == ["x", "x.json"]
+    record = json.loads((tmp_path / "x.json").read_text())
+    assert record == {
+        "url": server.url + "x",
+        "bytes": 100_000,
+        "sha256": download.sha256(tmp_path / "x"),
+    }
+    assert download.changed(tmp_path / "x") is None
+    (tmp_path / "x").write_bytes(body[:-1])
+    assert "99,999 bytes, but 100,000" in download.changed(tmp_path / "x")
+
+
+def test_a_later_call_goes_on_with_the_half(server, tmp_path):
+    server.files["/x"], server.drops, server.drop = b"a" * 1000, 10, 100
+    with pytest.raises(OSError, match="after 500 of 1,000 bytes"):
+        download.fetch([server.url + "x"], tmp_path / "x", no_check)
+    assert listing(tmp_path) == ["x.part"]
+    server.drops = 0
+    download.fetch([server.url + "x"], tmp_path / "x", no_check)
+    assert server.asked[-1][1] == "bytes=500-"
+    assert (tmp_path / "x").read_bytes() == b"a" * 1000
+
+
+def test_a_server_without_ranges_starts_again(server, tmp_path):
+    server.files["/x"], server.drops, server.drop, server.ranges = b"a" * 1000, 1, 100, False
+    download.fetch([server.url + "x"], tmp_path / "x", no_check)
+    assert (tmp_path / "x").read_bytes() == b"a" * 1000
+
+
+def test_a_half_of_another_file_is_thrown_away(server, tmp_path):
+    def check(path):
+        if path.read_bytes() != b"new" * 100:
+            raise download.Unusable("not it")
+
+    server.files["/x"] = b"new" * 100
+    for half in (b"old" * 10, b"old" * 1000):  # shorter and longer than the file
+        (tmp_path / "x.part").write_bytes(half)
+        download.fetch([server.url + "x"], tmp_path / "x", check)
+        assert (tmp_path / "x").read_bytes() == b"new" * 100
+        (tmp_path / "x").unlink()
+
+
+def test_the_second_address_is_tried(server, tmp_path):
+    server.files["/there/x"] = b"abc"
+    urls = [
+        server.url.replace("http", "https") + "there/x",
+        server.url + "no",
+        server.url + "there/x",
+    ]
+    download.fetch(urls, tmp_path / "x", no_check)
+    assert json.loads((tmp_path / "x.json").read_text())["url"] == urls[2]
+    with pytest.raises(OSError, match=r"http: HTTP 404.*; http: HTTP 404"):
+        download.fetch([server.url + "no", server.url + "no2"], tmp_path / "y", no_check)
+    assert "y" not in listing(tmp_path)
+
+
+def test_two_downloads_at_once_are_one(server, tmp_path):
+    server.files["/x"] = np.random.default_rng(0).bytes(3_000_000)
+    threads = [
+        threading.Thread(target=download.fetch, args=([server.url + "x"], tmp_path / "x", no_check))
+        for _ in range(3)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(server.asked) == 1 and (tmp_path / "x").read_bytes() == server.files["/x"]
+
+
+# --- D4RL ---------------------------------------------------------------------------------------
+def d4rl_rows(size, actions, count=40):
+    draw = np.random.default_rng(0)
+    return {
+        "observations": draw.normal(size=(count, size)).astype(np.float32),
+        "actions": draw.uniform(-1, 1, (count, actions)).astype(np.float32),
+        "rewards": draw.uniform(size=count).astype(np.float32),
+        "terminals": np.arange(count) == 9,
+        "timeouts": np.arange(count) % 20 == 19,
+    }
+
+
+@pytest.fixture
+def d4rl_server(server, tmp_path, monkeypatch):
+    """D4RL's layout of files on the loopback; https there is refused, so http is tried next."""
+    monkeypatch.setattr(
+        d4rl, "SERVERS", (server.url.replace("http", "https") + "data/", server.url + "data/")
+    )
+    monkeypatch.setenv("D4RL_DATASET_DIR", str(tmp_path / "d4rl"))
+
+    def put(name, rows):
+        path = write(tmp_path / "source.hdf5", rows)
+        server.files["/data/" + d4rl.table()[name]["file"]] = Path(path).read_bytes()
+
+    server.put = put
+    return server
+
+
+def test_d4rl_name_is_downloaded_once_and_loaded(d4rl_server, tmp_path, capsys):
+    d4rl_server.put("hopper-medium-v2", d4rl_rows(11, 3))
+    d4rl_server.drops, d4rl_server.drop = 1, 2000
+    dataset = datasets.load("hopper-medium-v2")
+    text = capsys.readouterr().out
+    assert "licence of the data: CC BY 4.0" in text
+    assert len(dataset.transitions.reward) == 38  # 40 and two time limits
+    assert (dataset.ref_min_score, dataset.ref_max_score) == (-20.272305, 3234.3)
+    assert dataset.horizon == 1000 and dataset.record["env"] == "Hopper-v4"
+    assert dataset.id == "hopper-medium-v2" and datasets.suite(dataset.id) == "mujoco"
+    asked = len(d4rl_server.asked)
+    assert asked == 2 and d4rl_server.asked[-1][1] == "bytes=2000-"
+    assert listing(tmp_path / "d4rl") == ["hopper_medium-v2.hdf5", "hopper_medium-v2.hdf5.json"]
+    datasets.load("hopper-medium-v2")
+    assert len(d4rl_server.asked) == asked
+
+
+def test_d4rl_wrong_files_are_one_line_and_leave_nothing(d4rl_server, tmp_path, capsys):
+    name, path = "hopper-medium-v2", "/data/" + d4rl.table()["hopper-medium-v2"]["file"]
+    d4rl_server.files[path] = b"<html>moved</html>"
+    assert "not an HDF5 file" in error_of(capsys, datasets.load, name)
+    rows = d4rl_rows(11, 3)
+    d4rl_server.put(name, {key: x for key, x in rows.items() if key != "actions"})
+    assert "the file that came has no actions" in error_of(capsys, datasets.load, name)
+    d4rl_server.put(name, rows | {"actions": rows["actions"][:5]})
+    assert "rows that disagree" in error_of(capsys, datasets.load, name)
+    del d4rl_server.files[path]
+    text = error_of(capsys, datasets.load, name)
+    assert "hopper-medium-v2: not in " in text and "HTTP 404" in text
+    assert listing(tmp_path / "d4rl") == []
+
+
+def test_d4rl_file_changed_since_the_download_is_one_line(d4rl_server, tmp_path, capsys):
+    d4rl_server.put("hopper-medium-v2", d4rl_rows(11, 3))
+    datasets.load("hopper-medium-v2")
+    with (tmp_path / "d4rl" / "hopper_medium-v2.hdf5").open("ab") as file:
+        file.write(b"x")
+    text = error_of(capsys, datasets.load, "hopper-medium-v2")
+    assert "delete it to download it again" in text
+
+
+def test_d4rl_without_a_server_is_one_line(tmp_path, monkeypatch, capsys):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    monkeypatch.setattr(d4rl, "SERVERS", (f"http://127.0.0.1:{port}/",))
+    monkeypatch.setenv("D4RL_DATASET_DIR", str(tmp_path))
+    text = error_of(capsys, datasets.load, "antmaze-umaze-v2")
+    assert "the download failed" in text and "refused" in text and "D4RL_DATASET_DIR" in text
+
+
+def test_every_d4rl_name_has_a_file_and_most_an_env():
+    rows = d4rl.table()
+    assert len(rows) == 61 and all(row["file"].endswith(".hdf5") for row in rows.values())
+    assert [n for n, r in rows.items() if not r["env_id"]] == [n for n in rows if "-eval-" in n]
+    expected = {  # one of each pattern, from D4RL's infos.py
+        "walker2d-medium-replay-v2": "gym_mujoco_v2/walker2d_medium_replay-v2.hdf5",
+        "maze2d-large-v1": "maze2d/maze2d-large-sparse-v1.hdf5",
+        "maze2d-large-dense-v1": "maze2d/maze2d-large-dense-v1.hdf5",
+        "pen-cloned-v1": "hand_dapg_v1/pen-cloned-v1.hdf5",
+        "antmaze-medium-diverse-v2": "ant_maze_v2/"
+        "Ant_maze_big-maze_noisy_multistart_True_multigoal_True_sparse_fixed.hdf5",
+        "kitchen-mixed-v0": "kitchen/kitchen_microwave_kettle_bottomburner_light-v0.hdf5",
+    }
+    assert {name: rows[name]["file"] for name in expected} == expected
+
+
+def test_a_file_of_a_d4rl_name_is_known_by_its_name(tmp_path):
+    for stem in ("hopper-medium-v2", "hopper_medium-v2"):
+        dataset = datasets.load(write(tmp_path / f"{stem}.hdf5", d4rl_rows(11, 3)))
+        assert dataset.horizon == 1000 and dataset.ref_max_score == 3234.3
+
+
+def antmaze_rows():
+    """Two walks that go on after the goal in row 9; the jump in row 29 has no time limit."""
+    rows = d4rl_rows(29, 8)
+    rows["observations"][:, :2] = 0.1 * np.arange(40)[:, None]
+    rows["observations"][30:, :2] += 8
+    rows["timeouts"] = np.arange(40) == 19
+    return rows
+
+
+def test_antmaze_walks_go_on_after_the_goal(d4rl_server):
+    pytest.importorskip("gymnasium_robotics")
+    d4rl_server.put("antmaze-umaze-v2", antmaze_rows())
+    dataset = datasets.load("antmaze-umaze-v2")
+    assert dataset.episode_ends.tolist() == [19, 28, 37]  # one row less each: no next observation
+    assert np.flatnonzero(dataset.transitions.termination).tolist() == [9]
+    t = dataset.transitions
+    np.testing.assert_array_equal(t.next_observation[9], t.observation[10])
+    assert dataset.record["env"] == "AntMaze_UMaze-v4 + D4RLAntMaze" and dataset.horizon == 700
+
+
+def test_maze2d_flags_are_new_targets(d4rl_server):
+    pytest.importorskip("gymnasium_robotics")
+    rows = d4rl_rows(4, 2)
+    rows["terminals"], rows["timeouts"] = rows["timeouts"], rows["terminals"]
+    d4rl_server.put("maze2d-umaze-v1", rows)
+    dataset = datasets.load("maze2d-umaze-v1")
+    assert dataset.transitions.termination.sum() == 0
+    assert dataset.episode_ends.tolist() == [9, 18, 37]
+    assert dataset.record["env"] == "atoll/PointMaze_UMaze-v0 + D4RLMaze2d"
+
+
+@pytest.mark.parametrize("name", ["kitchen-mixed-v0", "pen-human-v1", "ant-medium-v2"])
+def test_other_d4rl_names_are_evaluated_with_d4rls_layout(d4rl_server, name):
+    pytest.importorskip("gymnasium_robotics")
+    sizes = {"kitchen-mixed-v0": (60, 9), "pen-human-v1": (45, 24), "ant-medium-v2": (111, 8)}
+    d4rl_server.put(name, d4rl_rows(*sizes[name]))
+    dataset = datasets.load(name)
+    env = dataset.make_env()
+    observation, _ = env.reset(seed=0)
+    assert observation.shape == sizes[name][:1]
+    *_, info = env.step(env.action_space.sample())
+    assert "success" in info or name.startswith("ant")
+    if name.startswith("kitchen"):  # robot, objects, then the goal of its four tasks
+        assert np.flatnonzero(observation[30:]).tolist() == [11, 12, 17, 18, 22, *range(23, 27), 29]
+
+
+# --- D4RL's envs --------------------------------------------------------------------------------
+def counterpart(name, **options):
+    pytest.importorskip("gymnasium_robotics")
+    row = d4rl.row_of(name)
+    steps = int(row["max_episode_steps"])
+    env = environments.gym_make(row["env_id"], max_episode_steps=steps, **d4rl.options(row))
+    return d4rl.adapt(env, row, 0, True)
+
+
+def test_palm_sign_of_door_as_recorded(atoll_data):
+    """The file has both rewards: D4RL's, and what gymnasium-robotics itself returned."""
+    with h5py.File(atoll_data / "adroit-door-human-replay.hdf5") as file:
+        rows = {name: file[name][()] for name in ("observations", "terminals", "timeouts")}
+        following = file["next_observations"][()].astype(np.float64)
+        theirs = file["rewards"][()].astype(np.float64)
+        ours = file["infos/reward_gymrobotics"][()].astype(np.float64)
+    palm = np.linalg.norm(following[:, 35:38], axis=1)
+    np.testing.assert_allclose(ours - 0.2 * palm, theirs, atol=2e-6)
+    assert d4rl.flipped("AdroitHandDoor-v1", rows | {"rewards": theirs})
+    assert not d4rl.flipped("AdroitHandDoor-v1", rows | {"rewards": ours})
+    assert not d4rl.flipped("Hopper-v4", rows | {"rewards": theirs})
+
+
+def test_door_replayed_in_the_simulator_gives_d4rls_rewards(atoll_data, capsys):
+    path = atoll_data / "adroit-door-human-replay.hdf5"
+    dataset = datasets.load(str(path))
+    assert dataset.record["env"] == "AdroitHandDoor-v1 + D4RLReward" and dataset.horizon == 200
+    with h5py.File(path) as file:
+        state = {name: file[f"infos/{name}"][()] for name in ("qpos", "qvel", "door_body_pos")}
+    env, t = dataset.make_env(), dataset.transitions
+    errors = []
+    for row in range(0, len(t.reward), 67):
+        env.reset(seed=0)
+        env.unwrapped.set_env_state({k: x[row].astype(np.float64) for k, x in state.items()})
+        observation, reward, *_ = env.step(t.action[row])
+        errors.append((np.abs(observation - t.next_observation[row]).max(), reward - t.reward[row]))
+    largest = np.abs(errors).max(axis=0)
+    with capsys.disabled():
+        print(
+            f"\ndoor: {len(errors)} rows, largest error {largest[0]:.1e}, reward {largest[1]:.1e}"
+        )
+    assert (largest < 1e-2).all()
+
+
+@pytest.mark.parametrize("name", ["relocate-human-v1", "hammer-human-v1"])
+def test_palm_distance_in_the_observation_is_the_simulators(name):
+    env = counterpart(name)
+    observation, _ = env.reset(seed=0)
+    for _ in range(5):
+        observation, *_ = env.step(env.action_space.sample())
+    inner = env.unwrapped
+    palm = inner.data.site_xpos[inner.S_grasp_site_id]
+    distance = np.linalg.norm(palm - inner.data.xpos[inner.obj_body_id])
+    found = np.linalg.norm(d4rl.PALM[env.spec.id](observation))
+    assert found == pytest.approx(distance)
+
+
+def test_the_pen_may_not_be_dropped():
+    env = counterpart("pen-human-v1")
+    observation, _ = env.reset(seed=0)
+    ended = False
+    while not ended:
+        observation, _, termination, truncation, _ = env.step(np.full(24, -1.0, np.float32))
+        assert termination == (observation[26] < 0.075)
+        ended = termination or truncation
+
+
+def test_antmaze_is_d4rls_ant_in_d4rls_maze():
+    """Origin at the start, y along the rows, torques of 30 every 0.1 s, the end at the goal."""
+    for name, goal in (("umaze", (0, 8)), ("medium", (20, 20)), ("large", (32, 24))):
+        env = counterpart(f"antmaze-{name}{'-play' if name != 'umaze' else ''}-v2")
+        ant = env.unwrapped.ant_env
+        assert (ant.model.actuator_gear[:, 0] * ant.model.actuator_ctrlrange[:, 1] == 30).all()
+        assert ant.model.opt.timestep * ant.frame_skip == pytest.approx(0.1)
+        observation, _ = env.reset(seed=0)
+        assert observation.shape == (29,) and np.abs(observation[:2]).max() <= 0.1
+        distance = env.goal - goal
+        assert (distance >= 0).all() and (distance <= 1.5).all()
+        walls = {
+            tuple(np.round(place[:2] - env.origin).astype(int).tolist())
+            for place, size in zip(ant.model.geom_pos, ant.model.geom_size, strict=True)
+            if size[0] == 2.0
+        }
+        layout = np.array(env.unwrapped.maze.maze_map[::-1])  # D4RL's map, its start in row 1
+        assert walls == {(4 * (j - 1), 4 * (i - 1)) for i, j in np.argwhere(layout == 1).tolist()}
+        assert layout[1, 1] == 0 and layout[goal[1] // 4 + 1, goal[0] // 4 + 1] == 0
+        state = ant.data.qpos.copy()
+        state[:2] = env.goal + env.origin
+        ant.set_state(state, np.zeros(ant.model.nv))
+        _, reward, termination, _, info = env.step(np.zeros(8, np.float32))
+        assert reward == 1 and termination and info["success"]
+        again, _ = env.reset(seed=0)
+        np.testing.assert_array_equal(again, observation)
+
+
+def test_maze2d_has_d4rls_axes():
+    """D4RL's umaze: goal at (1, 1), the way to it from (3, 1) leads over (3, 3) and (1, 3)."""
+    env = counterpart("maze2d-umaze-v1")
+    starts = np.array([env.reset(seed=seed)[0] for seed in range(50)])
+    cells = {tuple(cell) for cell in np.round(starts[:, :2]).astype(int).tolist()}
+    assert cells == {(1, 1), (1, 2), (1, 3), (2, 3), (3, 1), (3, 2), (3, 3)}
+    assert np.abs(starts[:, :2] - np.round(starts[:, :2])).max() <= 0.1
+    seed = next(i for i, x in enumerate(starts) if tuple(np.round(x[:2])) == (1, 1))
+    env.reset(seed=seed)
+    observation, reward, *_, info = env.step(np.zeros(2, np.float32))
+    assert reward == 1 and info["success"]
+    moved = [env.step(np.array([0, 1], np.float32))[0] for _ in range(40)][-1]
+    assert moved[1] - observation[1] > 0.5 and abs(moved[0] - observation[0]) < 0.2  # along a row
+    assert moved[3] > 0
+    dense = counterpart("maze2d-umaze-dense-v1")
+    dense.reset(seed=seed)
+    observation, reward, *_ = dense.step(np.zeros(2, np.float32))
+    assert reward == pytest.approx(np.exp(-np.linalg.norm(observation[:2] - 1)), rel=1e-5)
+
+
+D4RL_UMAZE = ("#####", "#GOO#", "###O#", "#OOO#", "#####")
+D4RL_POINT = """<mujoco><compiler inertiafromgeom="true" angle="radian"/>
+<option timestep="0.01" gravity="0 0 0" iterations="20" integrator="Euler"/>
+<default><joint damping="1" limited="false"/><geom friction=".5 .1 .1" density="1000"
+margin="0.002" condim="1" contype="2" conaffinity="1"/></default><worldbody>
+<geom size="40 40 0.25" pos="0 0 -0.1" type="plane" contype="1" conaffinity="0"/>
+<body pos="1.2 1.2 0"><geom type="sphere" size="0.1" contype="1"/>
+<joint name="x" type="slide" axis="1 0 0"/><joint name="y" type="slide" axis="0 1 0"/></body>
+WALLS</worldbody><actuator><motor joint="x" ctrlrange="-1 1" ctrllimited="true" gear="100"/>
+<motor joint="y" ctrlrange="-1 1" ctrllimited="true" gear="100"/></actuator></mujoco>"""
+
+
+def test_maze2d_moves_as_d4rls_point():
+    """Against a model with D4RL's numbers, walls included: positions, speeds and rewards."""
+    import mujoco
+
+    env = counterpart("maze2d-umaze-v1")
+    box = '<geom conaffinity="1" type="box" pos="{} {} 0" size="0.5 0.5 0.2"/>'
+    cells = [(i, j) for i in range(5) for j in range(5) if D4RL_UMAZE[i][j] == "#"]
+    walls = "".join(box.format(i + 1.0, j + 1.0) for i, j in cells)
+    model = mujoco.MjModel.from_xml_string(D4RL_POINT.replace("WALLS", walls))
+    data, draw = mujoco.MjData(model), np.random.default_rng(0)
+    for seed in range(10):
+        observation, _ = env.reset(seed=seed)
+        x, y, speed_x, speed_y = env.unwrapped.point.state_vector()
+        mujoco.mj_resetData(model, data)
+        data.qpos[:], data.qvel[:] = env.corner + np.array([-y, x]), (-speed_y, speed_x)
+        for step in range(150):
+            if step % 15 == 0:
+                action = draw.uniform(-1, 1, 2).astype(np.float32)
+            observation, reward, *_ = env.step(action)
+            data.qvel[:] = data.qvel.clip(-5, 5)
+            mujoco.mj_forward(model, data)
+            data.ctrl[:] = action
+            mujoco.mj_step(model, data)
+            expected = np.concatenate([data.qpos, data.qvel])
+            np.testing.assert_allclose(observation, expected, atol=1e-5)
+            assert reward == (np.linalg.norm(data.qpos - 1) <= 0.5)
+
+
+# --- Minari -------------------------------------------------------------------------------------
+@pytest.fixture
+def minari_root(tmp_path, monkeypatch):
+    pytest.importorskip("minari")
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
+    (tmp_path / "minari").mkdir()
+    return tmp_path / "minari"
+
+
+def record(dataset_id, env_id, steps=5, episodes=2, data_format="hdf5", **options):
+    import minari
+
+    if env_id not in gymnasium.registry:
+        import gymnasium_robotics
+
+        gymnasium.register_envs(gymnasium_robotics)
+    env = minari.DataCollector(gymnasium.make(env_id), data_format=data_format)
+    env.action_space.seed(0)
+    for seed in range(episodes):
+        env.reset(seed=seed)
+        for _ in range(steps):
+            env.step(env.action_space.sample())
+    return env.create_dataset(dataset_id, algorithm_name="random", **options)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("dataset_id", "env_id", "keys", "size"),
+    [
+        ("D4RL/antmaze/umaze-v1", "AntMaze_UMaze-v4", ["achieved_goal", "observation"], 29),
+        ("D4RL/pointmaze/umaze-v2", "PointMaze_UMaze-v3", ["observation", "desired_goal"], 6),
+        ("D4RL/kitchen/complete-v2", "FrankaKitchen-v1", ["observation"], 59),
+        ("D4RL/door/human-v2", "AdroitHandDoor-v1", [], 39),
+        ("mujoco/hopper/medium-v0", "Hopper-v5", [], 11),
+    ],
+)
+def test_minari_suites(minari_root, capsys, dataset_id, env_id, keys, size):
+    pytest.importorskip("gymnasium_robotics")
+    record(dataset_id, env_id)
+    dataset = datasets.load(dataset_id)
+    t = dataset.transitions
+    assert t.observation.shape == (10, size) and dataset.episode_ends.tolist() == [5, 10]
+    assert column_of(t.truncation) == [0, 0, 0, 0, 1] * 2 and t.termination.sum() == 0
+    np.testing.assert_array_equal(t.observation[1:5], t.next_observation[:4])
+    assert dataset.record["observation_keys"] == keys and dataset.record["env"] == env_id
+    env = dataset.make_env()
+    first, _ = env.reset(seed=0)
+    assert first.shape == (size,) and first.dtype == np.float32
+    *_, info = env.step(env.action_space.sample())
+    assert "success" in info or "hopper" in dataset_id
+    text = capsys.readouterr().out
+    said = {"door": "D4RL's of door-human-v1", "kitchen": "kitchen-complete-v0"}
+    said |= {"hopper": "D4RL's of hopper-", "maze": "plain return"}
+    assert next(words for part, words in said.items() if part in dataset_id) in text
+
+
+def column_of(array):
+    return array.astype(int).tolist()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_minari_metadata_come_first(minari_root, capsys):
+    record("mujoco/hopper/medium-v0", "Hopper-v5", ref_min_score=1.0, ref_max_score=3.0)
+    dataset = datasets.load("mujoco/hopper/medium-v0", env_steps=7)
+    assert dataset.score(2.0) == 50 and dataset.horizon == 7
+    assert "no reference scores" not in capsys.readouterr().out
+    assert datasets.load("mujoco/hopper/medium-v0", "Hopper-v4").record["env"] == "Hopper-v4"
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_minari_arrow_and_integer_actions(minari_root):
+    pytest.importorskip("pyarrow")
+    record("test/cartpole-v0", "CartPole-v1", data_format="arrow")
+    dataset = datasets.load("test/cartpole-v0", actions="discrete")
+    assert dataset.num_actions == 2 and len(dataset.transitions.reward) == 10
+
+
+def test_minari_without_network_fails_at_once(minari_root, monkeypatch, capsys):
+    def no_name(*args, **kwargs):
+        raise socket.gaierror(-2, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", no_name)
+    monkeypatch.setattr("urllib.request.getproxies", dict)
+    import minari
+
+    monkeypatch.setattr(minari, "download_dataset", lambda *_: pytest.fail("23 s of attempts"))
+    text = error_of(capsys, datasets.load, "mujoco/hopper/medium-v0")
+    assert (
+        "not under " in text and "with a network: minari download mujoco/hopper/medium-v0" in text
+    )
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_minari_half_a_download_is_begun_anew(minari_root, monkeypatch, capsys):
+    import minari
+
+    begun = []
+
+    def fetch(dataset_id):
+        begun.append((minari_root / dataset_id).exists())
+        record(dataset_id, "CartPole-v1")
+
+    monkeypatch.setattr(sources, "_reach_minari", lambda: None)
+    monkeypatch.setattr(minari, "download_dataset", fetch)
+    (minari_root / "test/cartpole-v0/data").mkdir(parents=True)
+    datasets.load("test/cartpole-v0", actions="any")
+    assert "is half a data set, begun anew" in capsys.readouterr().out
+    (minari_root / "test/cartpole-v0/data/main_data.hdf5").unlink()  # metadata only
+    datasets.load("test/cartpole-v0", actions="any")
+    assert begun == [False, False]
+    (minari_root / "test/cartpole-v0/notes.txt").touch()
+    (minari_root / "test/cartpole-v0/data/main_data.hdf5").unlink()
+    text = error_of(capsys, datasets.load, "test/cartpole-v0", actions="any")
+    assert "move it away" in text and (minari_root / "test/cartpole-v0/notes.txt").exists()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_minari_damaged_file_is_one_line(minari_root, capsys):
+    record("test/cartpole-v0", "CartPole-v1")
+    file = minari_root / "test/cartpole-v0/data/main_data.hdf5"
+    file.write_bytes(file.read_bytes()[:500])
+    text = error_of(capsys, datasets.load, "test/cartpole-v0", actions="any")
+    assert "is damaged" in text and "delete that folder" in text
+
+
+# --- OGBench ------------------------------------------------------------------------------------
+def npz(folder, count=6):
+    """OGBench's layout: the last row of each of two episodes is only an observation."""
+    path = folder / "source.npz"
+    place = np.stack([17 + np.arange(count), np.full(count, 20)], axis=1).astype(np.float32)
+    np.savez(
+        path,
+        observations=place,
+        actions=np.full((count, 2), 0.5, np.float32),
+        terminals=np.arange(count) % 3 == 2,
+        qpos=place,
+        qvel=np.zeros((count, 2), np.float32),
+    )
+    return path.read_bytes()
+
+
+@pytest.fixture
+def ogbench_server(server, tmp_path, monkeypatch):
+    ogbench = pytest.importorskip("ogbench")
+    monkeypatch.setattr(ogbench.utils, "DATASET_URL", server.url + "ogbench")
+    monkeypatch.setenv("OGBENCH_DATASET_DIR", str(tmp_path / "ogbench"))
+    server.files["/ogbench/pointmaze-medium-navigate-v0.npz"] = npz(tmp_path)
+    return server
+
+
+def test_ogbench_name_is_downloaded_and_relabelled(ogbench_server, tmp_path, capsys):
+    ogbench_server.drops, ogbench_server.drop = 1, 300
+    dataset = datasets.load("pointmaze-medium-navigate-singletask-v0")
+    t = dataset.transitions
+    assert t.observation[:, 0].tolist() == [17, 18, 20, 21]  # the goal is at (20, 20), radius 1
+    assert t.next_observation[:, 0].tolist() == [18, 19, 21, 22]
+    assert t.termination.tolist() == [0, 0, 1, 1] and t.reward.tolist() == [-1, -1, 0, 0]
+    assert dataset.episode_ends.tolist() == [2, 4]  # masks end no episode
+    assert dataset.horizon == 1000 and dataset.ref_min_score is None
+    assert dataset.score(np.array([-3.0]), np.array([0.5])).tolist() == [50]
+    assert "no reference scores" not in capsys.readouterr().out
+    env = dataset.make_env()
+    env.reset(seed=0)
+    assert "success" in env.step(np.zeros(2, np.float32))[-1]
+    assert listing(tmp_path / "ogbench") == [
+        "pointmaze-medium-navigate-v0.npz",
+        "pointmaze-medium-navigate-v0.npz.json",
+    ]
+    asked = len(ogbench_server.asked)
+    other = datasets.load("pointmaze-medium-navigate-singletask-task2-v0")
+    assert other.transitions.termination.sum() == 0 and len(ogbench_server.asked) == asked
+
+
+def test_ogbench_wrong_files_are_one_line(ogbench_server, tmp_path, capsys):
+    name = "pointmaze-medium-navigate-singletask-v0"
+    file = "/ogbench/pointmaze-medium-navigate-v0.npz"
+    whole = ogbench_server.files[file]
+    ogbench_server.files[file] = whole[:-200]
+    assert "not an npz file" in error_of(capsys, datasets.load, name)
+    with (tmp_path / "other.npz").open("wb") as other:
+        np.savez(other, observations=np.zeros(3))
+    ogbench_server.files[file] = (tmp_path / "other.npz").read_bytes()
+    assert "has no actions, qpos, qvel, terminals" in error_of(capsys, datasets.load, name)
+    del ogbench_server.files[file]
+    text = error_of(capsys, datasets.load, name)
+    assert "HTTP 404" in text and "ogbench.download_datasets(['pointmaze-medium-" in text
+    assert listing(tmp_path / "ogbench") == []
+
+
+def test_ogbench_unknown_env_is_one_line(ogbench_server, tmp_path, capsys):
+    ogbench_server.files["/ogbench/cube-none-play-v0.npz"] = npz(tmp_path)
+    text = error_of(capsys, datasets.load, "cube-none-play-singletask-v0")
+    assert "env cube-none-singletask-v0: cannot be made" in text
+
+
+@pytest.mark.parametrize("env_id", ["AntMaze_UMaze-v4", "pointmaze-medium-singletask-v0"])
+def test_envs_leave_no_files_behind(env_id, tmp_path, monkeypatch):
+    pytest.importorskip("gymnasium_robotics")
+    pytest.importorskip("ogbench")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    env = environments.gym_make(env_id)
+    env.reset(seed=0)
+    env.close()
+    assert listing(tmp_path) == []
+
+
+# --- Ids ----------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("dataset_id", "words"),
+    [
+        ("hopper-medum-v2", "did you mean hopper-medium-v2"),
+        ("local/pointmaze/u-maze-v0", "did you mean local/pointmaze/umaze-v0"),
+        ("local/ogbench/cube-single-v0", "did you mean local/ogbench/cube-single-"),
+        ("D4RL/antmaze/umaze", "D4RL/antmaze/umaze-v1"),
+        ("mujoco/swimmer/novel", "mujoco/swimmer/novel-v0"),
+        ("cube-single-play-v0", "cube-single-play-singletask-v0"),
+        ("zzz", "see common/datasets.py for the forms"),
+    ],
+)
+def test_unknown_ids_name_near_ones(capsys, dataset_id, words):
+    text = error_of(capsys, datasets.load, dataset_id)
+    assert "no such data set" in text and words in text
+
+
+# --- OGBench recipes ----------------------------------------------------------------------------
+def run_recipe(folder, name, *flags, kill_after=None):
+    env = os.environ | {"OGBENCH_DATASET_DIR": str(folder)}
+    command = [sys.executable, "-m", "common.recipes", f"local/ogbench/{name}", *flags]
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    if kill_after:
+        parts = folder / "local" / f".making-{name}"
+        while process.poll() is None and len(list(parts.glob("*.npz"))) < kill_after:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(0.02)
+        process.kill()
+    return process.communicate()[0], process.returncode
+
+
+def test_ogbench_recipe_is_the_same_file_interrupted_or_parallel(tmp_path, monkeypatch):
+    pytest.importorskip("ogbench")
+    name = "pointmaze-medium-navigate-v0"
+    run_recipe(tmp_path / "a", name, "--episodes", "3", "--workers", "1", kill_after=2)
+    parts = tmp_path / "a" / "local" / f".making-{name}"
+    assert len(list(parts.glob("*.npz"))) >= 2
+    text, code = run_recipe(tmp_path / "a", name, "--episodes", "3", "--workers", "1")
+    assert code == 0 and " to go" in text and "4 to go" not in text, text
+    assert listing(tmp_path / "a" / "local") == [
+        f"{name.removesuffix('-v0')}-v0-val.npz",
+        f"{name}.about.json",
+        f"{name}.npz",
+    ]
+    text, code = run_recipe(tmp_path / "b", name, "--episodes", "3", "--workers", "2")
+    assert code == 0, text
+    for file in (f"{name}.npz", f"{name}-val.npz"):
+        first, second = ((tmp_path / x / "local" / file).read_bytes() for x in "ab")
+        assert first == second
+    with np.load(tmp_path / "a" / "local" / f"{name}.npz") as file:
+        assert file["observations"].shape == (3003, 2) and file["terminals"].sum() == 3
+        position = file["observations"]
+        assert not np.array_equal(position[:1001], position[1001:2002])
+    (tmp_path / "file").touch()
+    text, code = run_recipe(tmp_path / "file", name)
+    assert code == 2 and "cannot be made in" in text and "Traceback" not in text
+    text, code = run_recipe(tmp_path / "a", name, "--episodes", "4")
+    assert code == 2 and "holds 3 episodes, not 4" in text
+    monkeypatch.setenv("OGBENCH_DATASET_DIR", str(tmp_path / "a"))
+    dataset = datasets.load(f"local/ogbench/{name}")
+    assert len(dataset.transitions.reward) == 3000 and dataset.score_is_success
+    assert dataset.record["env"] == "pointmaze-medium-singletask-v0"
+    monkeypatch.setenv("OGBENCH_DATASET_DIR", str(tmp_path / "file"))
+    with pytest.raises(SystemExit) as leave:  # load makes what is missing, in another process
+        datasets.load(f"local/ogbench/{name}")
+    assert leave.value.code == 2
+    monkeypatch.setenv("OGBENCH_DATASET_DIR", str(tmp_path / "a"))
+    again = datasets.load("local/ogbench/pointmaze-medium-navigate-singletask-task2-v0")
+    assert again.record["env"] == "pointmaze-medium-singletask-task2-v0"
+
+
+@pytest.mark.parametrize("kind", ["play", "noisy"])
+@pytest.mark.parametrize("name", ["cube-single", "cube-double", "scene", "puzzle-3x3"])
+def test_manipulation_episodes_depend_on_their_seed_alone(tmp_path, monkeypatch, name, kind):
+    """30 rows of episode 1, made first and made after another episode."""
+    pytest.importorskip("ogbench")
+    from common import ogbench_recipes as recipes
+
+    recipe = recipes.RECIPES[f"{name}-{kind}-v0"]._replace(steps=30)
+    monkeypatch.setitem(recipes.RECIPES, f"{name}-{kind}-v0", recipe)
+    made = []
+    for order in ((1,), (0, 1)):
+        folder = tmp_path / str(len(order))
+        folder.mkdir()
+        recipes._start(f"{name}-{kind}-v0", folder) if len(order) == 1 else None
+        recipes._worker["parts"] = folder
+        for index in order:
+            recipes._make_part(("train", index))
+        with np.load(folder / "train-00001.npz") as file:
+            made.append({key: file[key] for key in file})
+    first, second = made
+    assert first.keys() == second.keys() and len(first["actions"]) == 30
+    for key in first:
+        np.testing.assert_array_equal(first[key], second[key])
+    assert ("button_states" in first) == (name in ("scene", "puzzle-3x3"))
+    assert np.abs(first["actions"]).max() <= 1 and first["terminals"].sum() == 1
+
+
+def test_recipes_command_line(capsys):
+    from common import recipes
+
+    text = error_of(capsys, recipes.main, ["local/ogbench/cube-singel-play-v0"])
+    assert "did you mean local/ogbench/cube-single-play-v0" in text
+    text = error_of(capsys, recipes.main, ["local/pointmaze/umaze-v0", "--episodes", "0"])
+    assert "--episodes 0: at least 1 is wanted" in text

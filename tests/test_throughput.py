@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""benchmarks/throughput.py counts what it should and runs. How fast anything is, is not tested."""
+
+import json
+from functools import partial
+from itertools import pairwise
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from algorithms import rebrac
+from benchmarks import throughput
+
+
+def products(function, *arguments):
+    return throughput.Loop(throughput.matmuls(jax.make_jaxpr(function)(*arguments).jaxpr))
+
+
+def rebrac_flops(hidden, num_critics, batch_size, policy_delay):
+    """The matrix products of one critic update of rebrac.py, counted by hand."""
+
+    def layers(inputs, outputs):
+        return [2 * batch_size * m * n for m, n in pairwise((inputs, *hidden, outputs))]
+
+    observation, action = throughput.OBSERVATION, throughput.ACTION
+    actor, critic = layers(observation, action), layers(observation + action, 1)
+    # Target: actor, critics. Critics: forward, then weights, then activations but the first.
+    critic_step = sum(actor) + num_critics * (3 * sum(critic) + sum(critic[1:]))
+    # Actor and critics forward, critics back to the action, then the actor's gradients.
+    actor_step = 2 * sum(actor) + num_critics * 2 * sum(critic) + sum(actor[1:])
+    return critic_step + actor_step / policy_delay
+
+
+@pytest.mark.parametrize("sizes", [((256, 256, 256), 2, 256, 2), ((24, 16), 3, 8, 1)])
+def test_count_of_rebrac_is_the_hand_count(sizes):
+    names = ("hidden", "num_critics", "batch_size", "policy_delay")
+    cfg = rebrac.Config(log_every=4, **dict(zip(names, sizes, strict=True)))
+    data = jax.eval_shape(lambda: throughput.synthetic("").transitions)
+    key = jax.eval_shape(partial(jax.random.key, 0))
+    state = jax.eval_shape(partial(rebrac.create_state, cfg=cfg), key, data)
+    found = products(partial(rebrac.train_chunk, cfg=cfg), state, key, 0, data)
+    assert found.flops == pytest.approx(4 * rebrac_flops(*sizes), rel=0.01)
+    assert throughput.unbatched(found).flops == found.flops
+
+
+def test_loops_branches_and_dead_code():
+    def function(x, w):
+        dead = x @ w
+        x, _ = jax.lax.scan(lambda x, _: (jax.jit(jnp.matmul)(x, w), dead @ w), x, length=5)
+        return jax.lax.cond(x.sum() > 0, lambda x: x @ w @ w, lambda x: x @ w, x)
+
+    found = products(function, jnp.ones((3, 4)), jnp.ones((4, 4)))
+    assert found.flops == (5 + 2) * 2 * 3 * 4 * 4
+
+
+def test_operands_keep_their_shapes_and_storage():
+    product = jax.vmap(lambda x, w: jax.lax.dot_general(x, w, (((1,), (1,)), ((), ()))))
+    (found,) = products(product, jnp.ones((2, 5, 3)), jnp.ones((2, 4, 3))).body
+    assert (found.left.shape, found.right.shape) == ((2, 5, 3), (2, 4, 3))
+    assert found.k_axes == (-1, -1) and found.flops == 2 * 2 * 5 * 3 * 4
+
+
+def test_the_floor_is_a_chain_of_means():
+    found = products(
+        lambda x, w: jax.lax.map(lambda _: x @ w, jnp.arange(7)),
+        *(jnp.ones((2, 5, 3)), jnp.ones((2, 3, 4))),
+    )
+    for node in (found, throughput.unbatched(found)):
+        compiled, start = throughput.program(node)
+        assert 0.25 < compiled(start) < 1
+
+
+def test_it_runs_and_writes_both_records(tmp_path, capsys):
+    file = tmp_path / "new" / "speed"
+    sizes = {"seeds": (2,), "batch_size": 4, "updates": 2, "repeats": 1}
+    (row,) = throughput.main(throughput.Arguments(**sizes, output=str(file)))
+    by_hand = rebrac_flops((256, 256, 256), 2, 4, 2) / 1e9
+    assert row["GFLOP/update"] == pytest.approx(by_hand, rel=0.01)
+    record = json.loads(file.with_suffix(".json").read_text())
+    assert record["rows"] == [row] and record["batch size"] == 4
+    assert "| rebrac | 2 |" in file.with_suffix(".md").read_text()
+    assert "| rebrac | 2 |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"algorithms": ("no_such_file",)},
+        {"seeds": ()},
+        {"updates": 3},
+        {"repeats": 0},
+        {"output": "table.csv"},
+    ],
+)
+def test_a_wrong_argument_is_one_line_and_exit_code_2(wrong, capsys):
+    with pytest.raises(SystemExit) as stop:
+        throughput.main(throughput.Arguments(**wrong))
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.count("\n") == 1
