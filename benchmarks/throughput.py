@@ -1,0 +1,342 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training speed of the files of algorithms/, beside the time of their matrix products alone.
+
+Run       python benchmarks/throughput.py --algorithms rebrac --seeds 1 2 --output throughput.md
+Updates/s Critic updates, summed over seeds, by the very chunk that the file's `train` compiles and
+          calls; synthetic data, the file's own Config but for the batch size.
+Floor     The floating point operations of that chunk's matrix products over the machine's matrix
+          product rate, measured on a chain x <- x w of the layers' shape, [batch, width] times
+          [width, width], each result the next one's operand, as in training.
+Bound     Stricter: the matrix products of that chunk and nothing else: every dot_general of the
+          traced chunk (dead code removed, loops with their trip counts) as [b, m, k] x [b, k, n],
+          stored and ordered as they are there, in one jitted loop. Each product takes in an
+          element of the one before it, so that none can be dropped, hoisted or overlapped. Operands
+          of one shape are one array, so that they stay in the cache, as they do not in training.
+          On a CPU batched products are also run one by one, and the faster way counts.
+Peak      The rate of a chain of large square products, in GFLOP/s.
+
+A figure is the best of `repeats`; measured, floor and bound take turns in one process. GFLOP are
+those of the matrix products, 2 b m k n each. Compile is what the first two calls of the chunk take
+longer than later ones (tracing included, no persistent cache); dispatch is the time until a call
+returns.
+"""
+
+import dataclasses
+import datetime
+import importlib
+import json
+import math
+import os
+import platform
+import re
+import time
+from functools import reduce
+from importlib import metadata
+from itertools import product
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from jax.interpreters import partial_eval
+
+from common import datasets, evaluation, experiment, fail
+
+ROWS, OBSERVATION, ACTION = 100_000, 17, 6  # of the synthetic data
+CHAIN = 200  # products in the chain that measures the floor's rate
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    algorithms: tuple[str, ...] = ("rebrac",)  # files of algorithms/, without .py
+    seeds: tuple[int, ...] = (1, 2)  # numbers of seeds to train side by side, one row each
+    batch_size: int = 256  # transitions per update
+    updates: int = 500  # per timed chunk
+    repeats: int = 5  # of every timing, the best counts
+    output: str | None = None  # file to write, .md or .json; without a suffix both
+
+
+# --- Chunk --------------------------------------------------------------------------------------
+def synthetic(dataset_id, env=None, env_steps=None, actions="continuous"):
+    """`datasets.load` with random transitions of 100 episodes, the same on every machine."""
+    generator, length = np.random.default_rng(0), ROWS // 100
+    observation, next_observation = generator.normal(size=(2, ROWS, OBSERVATION))
+    action, next_action = generator.uniform(-1, 1, (2, ROWS, ACTION))
+    if actions == "discrete":
+        action, next_action = generator.integers(ACTION, size=(2, ROWS))
+    reward, termination, truncation = generator.normal(size=ROWS), np.zeros(ROWS), np.zeros(ROWS)
+    truncation[length - 1 :: length] = 1
+    rows = (observation, action, reward, next_observation, next_action, termination, truncation)
+    rows = (x.astype(np.int32 if x.dtype.kind == "i" else np.float32) for x in rows)
+    ends, returns = np.arange(length, ROWS + 1, length), reward.reshape(100, length).sum(axis=1)
+    number = ACTION if actions == "discrete" else None
+    rows = datasets.Transitions(*rows)
+    return datasets.Dataset("synthetic", rows, ends, returns, num_actions=number)
+
+
+def first_chunk(module, cfg):
+    """What `module.train` gets from `over_seeds`, and the arguments it first calls it with."""
+
+    class Reached(Exception):
+        pass
+
+    def over_seeds(chunk, original=experiment.over_seeds):
+        def call(*arguments):
+            raise Reached(original(chunk), arguments)
+
+        return call
+
+    run = mock.MagicMock()
+    run.__enter__.return_value = run
+    run.restore = lambda state: (state, None, 0)
+    run.borders = lambda start: [start]
+    run.evaluates.return_value = False
+    with (
+        mock.patch.object(datasets, "load", synthetic),
+        mock.patch.object(experiment, "over_seeds", over_seeds),
+        mock.patch.object(experiment, "Run", lambda *_: run),
+        mock.patch.object(evaluation, "Rollouts", mock.MagicMock()),
+    ):
+        try:
+            module.train(cfg, mock.MagicMock())
+        except Reached as reached:
+            return reached.args
+    raise RuntimeError(f"{module.__name__}.train did not call what over_seeds returned")
+
+
+# --- Floor --------------------------------------------------------------------------------------
+class Matmul(NamedTuple):
+    """One dot_general, [b, m, k] x [b, k, n], without b where that is 1."""
+
+    left: jax.ShapeDtypeStruct  # [b, m, k] or [b, k, m]
+    right: jax.ShapeDtypeStruct  # [b, k, n] or [b, n, k]
+    k_axes: tuple[int, int]  # -1 or -2, the axis of k in left and in right
+    settings: tuple[tuple[str, Any], ...] = ()  # precision and output type
+
+    @property
+    def flops(self):
+        k, b = self.left.shape[self.k_axes[0]], math.prod(self.left.shape[:-2])
+        return 2 * self.left.size * self.right.size // (b * k)
+
+
+class Loop(NamedTuple):
+    body: tuple[Any, ...]  # Matmuls and Loops
+    trips: int = 1
+    devices: int = 1  # that run it at the same time, each on its share
+
+    @property
+    def flops(self):
+        return self.trips * self.devices * sum(node.flops for node in self.body)
+
+
+def matmuls(jaxpr):
+    """The matrix products of a jaxpr in order, as a tuple of `Matmul` and `Loop`."""
+    jaxpr, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+    found = []
+    for eqn in jaxpr.eqns:
+        name, params = eqn.primitive.name, eqn.params
+        if name == "dot_general":
+            found.append(matmul(eqn))
+        leaves = jax.tree.leaves(list(params.values()), is_leaf=lambda x: hasattr(x, "eqns"))
+        bodies = [matmuls(getattr(x, "jaxpr", x)) for x in leaves if hasattr(x, "eqns")]
+        trips = params["length"] if name == "scan" else 1
+        devices = params["mesh"].size if name == "shard_map" else 1
+        loops = [Loop(body, trips, devices) for body in bodies if body]
+        if loops and name in ("while", "cond"):
+            print(f"note: a {name} is counted as one trip through its costliest branch")
+            loops = [max(loops, key=lambda loop: loop.flops)]
+        found += loops
+    return tuple(found)
+
+
+def matmul(eqn):
+    operands, axes = [], []
+    for variable, inner, batch in zip(eqn.invars, *eqn.params["dimension_numbers"], strict=True):
+        shape = variable.aval.shape
+        b, k = (math.prod(shape[i] for i in chosen) for chosen in (batch, inner))
+        rest = math.prod(shape) // (b * k)
+        # The last axis that is no batch axis is the contiguous one: is it part of k?
+        last = max(set(range(len(shape))) - set(batch), default=None)
+        stored = (rest, k) if last in inner else (k, rest)
+        stored = (b, *stored) if b > 1 else stored
+        operands.append(jax.ShapeDtypeStruct(stored, variable.aval.dtype))
+        axes.append(-1 if last in inner else -2)
+    settings = tuple((name, eqn.params[name]) for name in ("precision", "preferred_element_type"))
+    return Matmul(*operands, tuple(axes), settings)
+
+
+def unbatched(node):
+    """The same products, those with a batch axis one after the other."""
+    if isinstance(node, Loop):
+        return node._replace(body=tuple(map(unbatched, node.body)))
+    left, right = (jax.ShapeDtypeStruct(x.shape[-2:], x.dtype) for x in (node.left, node.right))
+    return Loop((node._replace(left=left, right=right),), math.prod(node.left.shape[:-2]))
+
+
+def program(node):
+    """A jitted function that runs these products and nothing else, and its argument."""
+    generator, lefts, rights = np.random.default_rng(0), {}, {}
+
+    def allocate(node):
+        for inner in node.body if isinstance(node, Loop) else ():
+            allocate(inner)
+        if isinstance(node, Matmul):
+            k = node.left.shape[node.k_axes[0]]
+            for pool, x, scale in ((lefts, node.left, 1), (rights, node.right, k)):
+                # Every product is a mean over k, so that their chain neither grows nor vanishes.
+                pool.setdefault(x, jnp.asarray(generator.uniform(0.5, 1, x.shape) / scale, x.dtype))
+
+    def run(carry, node):
+        if isinstance(node, Loop):
+            body = lambda carry, _: (reduce(run, node.body, carry), None)  # noqa: E731
+            return jax.lax.scan(body, carry, length=node.trips)[0]
+        left, right, element = carry
+        i, j = list(lefts).index(node.left), list(rights).index(node.right)
+        x, y, rank = left[i], right[j], len(node.left.shape)
+        axes, batch = tuple((rank + axis,) for axis in node.k_axes), tuple(range(rank - 2))
+        # The barriers keep XLA from copying x, and from computing no more than the element read.
+        element = element.astype(x.dtype).reshape((1,) * rank)
+        x = jax.lax.dynamic_update_slice(x, element, (0,) * rank)
+        x = jax.lax.optimization_barrier(x)
+        out = jax.lax.dot_general(x, y, (axes, (batch, batch)), **dict(node.settings))
+        element = jax.lax.optimization_barrier(out)[(0,) * rank].astype(jnp.float32)
+        return [*left[:i], x, *left[i + 1 :]], right, element
+
+    allocate(node)
+    start = [*lefts.values()], [*rights.values()], jnp.float32(0)
+    return jax.jit(lambda carry: run(carry, node)[-1]), start
+
+
+def chain(batch_size, width):
+    """x <- x w, `CHAIN` times: the whole result of a product is an operand of the next."""
+    w = jax.random.normal(jax.random.key(0), (width, width)) / math.sqrt(width)
+    x = jax.random.normal(jax.random.key(1), (batch_size, width))
+    scan = jax.jit(lambda x, w: jax.lax.scan(lambda x, _: (x @ w, None), x, length=CHAIN)[0])
+    return lambda start: scan(*start), (x, w)
+
+
+# --- Record -------------------------------------------------------------------------------------
+def seconds(function, *arguments):
+    """(result, seconds until it was there, seconds until the call returned)."""
+    start = time.perf_counter()
+    result = function(*arguments)
+    returned = time.perf_counter() - start
+    jax.block_until_ready(result)
+    return result, time.perf_counter() - start, returned
+
+
+def measure(name, seeds, arguments):
+    """One row of the record: an algorithm that trains `seeds` seeds side by side."""
+    module, updates = importlib.import_module(f"algorithms.{name}"), arguments.updates
+    borders = dict.fromkeys(("num_updates", "log_every", "eval_every"), updates)
+    cfg = module.Config(seeds=tuple(range(seeds)), batch_size=arguments.batch_size, **borders)
+    if updates % getattr(cfg, "policy_delay", 1):
+        fail(f"--updates {updates}: no multiple of the policy delay {cfg.policy_delay} of {name}")
+    chunk, (state, *rest) = first_chunk(module, cfg)
+    calls = []
+    for _ in range(2):  # over several devices the second call compiles too
+        (state, _), call, _ = seconds(chunk, state, *rest)
+        calls.append(call)
+    products = Loop(matmuls(jax.make_jaxpr(chunk)(state, *rest).jaxpr))
+    cpu = jax.default_backend() == "cpu"
+    large = jax.ShapeDtypeStruct((2048, 2048) if cpu else (8192, 8192), jnp.float32)
+    squares = Loop((Matmul(large, large, (-1, -2)),), 2 if cpu else 10)
+    floors = [products, unbatched(products)] if cpu else [products]
+    width = max(getattr(cfg, "hidden", None) or (256,))
+    layers = chain(arguments.batch_size, width)
+    programs = [program(squares), layers, *map(program, floors)]
+    for compiled, start in programs:
+        seconds(compiled, start)
+    times = []
+    for _ in range(arguments.repeats):
+        (state, _), spent, dispatch = seconds(chunk, state, *rest)
+        others = [seconds(compiled, start)[1] for compiled, start in programs]
+        times.append((spent, dispatch, *others))
+    spent, dispatch, peak, layer, *bound = np.min(times, axis=0).tolist()
+    count, gflop = updates * seeds, products.flops / 1e9
+    rate = 2 * CHAIN * arguments.batch_size * width**2 / 1e9 / layer  # GFLOP/s
+    return {
+        "algorithm": name,
+        "seeds": seeds,
+        "updates/s": count / spent,
+        "floor updates/s": count * rate / gflop,
+        "share of floor": gflop / rate / spent,
+        "bound updates/s": count / min(bound),
+        "share of bound": min(bound) / spent,
+        "GFLOP/update": gflop / count,
+        "GFLOP/s": gflop / spent,
+        "floor GFLOP/s": rate,
+        "bound GFLOP/s": gflop / min(bound),
+        "peak GFLOP/s": squares.flops / 1e9 / peak,
+        "compile s": sum(calls) - 2 * spent,
+        "dispatch ms": 1e3 * dispatch,
+    }
+
+
+def command(arguments):
+    """The command line that measures the same again; defaults are left out."""
+    words = ["python benchmarks/throughput.py"]
+    for field in dataclasses.fields(arguments):
+        value = getattr(arguments, field.name)
+        if value != field.default:
+            value = " ".join(map(str, value)) if isinstance(value, tuple) else value
+            words.append(f"--{field.name.replace('_', '-')} {value}")
+    return " ".join(words)
+
+
+def conditions(arguments):
+    """When, where and on what the rows of a record were measured."""
+    cpuinfo, packages = Path("/proc/cpuinfo"), ("jax", "jaxlib", "flax", "optax", "numpy")
+    model = re.search(r"model name\s*: (.*)", cpuinfo.read_text() if cpuinfo.exists() else "")
+    cores = f"{os.cpu_count()} cores of {model[1] if model else platform.machine()}"
+    return {
+        "command": command(arguments),
+        "date": datetime.date.today().isoformat(),
+        "hardware": f"{len(jax.devices())} x {jax.devices()[0].device_kind}; {cores}",
+        "versions": ", ".join(f"{name} {metadata.version(name)}" for name in packages),
+        "matmul precision": jax.config.jax_default_matmul_precision or "default",
+        "data": f"{ROWS:,} synthetic rows, {OBSERVATION} observations, {ACTION} actions",
+        "batch size": arguments.batch_size,
+        "chunks": f"{arguments.updates} updates, best of {arguments.repeats}",
+    }
+
+
+def markdown(facts, rows):
+    lines = ["# Throughput", "", "The columns are explained in `benchmarks/throughput.py`.", ""]
+    lines += [f"- {key}: {value}" for key, value in facts.items()]
+    lines += ["", "| " + " | ".join(rows[0]) + " |", "| --- " * len(rows[0]) + "|"]
+    for row in rows:
+        cells = (f"{x:,.3f}" if isinstance(x, float) else str(x) for x in row.values())
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main(arguments):
+    """Measure, print the table, write the record, and return its rows."""
+    files = {x.stem for x in Path(__file__).resolve().parents[1].glob("algorithms/*.py")}
+    unknown = sorted(set(arguments.algorithms) - files)
+    if unknown or not arguments.algorithms:
+        fail(f"--algorithms {' '.join(unknown)}: choose from {', '.join(sorted(files))}")
+    for flag in ("seeds", "batch_size", "updates", "repeats"):
+        if np.min(getattr(arguments, flag) or 0) < 1:
+            fail(f"--{flag.replace('_', '-')}: 1 is the least, not {getattr(arguments, flag)}")
+    output = Path(arguments.output or "")
+    if output.suffix not in ("", ".md", ".json"):
+        fail(f"--output {output}: .md or .json, or no suffix for both")
+    facts = conditions(arguments)
+    rows = [measure(*run, arguments) for run in product(arguments.algorithms, arguments.seeds)]
+    texts = {".md": markdown(facts, rows), ".json": json.dumps(facts | {"rows": rows}, indent=2)}
+    print(texts[".md"])
+    for suffix in texts if arguments.output else ():
+        if output.suffix in ("", suffix):
+            output.parent.mkdir(parents=True, exist_ok=True)
+            output.with_suffix(suffix).write_text(texts[suffix] + "\n")
+    return rows
+
+
+if __name__ == "__main__":
+    jax.config.update("jax_enable_compilation_cache", False)
+    main(tyro.cli(Arguments, description=__doc__.splitlines()[0]))
