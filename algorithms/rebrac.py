@@ -4,7 +4,7 @@
 Paper       https://arxiv.org/abs/2305.09836
 Reference   https://github.com/tinkoff-ai/ReBRAC
 Run         python algorithms/rebrac.py --config configs/rebrac/antmaze.yaml
-Parent      none
+Parent      td3_bc.py (60 lines)
 Results     benchmarks/results
 Deviations  none known in the method. Data with recorded next observations keep the rows at a
             truncation (0.1 % of 1000-step episodes), whose next action is their own action;
@@ -137,7 +137,7 @@ def critic_loss(params, state, batch, key, cfg):
     # Bootstrap through truncations, never through terminations.
     target = cfg.reward_scale * batch.reward + cfg.discount * (1.0 - batch.termination) * next_q
     q = state.critic.apply_fn(params, batch.observation, batch.action)  # [K, B]
-    chex.assert_equal_shape([*q, target, penalty])
+    chex.assert_equal_shape([*q, target])
     loss = jnp.square(q - target[None]).mean(axis=1).sum()
     return loss, {"critic_loss": loss, "q": q.mean()}
 
@@ -154,7 +154,7 @@ def actor_loss(params, state, batch, cfg):
 
 # --- Update -------------------------------------------------------------------------------------
 def update(state, step, key, data, cfg):
-    """`policy_delay` critic updates, the first followed by an actor and target update. One seed.
+    """`policy_delay` critic updates and, among them, one of actor and targets. One seed.
 
     Randomness is a function of (key, step) alone, so neither the length of a chunk nor a resumed
     run changes the result. `key` is folded with the step, never split.
@@ -171,7 +171,7 @@ def update(state, step, key, data, cfg):
         critic_metrics.append(metrics)
         if i == 0:
             # Targets first: they follow the new critic, but the actor before its update.
-            state = State(*(update_target(net, cfg) for net in state))
+            state = update_targets(state, cfg)
             grads, actor_metrics = jax.grad(actor_loss, has_aux=True)(
                 state.actor.params, state, batch, cfg
             )
@@ -180,9 +180,15 @@ def update(state, step, key, data, cfg):
     return state, mean | actor_metrics
 
 
-def update_target(net, cfg):
-    target_params = optax.incremental_update(net.params, net.target_params, cfg.target_rate)
-    return net.replace(target_params=target_params)
+def update_targets(state, cfg):
+    """One Polyak step of both target networks."""
+    actor, critic = (
+        net.replace(
+            target_params=optax.incremental_update(net.params, net.target_params, cfg.target_rate)
+        )
+        for net in (state.actor, state.critic)
+    )
+    return state._replace(actor=actor, critic=critic)
 
 
 def train_chunk(state, key, start, data, cfg):
@@ -209,7 +215,8 @@ def train(cfg, options):
     data = jax.device_put(dataset.transitions)
     example = jax.tree.map(lambda x: x[:1], data)
     init_keys, train_keys, policy_keys = experiment.streams(cfg.seeds, 3)  # [S] each
-    state = jax.jit(jax.vmap(partial(create_state, batch=example, cfg=cfg)))(init_keys)
+    create = partial(create_state, batch=example, cfg=cfg)
+    state = jax.jit(jax.vmap(create))(init_keys)
     # jit with the state donated; seeds by vmap on an accelerator, one after the other on CPU.
     train_seeds = experiment.over_seeds(partial(train_chunk, cfg=cfg))
     act = partial(policy, state.actor.apply_fn)
