@@ -187,6 +187,8 @@ def _validate(cfg):
     for name, value in vars(cfg).items():
         flag = f"{_flag(name)} {value}"
         numbers = value if isinstance(value, tuple) else (value,)
+        if value is None:
+            continue
         if any(isinstance(x, float) and not math.isfinite(x) for x in numbers):
             fail(f"{flag}: a finite number is wanted")
         if name == "seeds":
@@ -194,18 +196,23 @@ def _validate(cfg):
                 fail(f"{flag}: at least one seed is wanted, and none twice")
             if min(value) < 0 or max(value) >= 2**32:
                 fail(f"{flag}: seeds go from 0 to {2**32 - 1}")
-        elif name == "hidden" and not value:
+        elif name.endswith("hidden") and not value:
             fail(f"{flag}: at least one hidden layer is wanted")
         elif any(type(x) is int and x < 1 for x in numbers):
             fail(f"{flag}: at least 1 is wanted")
-        elif name in ("discount", "target_rate") and not 0 <= value <= 1:
+        elif name in ("discount", "target_rate", "td_lambda") and not 0 <= value <= 1:
             fail(f"{flag}: a number from 0 to 1 is wanted")
-        elif name.endswith("learning_rate") and value <= 0:
+        elif name == "fraction" and not 0 < value <= 1:
+            fail(f"{flag}: a number above 0 and up to 1 is wanted")
+        elif name in ("expectile", "dropout") and not 0 < value < 1:
+            fail(f"{flag}: a number between 0 and 1 is wanted")
+        elif re.search("learning_rate$|^fixed_std$|^return_scale$", name) and value <= 0:
             fail(f"{flag}: a number above 0 is wanted")
     for whole, part in (
         ("eval_every", "log_every"),
         ("num_updates", "log_every"),
         ("log_every", "policy_delay"),
+        ("log_every", "actor_updates"),
     ):
         if hasattr(cfg, part) and getattr(cfg, whole) % getattr(cfg, part):
             number, divisor = getattr(cfg, whole), getattr(cfg, part)

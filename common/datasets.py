@@ -2,6 +2,7 @@
 """Data set id -> `Dataset`: transitions in time order, episode ends, env, reference pair.
 
     local/pointmaze/umaze-v0            made on this machine at first use, see recipes.py
+    local/cartpole/mixed-v0             the same, integer actions, see cartpole_recipe.py
     mujoco/hopper/medium-v0, ...        any Minari id: from Minari's local root, else downloaded
     local/ogbench/cube-single-play-v0   the same, see ogbench_recipes.py
     hopper-medium-v2, ...               D4RL's names: its files, in ~/.d4rl/datasets, see d4rl.py
@@ -29,6 +30,7 @@ from common import d4rl, environments, fail, sources
 EXCESS = 1e-3  # by how much an action may leave its box and be clipped, in units of half the box
 SUITES = {  # suite of configs -> how the names of its data sets begin
     "ogbench": r"[\w-]+-singletask-v0$",
+    "classic": r"local/cartpole/|.*cartpole",  # integer actions
     "v4": r"(hopper|halfcheetah|walker2d)-[a-z-]+-v4$",  # small files rolled out in v4 envs
     "pointmaze": r"local/pointmaze/",
     "maze2d": r"maze2d-|D4RL/pointmaze/",
@@ -77,6 +79,13 @@ class Dataset:
         if self.ref_min_score is None:
             return returns
         return 100 * (returns - self.ref_min_score) / (self.ref_max_score - self.ref_min_score)
+
+    def return_span(self) -> float:
+        """Highest minus lowest return of an episode; exit code 2 where there is no difference."""
+        low, high = self.episode_returns.min(), self.episode_returns.max()
+        if low == high:
+            fail(f"{self.id}: every episode returns {low:g}: no return_scale can be reached")
+        return float(high - low)
 
 
 def load(dataset_id, env=None, env_steps=None, actions="continuous") -> Dataset:

@@ -58,7 +58,8 @@ def load(module, folder):
     cfg, options = config.read_run(folder, module.Config)
     dataset = datasets.load(cfg.dataset, options.env, options.env_steps, actions="any")
     example = jax.tree.map(lambda x: x[:1], dataset.transitions)
-    create = jax.jit(jax.vmap(lambda key: module.create_state(key, example, cfg)))
+    facts = {} if dataset.num_actions is None else {"num_actions": dataset.num_actions}
+    create = jax.jit(jax.vmap(lambda key: module.create_state(key, example, cfg, **facts)))
     state, meta = _restore(_manager(Path(folder)), create(*streams(cfg.seeds, 1)), keep=True)
     if meta is None:
         fail(f"{folder}: no readable checkpoint in it")

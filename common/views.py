@@ -61,8 +61,15 @@ def chunks(dataset, steps: int, rows: np.ndarray | None = None) -> tuple[np.ndar
     return np.minimum(index, last[:, None]), valid
 
 
-def filter_by_return(dataset, fraction: float):
-    """The data set with the best `fraction` of its episodes by return, in their old order.
+def filter_by_return(dataset, fraction: float, fraction_of: str = "episodes"):
+    """The data set with its best episodes by return, one at least, in their old order.
+
+    Of equal returns the shorter episode is the better one.
+
+    Args:
+        dataset: what `datasets.load` returns.
+        fraction: share that is kept.
+        fraction_of: "episodes", or "transitions" for the best episodes that hold no more of them.
 
     Raises:
         ValueError: `fraction` is not in (0, 1].
@@ -70,8 +77,10 @@ def filter_by_return(dataset, fraction: float):
     if not 0 < fraction <= 1:
         raise ValueError(f"a fraction above 0 and up to 1 is wanted, not {fraction}")
     starts, ends = episodes(dataset)
-    count = max(1, int(fraction * len(ends)))
-    best = np.sort(np.argsort(-dataset.episode_returns, kind="stable")[:count])
+    order = np.lexsort((ends - starts, -dataset.episode_returns))
+    sizes = np.ones_like(ends) if fraction_of == "episodes" else (ends - starts)[order]
+    count = np.searchsorted(np.cumsum(sizes), fraction * sizes.sum() + 1e-9, side="right")
+    best = np.sort(order[: max(1, count)])
     keep = np.zeros(ends[-1], bool)
     for start, end in zip(starts[best], ends[best], strict=True):
         keep[start:end] = True

@@ -1,0 +1,249 @@
+# SPDX-License-Identifier: Apache-2.0
+"""AWAC (Nair et al., 2020): a TD critic of the policy, an actor that clones by exp(advantage).
+
+Paper       https://arxiv.org/abs/2006.09359
+Reference   https://github.com/corl-team/CORL (offline/awac.py)
+Run         python algorithms/awac.py --config configs/awac/mujoco.yaml
+Parent      iql.py (118 lines)
+Results     benchmarks/results
+Deviations  initialisation, tanh on the mean and log_std in [-5, 2] are those of ikostrikov's
+            implementations, CORL has PyTorch's initialisation, no tanh and [-20, 2]. The paper's
+            rlkit code has a 4 x 256 actor with weight decay, batch 1024 and weight=softmax.
+
+Shapes: S seeds, K critics, B batch, E episodes, O observation, A action. Arrays are float32.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from flax.training import train_state
+
+from common import datasets, evaluation, experiment
+
+
+# --- Config -------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Config:
+    dataset: str = "local/pointmaze/umaze-v0"  # data set id or path, see common/datasets.py
+    seeds: tuple[int, ...] = (0,)  # trained side by side, one lane each
+    num_updates: int = 1_000_000  # gradient steps of every network
+    log_every: int = 1_000  # updates per compiled chunk: one row of metrics, the border to save at
+    eval_every: int = 20_000  # updates between evaluations
+    eval_episodes: int = 10  # episodes per seed and evaluation
+    batch_size: int = 256  # transitions per update
+    actor_learning_rate: float = 3e-4  # Adam
+    critic_learning_rate: float = 3e-4  # Adam
+    discount: float = 0.99  # gamma, per environment step
+    target_rate: float = 0.005  # tau, Polyak step of the target critics
+    hidden: tuple[int, ...] = (256, 256, 256)  # widths of actor and critics
+    num_critics: int = 2  # K, their minimum counts
+    layer_norm: bool = False  # after the activations of Q
+    reward_shift: float = 0.0  # added to data set rewards (AntMaze: -1)
+    # AWAC
+    inverse_temperature: float = 3.0  # 1 / lambda, Eq. 13
+    weight: Literal["exp", "softmax"] = "exp"  # exp(A / lambda) up to 100, or its batch softmax
+
+
+# --- Networks -----------------------------------------------------------------------------------
+def orthogonal(width):
+    return nn.Dense(width, kernel_init=nn.initializers.orthogonal(2**0.5))
+
+
+class GaussianActor(nn.Module):
+    hidden: tuple[int, ...]
+    action_dim: int
+
+    @nn.compact
+    def __call__(self, observation, key=None, dropout=None):  # [..., O] -> [..., A] twice
+        x = observation
+        for i, width in enumerate(self.hidden):
+            x = nn.relu(orthogonal(width)(x))
+            if dropout is not None:
+                keep = jax.random.bernoulli(jax.random.fold_in(key, i), 1.0 - dropout, x.shape)
+                x = jnp.where(keep, x / (1.0 - dropout), 0.0)
+        log_std = self.param("log_std", nn.initializers.zeros, (self.action_dim,))
+        mean = jnp.tanh(orthogonal(self.action_dim)(x))
+        return mean, jnp.broadcast_to(log_std.clip(-5.0, 2.0), mean.shape)
+
+
+class OrthogonalCritic(nn.Module):
+    hidden: tuple[int, ...]
+    layer_norm: bool
+
+    @nn.compact
+    def __call__(self, *inputs):  # [..., O] and for Q [..., A] -> [...]
+        x = jnp.concatenate(inputs, axis=-1)
+        for width in self.hidden:
+            x = nn.relu(orthogonal(width)(x))
+            x = nn.LayerNorm()(x) if self.layer_norm else x
+        return orthogonal(1)(x).squeeze(-1)
+
+
+# --- State --------------------------------------------------------------------------------------
+class TrainState(train_state.TrainState):
+    target_params: Any  # Polyak average of params
+
+    @classmethod
+    def create(cls, apply_fn, params, tx):
+        # The targets are a copy: params and targets are donated, so they must not share buffers.
+        target = jax.tree.map(jnp.copy, params)
+        return super().create(apply_fn=apply_fn, params=params, target_params=target, tx=tx)
+
+
+class State(NamedTuple):
+    actor: train_state.TrainState
+    critic: TrainState  # every array has a leading [K] axis
+    statistics: tuple[jax.Array, jax.Array]  # mean and std of the observations, [O] each
+
+
+def normalise(data):
+    """The data on the device with observations of mean 0 and std 1, and that mean and std."""
+    x = data.observation
+    mean, std = x.mean(axis=0, dtype=float), x.std(axis=0, dtype=float) + 1e-3
+    x, next_x = ((x - mean) / std for x in (x, data.next_observation))
+    return jax.device_put(data._replace(observation=x, next_observation=next_x)), (mean, std)
+
+
+def create_state(key, batch, cfg, statistics=(0.0, 1.0)):
+    """State of one seed before the first update. `batch` supplies shapes only."""
+    key_actor, key_critic = jax.random.split(key)
+    actor = GaussianActor(cfg.hidden, batch.action.shape[-1])
+    critic = OrthogonalCritic(cfg.hidden, cfg.layer_norm)
+    actor_params = actor.init(key_actor, batch.observation)
+    critic_params = jax.vmap(critic.init, (0, None, None))(
+        jax.random.split(key_critic, cfg.num_critics), batch.observation, batch.action
+    )
+    critics = jax.vmap(critic.apply, (0, None, None))  # -> [K, B]
+    actor_adam, create = optax.adam(cfg.actor_learning_rate), train_state.TrainState.create
+    return State(
+        create(apply_fn=actor.apply, params=actor_params, tx=actor_adam),
+        TrainState.create(critics, critic_params, optax.adam(cfg.critic_learning_rate)),
+        tuple(jnp.broadcast_to(x, batch.observation.shape[-1:]) for x in statistics),
+    )
+
+
+# --- Losses -------------------------------------------------------------------------------------
+def critic_loss(params, state, batch, key, cfg):
+    """TD error to r + gamma min_k Q_k(s', a'), a' ~ pi(s'), mean over B, summed over K. Eq. 4."""
+    next_action = sample_action(state.actor, batch.next_observation, key)
+    next_q = state.critic.apply_fn(state.critic.target_params, batch.next_observation, next_action)
+    # Bootstrap through truncations, never through terminations.
+    target = batch.reward + cfg.discount * (1.0 - batch.termination) * next_q.min(axis=0)
+    q = state.critic.apply_fn(params, batch.observation, batch.action)  # [K, B]
+    chex.assert_equal_shape([*q, target])
+    loss = jnp.square(q - target[None]).mean(axis=1).sum()
+    return loss, {"critic_loss": loss, "q": q.mean()}
+
+
+def actor_loss(params, state, batch, key, cfg):
+    """-exp(A / lambda) log pi(a|s), A = min_k Q_k(s, a) - min_k Q_k(s, a~), a~ ~ pi(s). Eq. 13."""
+    action = sample_action(state.actor, batch.observation, key)
+    q, value = (
+        state.critic.apply_fn(state.critic.params, batch.observation, a).min(axis=0)
+        for a in (batch.action, action)
+    )
+    advantage = cfg.inverse_temperature * (q - value)
+    if cfg.weight == "softmax":
+        weight = len(advantage) * jax.nn.softmax(advantage)
+    else:
+        weight = jnp.minimum(jnp.exp(advantage), 100.0)
+    log_prob = gaussian_log_prob(batch.action, *state.actor.apply_fn(params, batch.observation))
+    chex.assert_equal_shape([log_prob, weight, batch.reward])
+    loss = -(weight * log_prob).mean()
+    return loss, {"actor_loss": loss, "log_prob": log_prob.mean(), "weight": weight.mean()}
+
+
+def sample_action(actor, observation, key):
+    """One action of the policy per row, clipped to the box, [B, O] -> [B, A]."""
+    mean, log_std = actor.apply_fn(actor.params, observation)
+    return (mean + jnp.exp(log_std) * jax.random.normal(key, mean.shape)).clip(-1.0, 1.0)
+
+
+def gaussian_log_prob(x, mean, log_std):
+    """log N(x; mean, std), summed over the last axis."""
+    error = (x - mean) * jnp.exp(-log_std)
+    return -(0.5 * jnp.square(error) + log_std + 0.5 * jnp.log(2 * jnp.pi)).sum(axis=-1)
+
+
+# --- Update -------------------------------------------------------------------------------------
+def update(state, step, key, data, cfg):
+    """One step of Q, actor and targets in this order, on one batch. One seed.
+
+    Randomness is a function of (key, step) alone, so neither the length of a chunk nor a resumed
+    run changes the result. `key` is folded with the step, never split.
+    """
+    key_batch, key_critic, key_actor = jax.random.split(jax.random.fold_in(key, step), 3)
+    index = jax.random.randint(key_batch, (cfg.batch_size,), 0, len(data.reward))
+    batch = jax.tree.map(lambda x: x[index], data)
+    grads, critic_metrics = jax.grad(critic_loss, has_aux=True)(
+        state.critic.params, state, batch, key_critic, cfg
+    )
+    state = state._replace(critic=state.critic.apply_gradients(grads=grads))
+    grads, actor_metrics = jax.grad(actor_loss, has_aux=True)(
+        state.actor.params, state, batch, key_actor, cfg
+    )
+    state = state._replace(actor=state.actor.apply_gradients(grads=grads))
+    state = state._replace(critic=update_target(state.critic, cfg))
+    return state, critic_metrics | actor_metrics
+
+
+def update_target(net, cfg):
+    target_params = optax.incremental_update(net.params, net.target_params, cfg.target_rate)
+    return net.replace(target_params=target_params)
+
+
+def train_chunk(state, key, start, data, cfg):
+    """`log_every` updates of one seed, compiled as one program. Metrics are chunk means."""
+    steps = start + jnp.arange(cfg.log_every)
+    state, metrics = jax.lax.scan(partial(update, key=key, data=data, cfg=cfg), state, steps)
+    return state, jax.tree.map(jnp.mean, metrics)
+
+
+# --- Policy -------------------------------------------------------------------------------------
+def policy(apply_fn, params, observation, key):
+    """Mean action in [-1, 1], [..., O] -> [..., A]. `key` is not used."""
+    mean, std = (jnp.broadcast_to(x, observation.shape) for x in params[1])
+    return apply_fn(params[0], (observation - mean) / std)[0]
+
+
+def policy_params(state):
+    return state.actor.params, state.statistics
+
+
+# --- Training -----------------------------------------------------------------------------------
+def train(cfg, options):
+    """Train every seed of `cfg` and return its final normalised scores, [S]."""
+    dataset = datasets.load(cfg.dataset, options.env, options.env_steps)
+    reward = dataset.transitions.reward + cfg.reward_shift
+    data, statistics = normalise(dataset.transitions._replace(reward=reward))
+    example = jax.tree.map(lambda x: x[:1], data)
+    init_keys, train_keys, policy_keys = experiment.streams(cfg.seeds, 3)  # [S] each
+    create = partial(create_state, batch=example, cfg=cfg, statistics=statistics)
+    state = jax.jit(jax.vmap(create))(init_keys)
+    # jit with the state donated; seeds by vmap on an accelerator, one after the other on CPU.
+    train_seeds = experiment.over_seeds(partial(train_chunk, cfg=cfg))
+    act = partial(policy, state.actor.apply_fn)
+
+    with (
+        experiment.Run(cfg, options, dataset) as run,
+        evaluation.Rollouts(dataset, act, policy_keys, cfg) as rollouts,
+    ):
+        state, metrics, start = run.restore(state)
+        for step in run.borders(start):  # start, start + log_every, ..., num_updates
+            run.save(step, state, metrics)
+            scores = rollouts.start(policy_params(state), step) if run.evaluates(step) else None
+            row = (step, metrics, scores)
+            if step < cfg.num_updates:  # beside the evaluation where there is an accelerator
+                state, metrics = train_seeds(state, train_keys, step, data)
+            run.log(*row)
+    return run.scores
+
+
+if __name__ == "__main__":
+    train(*experiment.parse(Config))

@@ -1,0 +1,257 @@
+# SPDX-License-Identifier: Apache-2.0
+"""AWR (Peng et al., 2019): cloning weighted by exp(advantage) over TD(lambda) returns of the data.
+
+Paper       https://arxiv.org/abs/1910.00177
+Reference   https://github.com/xbpeng/awr
+Run         python algorithms/awr.py --config configs/awr/mujoco.yaml
+Parent      none
+Results     benchmarks/results
+Deviations  one static buffer, the paper's offline setting. Batches are drawn with replacement, the
+            reference shuffles. Observation statistics are the data set's, not running ones.
+            optimiser=adam and fixed_std=None are additions.
+
+Shapes: S seeds, N data, B batch, E episodes, O observation, A action. Arrays are float32.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal, NamedTuple
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from flax.training import train_state
+
+from common import datasets, evaluation, experiment
+
+
+# --- Config -------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Config:
+    dataset: str = "local/pointmaze/umaze-v0"  # data set id or path, see common/datasets.py
+    seeds: tuple[int, ...] = (0,)  # trained side by side, one lane each
+    num_updates: int = 1_000_000  # gradient steps of the actor
+    log_every: int = 1_000  # updates per compiled chunk: one row of metrics, the border to save at
+    eval_every: int = 20_000  # updates between evaluations
+    eval_episodes: int = 10  # episodes per seed and evaluation
+    batch_size: int = 256  # transitions per update
+    actor_learning_rate: float = 5e-5  # see optimiser
+    critic_learning_rate: float = 1e-2  # of V, see optimiser
+    discount: float = 0.99  # gamma, per environment step
+    hidden: tuple[int, ...] = (128, 64)  # widths of actor and V
+    reward_shift: float = 0.0  # added to data set rewards (AntMaze: -1)
+    # AWR
+    actor_updates: int = 1_000  # actor steps per iteration
+    critic_updates: int = 200  # V steps per iteration, before them
+    td_lambda: float = 0.95  # lambda of the returns; 1: Monte Carlo
+    inverse_temperature: float = 1.0  # 1 / beta, on advantages of mean 0 and std 1, Eq. 9
+    max_weight: float = 20.0  # cap on exp(advantage / beta)
+    fixed_std: float | None = 0.4  # std of the policy; None learns one per action dimension
+    bound_penalty: float = 10.0  # weight of the squared distance of means outside the box
+    optimiser: Literal["momentum", "adam"] = "momentum"  # SGD with momentum 0.9, or Adam
+
+
+# --- Networks -----------------------------------------------------------------------------------
+def uniform(bound):
+    def init(key, shape, dtype=jnp.float32):
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    return init
+
+
+class UnboundedGaussianActor(nn.Module):
+    hidden: tuple[int, ...]
+    action_dim: int
+
+    @nn.compact
+    def __call__(self, observation):  # [..., O] -> [..., A] twice
+        x = observation
+        for width in self.hidden:
+            x = nn.relu(nn.Dense(width, kernel_init=nn.initializers.glorot_uniform())(x))
+        log_std = self.param("log_std", nn.initializers.zeros, (self.action_dim,))
+        mean = nn.Dense(self.action_dim, kernel_init=uniform(0.01))(x)
+        return mean, jnp.broadcast_to(log_std.clip(-5.0, 2.0), mean.shape)
+
+
+class GlorotValue(nn.Module):
+    hidden: tuple[int, ...]
+
+    @nn.compact
+    def __call__(self, observation):  # [..., O] -> [...]
+        x = observation
+        for width in self.hidden:
+            x = nn.relu(nn.Dense(width, kernel_init=nn.initializers.glorot_uniform())(x))
+        return nn.Dense(1, kernel_init=nn.initializers.glorot_uniform())(x).squeeze(-1)
+
+
+# --- State --------------------------------------------------------------------------------------
+class State(NamedTuple):
+    actor: train_state.TrainState
+    value_net: train_state.TrainState  # (1 - gamma) V
+    statistics: tuple[jax.Array, jax.Array]  # mean and std of the observations, [O] each
+
+
+def normalise(data):
+    """The data on the device with observations of mean 0 and std 1, and that mean and std."""
+    x = data.observation
+    mean, std = x.mean(axis=0, dtype=float), x.std(axis=0, dtype=float) + 1e-3
+    x, next_x = ((x - mean) / std for x in (x, data.next_observation))
+    return jax.device_put(data._replace(observation=x, next_observation=next_x)), (mean, std)
+
+
+def create_state(key, batch, cfg, statistics=(0.0, 1.0)):
+    """State of one seed before the first update. `batch` supplies shapes only."""
+    key_actor, key_value = jax.random.split(key)
+    actor = UnboundedGaussianActor(cfg.hidden, batch.action.shape[-1])
+    value_net = GlorotValue(cfg.hidden)
+    optimiser = partial(optax.sgd, momentum=0.9) if cfg.optimiser == "momentum" else optax.adam
+    create = train_state.TrainState.create
+    return State(
+        create(
+            apply_fn=actor.apply,
+            params=actor.init(key_actor, batch.observation),
+            tx=optimiser(cfg.actor_learning_rate),
+        ),
+        create(
+            apply_fn=value_net.apply,
+            params=value_net.init(key_value, batch.observation),
+            tx=optimiser(cfg.critic_learning_rate),
+        ),
+        tuple(jnp.broadcast_to(x, batch.observation.shape[-1:]) for x in statistics),
+    )
+
+
+# --- Losses -------------------------------------------------------------------------------------
+def value_loss(params, state, batch, returns, cfg):
+    """Half the squared error of V to the TD(lambda) returns, in units of 1 / (1 - gamma)."""
+    value = state.value_net.apply_fn(params, batch.observation)  # [B]
+    chex.assert_equal_shape([value, returns, batch.reward])
+    loss = 0.5 * jnp.square(value - (1.0 - cfg.discount) * returns).mean()
+    return loss, {"value_loss": loss, "value": value.mean() / (1.0 - cfg.discount)}
+
+
+def actor_loss(params, state, batch, weight, cfg):
+    """-weight log pi(a|s), and a penalty on means outside of the action box. Eq. 9."""
+    mean, log_std = state.actor.apply_fn(params, batch.observation)
+    if cfg.fixed_std is not None:
+        log_std = jnp.full_like(log_std, jnp.log(cfg.fixed_std))
+    log_prob = gaussian_log_prob(batch.action, mean, log_std)  # [B]
+    outside = 0.5 * jnp.square(mean - mean.clip(-1.0, 1.0)).sum(axis=-1)  # [B]
+    chex.assert_equal_shape([weight, log_prob, outside, batch.reward])
+    loss = (cfg.bound_penalty * outside - weight * log_prob).mean()
+    return loss, {"actor_loss": loss, "log_prob": log_prob.mean(), "weight": weight.mean()}
+
+
+def gaussian_log_prob(x, mean, log_std):
+    """log N(x; mean, std), summed over the last axis."""
+    error = (x - mean) * jnp.exp(-log_std)
+    return -(0.5 * jnp.square(error) + log_std + 0.5 * jnp.log(2 * jnp.pi)).sum(axis=-1)
+
+
+def values(state, observation, cfg):
+    """V of the whole data set, [N, O] -> [N], some thousand rows at a time."""
+    apply = partial(state.value_net.apply_fn, state.value_net.params)
+    return jax.lax.map(apply, observation, batch_size=4096) / (1.0 - cfg.discount)
+
+
+def lambda_returns(state, data, cfg):
+    """R_t = r_t + gamma ((1 - lambda) V(s_t+1) + lambda R_t+1) within episodes, [N]. Eq. 11.
+
+    The last row of an episode takes V(s_t+1) alone, or nothing where it is a termination.
+    """
+    last = jnp.maximum(data.termination, data.truncation)
+    bootstrap = (1.0 - data.termination) * values(state, data.next_observation, cfg)
+    add = data.reward + cfg.discount * jnp.where(last, 1.0, 1.0 - cfg.td_lambda) * bootstrap
+    factor = cfg.discount * cfg.td_lambda * (1.0 - last)
+
+    def join(later, earlier):  # of two maps R -> add + factor * R
+        return earlier[0] + earlier[1] * later[0], earlier[1] * later[1]
+
+    return jax.lax.associative_scan(join, (add, factor), reverse=True)[0]
+
+
+# --- Update -------------------------------------------------------------------------------------
+def update(state, step, key, data, cfg):
+    """One iteration: `critic_updates` steps of V, then `actor_updates` of the actor. Algorithm 1.
+
+    Randomness is a function of (key, step) alone, so neither the length of a chunk nor a resumed
+    run changes the result. `key` is folded with the step, never split.
+    """
+    key_value, key_actor = jax.random.split(jax.random.fold_in(key, step))
+
+    keys = jax.random.split(key_value, cfg.critic_updates)
+    returns = lambda_returns(state, data, cfg)
+    value_net, value_metrics = descend(state.value_net, value_loss, returns, state, keys, data, cfg)
+    state = state._replace(value_net=value_net)
+    advantage = lambda_returns(state, data, cfg) - values(state, data.observation, cfg)
+    advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-5)
+    weight = jnp.minimum(jnp.exp(cfg.inverse_temperature * advantage), cfg.max_weight)
+    keys = jax.random.split(key_actor, cfg.actor_updates)
+    actor, actor_metrics = descend(state.actor, actor_loss, weight, state, keys, data, cfg)
+    return state._replace(actor=actor), value_metrics | actor_metrics
+
+
+def descend(net, loss, target, state, keys, data, cfg):
+    """A step of `net` per key, each on a batch and its rows of `target` [N], and mean metrics."""
+
+    def one(net, key):
+        index = jax.random.randint(key, (cfg.batch_size,), 0, len(data.reward))
+        batch = jax.tree.map(lambda x: x[index], data)
+        grads, metrics = jax.grad(loss, has_aux=True)(net.params, state, batch, target[index], cfg)
+        return net.apply_gradients(grads=grads), metrics
+
+    net, metrics = jax.lax.scan(one, net, keys)
+    return net, jax.tree.map(jnp.mean, metrics)
+
+
+def train_chunk(state, key, start, data, cfg):
+    """`log_every` updates of one seed, compiled as one program. Metrics are chunk means."""
+    steps = start + jnp.arange(0, cfg.log_every, cfg.actor_updates)
+    state, metrics = jax.lax.scan(partial(update, key=key, data=data, cfg=cfg), state, steps)
+    return state, jax.tree.map(jnp.mean, metrics)
+
+
+# --- Policy -------------------------------------------------------------------------------------
+def policy(apply_fn, params, observation, key):
+    """Mean action, clipped to [-1, 1], [..., O] -> [..., A]. `key` is not used."""
+    mean, std = (jnp.broadcast_to(x, observation.shape) for x in params[1])
+    return apply_fn(params[0], (observation - mean) / std)[0].clip(-1.0, 1.0)
+
+
+def policy_params(state):
+    return state.actor.params, state.statistics
+
+
+# --- Training -----------------------------------------------------------------------------------
+def train(cfg, options):
+    """Train every seed of `cfg` and return its final normalised scores, [S]."""
+    dataset = datasets.load(cfg.dataset, options.env, options.env_steps)
+    reward = dataset.transitions.reward + cfg.reward_shift
+    data, statistics = normalise(dataset.transitions._replace(reward=reward))
+    example = jax.tree.map(lambda x: x[:1], data)
+    init_keys, train_keys, policy_keys = experiment.streams(cfg.seeds, 3)  # [S] each
+    create = partial(create_state, batch=example, cfg=cfg, statistics=statistics)
+    state = jax.jit(jax.vmap(create))(init_keys)
+    # jit with the state donated; seeds by vmap on an accelerator, one after the other on CPU.
+    train_seeds = experiment.over_seeds(partial(train_chunk, cfg=cfg))
+    act = partial(policy, state.actor.apply_fn)
+
+    with (
+        experiment.Run(cfg, options, dataset) as run,
+        evaluation.Rollouts(dataset, act, policy_keys, cfg) as rollouts,
+    ):
+        state, metrics, start = run.restore(state)
+        for step in run.borders(start):  # start, start + log_every, ..., num_updates
+            run.save(step, state, metrics)
+            scores = rollouts.start(policy_params(state), step) if run.evaluates(step) else None
+            row = (step, metrics, scores)
+            if step < cfg.num_updates:  # beside the evaluation where there is an accelerator
+                state, metrics = train_seeds(state, train_keys, step, data)
+            run.log(*row)
+    return run.scores
+
+
+if __name__ == "__main__":
+    train(*experiment.parse(Config))

@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""BC: behaviour cloning; with --fraction 0.1 filtered BC (10%BC), which clones the best episodes.
+
+Paper       https://arxiv.org/abs/2106.01345 (%BC, Section 5.1)
+Reference   https://github.com/corl-team/CORL (offline/any_percent_bc.py)
+Run         python algorithms/bc.py --config configs/bc/mujoco.yaml
+Parent      none
+Results     benchmarks/results
+Deviations  CORL cuts episodes every 1000 rows, here they end where they end. Of equal returns the
+            shorter episode counts as better. Integer actions are an addition.
+
+Shapes: S seeds, B batch, E episodes, O observation, A action. Arrays are float32.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal, NamedTuple
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from flax.training import train_state
+
+from common import datasets, evaluation, experiment, views
+
+
+# --- Config -------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Config:
+    dataset: str = "local/pointmaze/umaze-v0"  # data set id or path, see common/datasets.py
+    seeds: tuple[int, ...] = (0,)  # trained side by side, one lane each
+    num_updates: int = 1_000_000  # gradient steps
+    log_every: int = 1_000  # updates per compiled chunk: one row of metrics, the border to save at
+    eval_every: int = 20_000  # updates between evaluations
+    eval_episodes: int = 10  # episodes per seed and evaluation
+    batch_size: int = 256  # transitions per update
+    actor_learning_rate: float = 3e-4  # Adam
+    hidden: tuple[int, ...] = (256, 256)  # widths of the actor
+    # BC
+    fraction: float = 1.0  # share of the data to clone, the best episodes by return
+    fraction_of: Literal["episodes", "transitions"] = "episodes"  # what that share is of
+
+
+# --- Networks -----------------------------------------------------------------------------------
+def fan_in_uniform():
+    return nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # U(±1 / sqrt(fan in))
+
+
+def uniform(bound):
+    def init(key, shape, dtype=jnp.float32):
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    return init
+
+
+def linear(fan_in, width):  # PyTorch's default
+    return nn.Dense(width, kernel_init=fan_in_uniform(), bias_init=uniform(fan_in**-0.5))
+
+
+class TanhActor(nn.Module):
+    hidden: tuple[int, ...]
+    action_dim: int
+
+    @nn.compact
+    def __call__(self, observation):  # [..., O] -> [..., A]
+        x = observation
+        for width in self.hidden:
+            x = nn.relu(linear(x.shape[-1], width)(x))
+        head = linear(x.shape[-1], self.action_dim)
+        return jnp.tanh(head(x))
+
+
+class MLP(nn.Module):
+    hidden: tuple[int, ...]
+    outputs: int
+
+    @nn.compact
+    def __call__(self, observation):  # [..., O] -> [..., outputs]
+        x = observation
+        for width in self.hidden:
+            x = nn.relu(linear(x.shape[-1], width)(x))
+        return linear(x.shape[-1], self.outputs)(x)
+
+
+# --- State --------------------------------------------------------------------------------------
+class State(NamedTuple):
+    actor: train_state.TrainState
+    statistics: tuple[jax.Array, jax.Array]  # mean and std of the observations, [O] each
+
+
+def normalise(data):
+    """The data on the device with observations of mean 0 and std 1, and that mean and std."""
+    x = data.observation
+    mean, std = x.mean(axis=0, dtype=float), x.std(axis=0, dtype=float) + 1e-3
+    x, next_x = ((x - mean) / std for x in (x, data.next_observation))
+    return jax.device_put(data._replace(observation=x, next_observation=next_x)), (mean, std)
+
+
+def create_state(key, batch, cfg, statistics=(0.0, 1.0), num_actions=None):
+    """State of one seed before the first update. `batch` supplies shapes only."""
+    actor = TanhActor(cfg.hidden, batch.action.shape[-1])
+    actor = actor if num_actions is None else MLP(cfg.hidden, num_actions)  # logits
+    actor_params, adam = actor.init(key, batch.observation), optax.adam(cfg.actor_learning_rate)
+    return State(
+        train_state.TrainState.create(apply_fn=actor.apply, params=actor_params, tx=adam),
+        tuple(jnp.broadcast_to(x, batch.observation.shape[-1:]) for x in statistics),
+    )
+
+
+# --- Losses -------------------------------------------------------------------------------------
+def actor_loss(params, state, batch, cfg):
+    """(pi(s) - a)^2, mean over B and A; for integer actions -log softmax(logits)[a]."""
+    output = state.actor.apply_fn(params, batch.observation)  # [B, A] or logits
+    if batch.action.ndim == 1:
+        error = optax.softmax_cross_entropy_with_integer_labels(output, batch.action)
+    else:
+        chex.assert_equal_shape([output, batch.action])
+        error = jnp.square(output - batch.action).mean(axis=-1)
+    chex.assert_equal_shape([error, batch.reward])
+    return error.mean(), {"actor_loss": error.mean()}
+
+
+# --- Update -------------------------------------------------------------------------------------
+def update(state, step, key, data, cfg):
+    """One gradient step. One seed.
+
+    Randomness is a function of (key, step) alone, so neither the length of a chunk nor a resumed
+    run changes the result. `key` is folded with the step, never split.
+    """
+    key_batch = jax.random.fold_in(key, step)
+    index = jax.random.randint(key_batch, (cfg.batch_size,), 0, len(data.reward))
+    batch = jax.tree.map(lambda x: x[index], data)
+    grads, metrics = jax.grad(actor_loss, has_aux=True)(state.actor.params, state, batch, cfg)
+    return state._replace(actor=state.actor.apply_gradients(grads=grads)), metrics
+
+
+def train_chunk(state, key, start, data, cfg):
+    """`log_every` updates of one seed, compiled as one program. Metrics are chunk means."""
+    steps = start + jnp.arange(cfg.log_every)
+    state, metrics = jax.lax.scan(partial(update, key=key, data=data, cfg=cfg), state, steps)
+    return state, jax.tree.map(jnp.mean, metrics)
+
+
+# --- Policy -------------------------------------------------------------------------------------
+def policy(apply_fn, params, observation, key, discrete=False):
+    """Action in [-1, 1], [..., O] -> [..., A], or the likeliest integer, [...]. No use of `key`."""
+    mean, std = (jnp.broadcast_to(x, observation.shape) for x in params[1])
+    output = apply_fn(params[0], (observation - mean) / std)
+    return output.argmax(axis=-1) if discrete else output
+
+
+def policy_params(state):
+    return state.actor.params, state.statistics
+
+
+# --- Training -----------------------------------------------------------------------------------
+def train(cfg, options):
+    """Train every seed of `cfg` and return its final normalised scores, [S]."""
+    dataset = datasets.load(cfg.dataset, options.env, options.env_steps, actions="any")
+    dataset = views.filter_by_return(dataset, cfg.fraction, cfg.fraction_of)
+    data, statistics = normalise(dataset.transitions)
+    example = jax.tree.map(lambda x: x[:1], data)
+    init_keys, train_keys, policy_keys = experiment.streams(cfg.seeds, 3)  # [S] each
+    facts = {"statistics": statistics, "num_actions": dataset.num_actions}
+    state = jax.jit(jax.vmap(partial(create_state, batch=example, cfg=cfg, **facts)))(init_keys)
+    # jit with the state donated; seeds by vmap on an accelerator, one after the other on CPU.
+    train_seeds = experiment.over_seeds(partial(train_chunk, cfg=cfg))
+    discrete = dataset.num_actions is not None
+    act = partial(policy, state.actor.apply_fn, discrete=discrete)
+
+    with (
+        experiment.Run(cfg, options, dataset) as run,
+        evaluation.Rollouts(dataset, act, policy_keys, cfg) as rollouts,
+    ):
+        state, metrics, start = run.restore(state)
+        for step in run.borders(start):  # start, start + log_every, ..., num_updates
+            run.save(step, state, metrics)
+            scores = rollouts.start(policy_params(state), step) if run.evaluates(step) else None
+            row = (step, metrics, scores)
+            if step < cfg.num_updates:  # beside the evaluation where there is an accelerator
+                state, metrics = train_seeds(state, train_keys, step, data)
+            run.log(*row)
+    return run.scores
+
+
+if __name__ == "__main__":
+    train(*experiment.parse(Config))
