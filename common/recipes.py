@@ -4,6 +4,7 @@ One noisy walk between random targets, never reset, cut into episodes as long as
 Observation: position and velocity, no goal. Reward: 1 within 0.5 of the maze's one fixed goal, in
 the data as in the evaluation env. The walk wanders, so a learner can do far better than the data.
 Unlike D4RL: fewer steps, action noise in every set, and rewards of the position after the step.
+`local/cartpole/mixed-v0`, with integer actions, is in cartpole_recipe.py.
 
 Importing this module needs NumPy only. Minari's stored env spec names `point_maze` by its path, so
 that the env can be rebuilt in a process that never imported it.
@@ -25,6 +26,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from common import cartpole_recipe
+
 
 class Maze(NamedTuple):
     layout: str  # name of the map in gymnasium-robotics; the walls are D4RL's
@@ -44,13 +47,14 @@ MAZES = {
     "medium": Maze("MEDIUM_MAZE", "atoll/PointMaze_Medium-v0", (6, 6), 600, 334, 23.07, 424.36),
     "large": Maze("LARGE_MAZE", "atoll/PointMaze_Large-v0", (7, 9), 800, 500, 13.07, 554.44),
 }
-IDS = tuple(f"local/pointmaze/{name}-v0" for name in MAZES)
+IDS = (*(f"local/pointmaze/{name}-v0" for name in MAZES), cartpole_recipe.ID)
 
 
-def make(dataset_id: str) -> None:
+def make(dataset_id: str, episodes: int | None = None) -> None:
     """Makes one of `IDS` under Minari's local root; does nothing where it is already.
 
     The data set appears whole or not at all, and two processes may make the same one at once.
+    `episodes`: how many, if not the recipe's number.
 
     Raises:
         ValueError: no recipe has that id; the message names near ones.
@@ -59,8 +63,11 @@ def make(dataset_id: str) -> None:
     if dataset_id not in IDS:
         near = difflib.get_close_matches(dataset_id, IDS) or IDS
         raise ValueError(f"no recipe makes {dataset_id}; did you mean {' or '.join(near)}?")
-    name = list(MAZES)[IDS.index(dataset_id)]
-    _make_point_maze(dataset_id, name, MAZES[name].episodes)
+    if dataset_id == cartpole_recipe.ID:
+        _store(*cartpole_recipe.recipe(episodes or cartpole_recipe.EPISODES))
+    else:
+        name = list(MAZES)[IDS.index(dataset_id)]
+        _make_point_maze(dataset_id, name, episodes or MAZES[name].episodes)
 
 
 def register() -> None:
@@ -190,31 +197,44 @@ def _walk(name, steps, horizon):
 
 
 def _make_point_maze(dataset_id, name, episodes):
+    maze, steps = MAZES[name], episodes * MAZES[name].horizon
+
+    def play():
+        observation, action, reward = _walk(name, steps, maze.horizon)
+        never, last = np.zeros(maze.horizon, bool), np.arange(maze.horizon) == maze.horizon - 1
+        for start in range(0, steps, maze.horizon):
+            rows = slice(start, start + maze.horizon)
+            yield observation[start : rows.stop + 1], action[rows], reward[rows], never, last
+
+    register()
+    _store(
+        (dataset_id, maze.env_id, maze.random_return, maze.controller_return),
+        "waypoint controller, action noise 0.5",
+        "D4RL's maze2d made locally: one walk between random targets.",
+        play(),
+        steps,
+    )
+
+
+def _store(ids_and_pair, algorithm, description, episodes, steps):
+    """Episodes: observation [T + 1, ...], action, reward, termination, truncation [T] each.
+
+    They are an iterator, so nothing is played where the data set is there already.
+    """
     from unittest import mock
 
     import minari
     from minari.data_collector import EpisodeBuffer
     from minari.storage import get_dataset_path
 
-    root, final, maze = get_dataset_path(), get_dataset_path(dataset_id), MAZES[name]
+    dataset_id, env_id, low, high = ids_and_pair
+    root, final = get_dataset_path(), get_dataset_path(dataset_id)
     if (final / "data").exists():
         return
-    steps, truncation = episodes * maze.horizon, np.arange(maze.horizon) == maze.horizon - 1
     seconds = steps / 2e4  # 25,000 steps/s were measured on one core
     print(f"making {dataset_id} ({steps:,} steps, about {seconds:.0f} s) in {final}", flush=True)
-    observation, action, reward = _walk(name, steps, maze.horizon)
-    buffers = [
-        EpisodeBuffer(
-            observations=observation[start : start + maze.horizon + 1],
-            actions=action[start : start + maze.horizon],
-            rewards=reward[start : start + maze.horizon],
-            terminations=np.zeros(maze.horizon, bool),
-            truncations=truncation,
-            infos={},
-        )
-        for start in range(0, steps, maze.horizon)
-    ]
-    register()
+    names = ("observations", "actions", "rewards", "terminations", "truncations")
+    buffers = [EpisodeBuffer(**dict(zip(names, x, strict=True)), infos={}) for x in episodes]
     for folder in root.glob(".making-*"):  # left by a killed run, unless so young that it is in use
         if time.time() - folder.stat().st_mtime > 600:
             shutil.rmtree(folder, ignore_errors=True)
@@ -227,12 +247,12 @@ def _make_point_maze(dataset_id, name, episodes):
             minari.create_dataset_from_buffers(
                 dataset_id,
                 buffers,
-                env=maze.env_id,
-                eval_env=maze.env_id,
-                algorithm_name="waypoint controller, action noise 0.5",
-                description="D4RL's maze2d made locally: one walk between random targets.",
-                ref_min_score=maze.random_return,
-                ref_max_score=maze.controller_return,
+                env=env_id,
+                eval_env=env_id,
+                algorithm_name=algorithm,
+                description=description,
+                ref_min_score=low,
+                ref_max_score=high,
                 num_episodes_average_score=1000,
                 data_format="hdf5",
             )
@@ -264,8 +284,7 @@ def main(argv: list[str] | None = None) -> None:
         if args.episodes:
             fail(f"{args.id} is made already; delete {sources.minari_folder(args.id)} first")
     elif args.id in IDS:
-        maze = list(MAZES)[IDS.index(args.id)]
-        _make_point_maze(args.id, maze, args.episodes or MAZES[maze].episodes)
+        make(args.id, args.episodes)
     else:
         name, folder = args.id.removeprefix("local/ogbench/"), sources.ogbench_folder("local")
         try:

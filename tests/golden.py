@@ -34,7 +34,7 @@ def measure(name):
     """{updates: {metric or norm: value}} of the small algorithm on 512 random rows."""
     module = importlib.import_module(f"algorithms.{name}")
     cfg = probes.config(module, **SETTINGS)
-    data = probes.random_transitions(512, 5, 3, seed=0)
+    data = probes.rows_for(name, 512, 5, 3, seed=0)
     state, key, data = probes.start(module, data, cfg)
     chunk = jax.jit(module.train_chunk, static_argnums=4, donate_argnums=0)
     found = {}

@@ -22,9 +22,14 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
 ALGORITHMS = ["rebrac"]  # every test of runs goes through these files
-CONTINUOUS = ["rebrac"]  # and these refuse integer actions
+CONTINUOUS = ["rebrac", "td3_bc", "iql", "awr", "awac", "cql"]  # these refuse integer actions
+DISCRETE = ["cql_discrete"]  # these refuse others
 TINY = ["--num-updates", "24", "--log-every", "4", "--eval-every", "8", "--eval-episodes", "2"]
 TINY += ["--batch-size", "4", "--hidden", "8", "--wandb", "disabled"]
+ALSO_TINY = {  # by algorithm
+    "awr": ["--actor-updates", "2", "--critic-updates", "1"],
+    "cql": ["--critic-hidden", "8", "--num-samples", "2"],
+}
 
 
 class Endless(gymnasium.Env):
@@ -75,6 +80,14 @@ def write_hdf5(path, rows=60, attributes=None, **columns):
         for name, value in (facts if attributes is None else attributes).items():
             file.attrs[name] = value
     return str(path)
+
+
+def write_cartpole(path, rows=60):
+    """The same with the four numbers and two actions of CartPole-v1."""
+    random = np.random.default_rng(1)
+    facts = {"env_id": "CartPole-v1", "max_episode_steps": 10}
+    columns = {"observations": random.normal(size=(rows, 4)), "actions": np.arange(rows) % 2}
+    return write_hdf5(path, rows, facts, **columns)
 
 
 def start(name, argv):

@@ -12,6 +12,10 @@ import numpy as np
 
 from common.datasets import Transitions
 
+DISCRETE = ("cql_discrete",)  # files that take integer actions only
+NUMBER = 3  # of integer actions
+ACTIONS = ("action", "next_action")
+
 
 def random_transitions(count=32, observation_dim=3, action_dim=2, seed=0, **columns):
     """Random rows of every column; `columns` replace some of them (numbers fill a column)."""
@@ -31,6 +35,18 @@ def random_transitions(count=32, observation_dim=3, action_dim=2, seed=0, **colu
         shape = np.shape(value) or rows[name].shape
         rows[name] = np.broadcast_to(np.asarray(value), shape)
     return Transitions(**{name: np.array(rows[name], np.float32) for name in Transitions._fields})
+
+
+def integer_actions(data):
+    """The same rows with an integer in place of each action."""
+    number = {name: np.int32(NUMBER * (getattr(data, name)[:, 0] + 1) / 2) for name in ACTIONS}
+    return data._replace(**{name: x.clip(0, NUMBER - 1) for name, x in number.items()})
+
+
+def rows_for(name, *args, **kwargs):
+    """Random rows whose actions are what algorithms/<name>.py takes."""
+    data = random_transitions(*args, **kwargs)
+    return integer_actions(data) if name in DISCRETE else data
 
 
 # --- Data sets ----------------------------------------------------------------------------------
@@ -131,13 +147,17 @@ def starts(rng, count, side=-1.0):
 # --- Training -----------------------------------------------------------------------------------
 CHUNK = 1000  # updates per compiled program
 
+FAST = {"actor_learning_rate": 1e-3, "critic_learning_rate": 1e-3}
+NET = {"hidden": (64, 64), "batch_size": 64}
 SMALL = {  # what makes an algorithm file small and fast; data sets and claims set the rest
-    "rebrac": {
-        "hidden": (64, 64),
-        "batch_size": 64,
-        "actor_learning_rate": 1e-3,
-        "critic_learning_rate": 1e-3,
-    },
+    "awac": NET | FAST,
+    "awr": NET | FAST | {"optimiser": "adam", "actor_updates": 5, "critic_updates": 2},
+    "bc": NET | FAST,
+    "cql": NET | FAST | {"critic_hidden": (64, 64), "num_samples": 4},
+    "cql_discrete": NET | FAST,
+    "iql": NET | FAST | {"cosine": False},
+    "rebrac": NET | FAST,
+    "td3_bc": NET | FAST,
 }
 
 
@@ -152,10 +172,9 @@ def start(module, data, cfg, seed=0):
     """State, train key and data on the device, for one seed."""
     data = jax.device_put(data)
     key_init, key_train = jax.random.split(jax.random.key(seed))
-    state = jax.jit(module.create_state, static_argnums=2)(
-        key_init, jax.tree.map(lambda x: x[:1], data), cfg
-    )
-    return state, key_train, data
+    facts = {"num_actions": NUMBER} if data.action.ndim == 1 else {}
+    create = functools.partial(module.create_state, cfg=cfg, **facts)
+    return jax.jit(create)(key_init, jax.tree.map(lambda x: x[:1], data)), key_train, data
 
 
 @functools.cache
@@ -196,7 +215,16 @@ def act(module, state, observation):
 def q(state, observation, action):
     """min over K of Q(observation, action), for one pair."""
     pair = [np.atleast_2d(np.float32(x)) for x in (observation, action)]
+    if "lagrange" in state._fields:  # critics of many actions per row
+        pair[1] = pair[1][:, None]
     return float(state.critic.apply_fn(state.critic.params, *pair).min())
+
+
+def value(state, observation):
+    """V(observation), for one; AWR's network gives (1 - discount) V with the probes' 0.9."""
+    scale = 1.0 if "critic" in state._fields else 1 / (1 - 0.9)
+    observation = np.atleast_2d(np.float32(observation))
+    return scale * float(state.value_net.apply_fn(state.value_net.params, observation)[0])
 
 
 def leaves(tree):

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import golden
 import h5py
+import helpers_runs as runs
 import jax
 import numpy as np
 import probes
@@ -33,8 +34,10 @@ def test_every_algorithm_is_known_to_the_tests():
 def run(module, seeds, lengths):
     """Arrays of states and metrics, [S] each, after chunks of these lengths."""
     init_keys, train_keys = experiment.streams(seeds, 2)
-    data, cfg = jax.device_put(probes.random_transitions()), probes.config(module, **TINY)
-    create = functools.partial(module.create_state, batch=data, cfg=cfg)
+    data = jax.device_put(probes.rows_for(module.__name__.split(".")[-1]))
+    cfg = probes.config(module, **TINY)
+    facts = {"num_actions": probes.NUMBER} if data.action.ndim == 1 else {}
+    create = functools.partial(module.create_state, batch=data, cfg=cfg, **facts)
     state, chunks, start = jax.jit(jax.vmap(create))(init_keys), {}, 0
     for length in lengths:
         if length not in chunks:
@@ -68,8 +71,43 @@ def test_a_seed_among_4_equals_that_seed_alone(module, alone):
         assert np.array_equal(one[0], four[2])
     for name, values in alone[1].items():
         assert values[0] == metrics[name][2]
-    floats = [x for x in arrays if x.dtype.kind == "f" and x[0].size > 1]
+    floats = [x for x in arrays if x.dtype.kind == "f" and x[0].size > 1 and x.max() > x.min()]
     assert floats and all((x[0] != x[1]).any() for x in floats)  # the seeds do differ
+
+
+# --- Runs ---------------------------------------------------------------------------------------
+class Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_resumed_run_equals_an_undisturbed_one(name, tmp_path, monkeypatch):
+    """The rest of what runs do is tested on one file, see test_experiment.py."""
+    monkeypatch.chdir(tmp_path)
+    write = runs.write_cartpole if name in runs.DISCRETE else runs.write_hdf5
+    argv = ["--dataset", write("data.hdf5"), *runs.TINY, *runs.ALSO_TINY.get(name, [])]
+    argv += ["--seeds", "0", "1"]
+    runs.start(name, [*argv, "--name", "whole"])
+    original = experiment.Run.log
+
+    def log(run, step, *args):
+        if step == 12:
+            raise Stop
+        original(run, step, *args)
+
+    monkeypatch.setattr(experiment.Run, "log", log)
+    with pytest.raises(Stop):
+        runs.start(name, [*argv, "--name", "broken"])
+    monkeypatch.setattr(experiment.Run, "log", original)
+    runs.start(name, [*argv, "--name", "broken", "--resume"])
+    whole, broken = (tmp_path / "runs" / name / "data" / x for x in ("whole", "broken"))
+    rows = (whole / "metrics.csv").read_text()
+    assert rows == (broken / "metrics.csv").read_text()
+    assert [row.split(",")[0] for row in rows.splitlines()[1::2]] == [*map(str, range(0, 25, 4))]
+    cfg, dataset, state = experiment.load(importlib.import_module(f"algorithms.{name}"), whole)
+    _, _, again = experiment.load(importlib.import_module(f"algorithms.{name}"), broken)
+    assert cfg.seeds == (0, 1) and dataset.horizon == 10
+    assert all(map(np.array_equal, probes.leaves(state), probes.leaves(again)))
 
 
 # --- Golden values ------------------------------------------------------------------------------
@@ -105,9 +143,10 @@ def write_hdf5(path, transitions):
 def test_smoke_the_file_and_common_are_enough(tmp_path, compilation_cache, name):
     shutil.copy(ROOT / "algorithms" / f"{name}.py", tmp_path)
     shutil.copytree(ROOT / "common", tmp_path / "common", ignore=lambda *_: ["__pycache__"])
-    write_hdf5(tmp_path / "tiny.hdf5", probes.random_transitions(64))
+    write_hdf5(tmp_path / "tiny.hdf5", probes.rows_for(name, 64))
     command = f"{name}.py --dataset tiny.hdf5 --num-updates 4 --log-every 2 --eval-every 2"
-    command += " --batch-size 8 --hidden 16 16 --wandb disabled --runs-dir made --name smoke"
+    command += " --batch-size 8 --hidden 16 16 --wandb disabled --runs-dir made --name smoke "
+    command += " ".join(runs.ALSO_TINY.get(name, []))
     with (tmp_path / "common" / "__init__.py").open("a") as file:
         file.write('\nprint("this is the copy")\n')
     paths = {"JAX_COMPILATION_CACHE_DIR": str(compilation_cache), "PYTHONPATH": str(tmp_path)}

@@ -294,8 +294,18 @@ def test_integer_actions_for_a_method_of_continuous_ones(folder, capsys, name):
     runs.write_hdf5(OTHER, attributes={}, actions=np.zeros(60, int))
     before = runs.tree(folder)
     with pytest.raises(SystemExit) as leave:
-        runs.start(name, LEARN)
+        runs.start(name, [*LEARN, *runs.ALSO_TINY.get(name, [])])
     words = [OTHER, "integer actions", "continuous ones only"]
+    refused(folder, leave.value.code, before, capsys.readouterr().err, words)
+
+
+@pytest.mark.parametrize("name", runs.DISCRETE)
+def test_other_actions_for_a_method_of_integer_ones(folder, capsys, name):
+    runs.write_hdf5(OTHER)
+    before = runs.tree(folder)
+    with pytest.raises(SystemExit) as leave:
+        runs.start(name, ["--dataset", OTHER])
+    words = [OTHER, "continuous actions", "integer ones only"]
     refused(folder, leave.value.code, before, capsys.readouterr().err, words)
 
 

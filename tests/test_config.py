@@ -264,7 +264,9 @@ def test_every_file_and_row_of_the_repository():
             if key in config.IN_YAML:
                 continue
             value = tuple(value) if isinstance(value, list) else value
-            assert getattr(cfg, key) == (float(value) if type(kinds[key]) is float else value), file
+            if type(kinds[key]) is float and value is not None:
+                value = float(value)
+            assert getattr(cfg, key) == value, file
         count += 1
     assert count > 50
 

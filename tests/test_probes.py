@@ -8,11 +8,17 @@ import probes
 import pytest
 
 SHARED = {"discount": 0.9, "target_rate": 0.05}
-FREE = {  # no pull towards the data
+FREE = {  # no pull towards the data, or as little as the method can have
+    "awac": {"inverse_temperature": 100.0},
+    "awr": {"inverse_temperature": 6.0, "max_weight": 1e3, "fixed_std": None},
+    "cql": {"alpha": 0.0},
+    "iql": {"inverse_temperature": 10.0},
     "rebrac": {"actor_penalty": 0.0, "critic_penalty": 0.0},
+    "td3_bc": {"alpha": 1e4},
 }
 TIED = {  # a strong one
     "rebrac": {"actor_penalty": 10.0, "critic_penalty": 1.0, "target_noise": 0.0},
+    "td3_bc": {"alpha": 0.16},
 }
 
 
@@ -25,7 +31,9 @@ def free(request):
 
 
 def values(state, observation):
-    """Q of five actions over the whole range."""
+    """Q of five actions over the whole range, or V where there is no Q."""
+    if "critic" not in state._fields:
+        return probes.value(state, observation)
     return [probes.q(state, observation, action) for action in (-0.9, -0.5, 0.0, 0.5, 0.9)]
 
 
@@ -51,8 +59,9 @@ def test_best_action(free):
     module, train = free
     state = train(probes.best_action())
     np.testing.assert_allclose(probes.act(module, state, 1), [0.5], atol=0.05)
-    expected = [1 - (action - 0.5) ** 2 for action in (-0.9, -0.5, 0.0, 0.5, 0.9)]
-    np.testing.assert_allclose(values(state, 1), expected, atol=0.05)
+    if "critic" in state._fields:
+        expected = [1 - (action - 0.5) ** 2 for action in (-0.9, -0.5, 0.0, 0.5, 0.9)]
+        np.testing.assert_allclose(values(state, 1), expected, atol=0.05)
 
 
 def test_best_action_by_state(free):
@@ -72,6 +81,76 @@ def test_rebrac_support():
 
     state = probes.train(rebrac, probes.support(), 3000, **SHARED, **TIED["rebrac"])
     np.testing.assert_allclose(probes.act(rebrac, state, 1), [-(0.15**0.5)], atol=0.04)
+
+
+def test_td3_bc_support():
+    """(pi + 0.5)^2 - alpha Q(pi) / |Q(pi)| with Q = -(pi - 0.5)^2 and alpha = 0.16.
+
+    2 (pi + 0.5) = 0.16 * 2 / (0.5 - pi), so 0.25 - pi^2 = 0.16.
+    """
+    from algorithms import td3_bc
+
+    state = probes.train(td3_bc, probes.support(), 3000, **SHARED, **TIED["td3_bc"])
+    np.testing.assert_allclose(probes.act(td3_bc, state, 1), [-0.3], atol=0.08)
+
+
+def test_iql_value_is_the_expectile_of_q():
+    """Rewards a uniform in [-1, 1], then the end: tau E[(a - V)+] = (1 - tau) E[(V - a)+].
+
+    tau (1 - V)^2 = (1 - tau) (1 + V)^2, so V = (1 - x) / (1 + x) with x = sqrt((1 - tau) / tau).
+    """
+    from algorithms import iql
+
+    data = probes.best_action()
+    data = data._replace(reward=data.action[:, 0])
+    state = probes.train(iql, data, 3000, **SHARED, expectile=0.9)
+    np.testing.assert_allclose(probes.value(state, 1), 0.5, atol=0.05)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"inverse_temperature": 3.0}, 1 / np.tanh(3) - 1 / 3),
+        ({"extraction": "ddpg_bc", "alpha": 4.0, "fixed_std": 1.0}, 0.5),
+    ],
+    ids=["awr", "ddpg_bc"],
+)
+def test_iql_extraction(settings, expected):
+    """Actions a uniform in [-1, 1] with rewards a, then the end, so Q = a.
+
+    awr: the mean of a under the weight exp(3 a).
+    ddpg_bc: alpha mu = 1 / |mu| where the slopes of alpha log pi(a|s) and Q(mu) / |Q(mu)| meet.
+    """
+    from algorithms import iql
+
+    data = probes.best_action()
+    data = data._replace(reward=data.action[:, 0])
+    state = probes.train(iql, data, 3000, **SHARED, **settings)
+    np.testing.assert_allclose(probes.act(iql, state, 1), [expected], atol=0.06)
+
+
+@pytest.mark.parametrize("discrete", [False, True])
+def test_bc_is_the_mean_or_the_mode(discrete):
+    from algorithms import bc
+
+    data = probes.best_action_by_state()
+    if not discrete:
+        data = data._replace(action=0.3 * data.observation + 0.2 * data.action)
+        state = probes.train(bc, data, 3000)
+        for observation in (-1, 1):
+            near = data.observation[:, 0] == observation
+            mean = data.action[near].mean()
+            np.testing.assert_allclose(probes.act(bc, state, observation), [mean], atol=0.04)
+        return
+    mode = np.where(data.observation[:, 0] > 0, 2, 1)
+    action = np.where(np.random.default_rng(0).random(len(mode)) < 0.6, mode, 0).astype(np.int32)
+    state = probes.train(bc, data._replace(action=action, next_action=action), 3000)
+    params, observation = bc.policy_params(state), np.float32([[1], [-1]])
+    chosen = bc.policy(state.actor.apply_fn, params, observation, None, discrete=True)
+    assert chosen.tolist() == [2, 1]
+    logits = state.actor.apply_fn(params[0], observation)
+    share = np.exp(logits) / np.exp(logits).sum(axis=-1, keepdims=True)
+    np.testing.assert_allclose(share[[0, 1], [2, 1]], 0.6, atol=0.06)
 
 
 def test_rebrac_critic_penalty():

@@ -6,91 +6,30 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpy_nets as nets
 import optax
 import probes
 import pytest
+from numpy_nets import directions, dot, double, slope
 
 from algorithms import rebrac
-
-CFG = {"hidden": (16, 16), "batch_size": 8}
 
 # Compiled as wholes: op by op every shape costs a compilation of its own.
 compiled_critic_loss = jax.jit(rebrac.critic_loss, static_argnums=4)
 compiled_actor_loss = jax.jit(rebrac.actor_loss, static_argnums=3)
 critic_grads = jax.jit(jax.grad(rebrac.critic_loss, has_aux=True), static_argnums=4)
 actor_grads = jax.jit(jax.grad(rebrac.actor_loss, has_aux=True), static_argnums=3)
-
-
-def shaken(state, seed=3):
-    """Four random sets of parameters, so that no term is near zero; the rest is kept."""
-    rng = np.random.default_rng(seed)
-
-    def shake(tree):
-        draws = jax.tree.map(lambda x: rng.standard_normal(x.shape, np.float32), tree)
-        return jax.device_put(jax.tree.map(lambda x: 0.5 * x, draws))
-
-    return rebrac.State(
-        *(net.replace(params=shake(net.params), target_params=shake(net.params)) for net in state)
-    )
-
-
-@functools.cache
-def shapes(cfg):
-    data = probes.random_transitions()
-    create = functools.partial(rebrac.create_state, batch=data, cfg=cfg)
-    return jax.eval_shape(create, jax.random.key(0))
-
-
-def setup(**overrides):
-    """(cfg, shaken state, train key, data). No initialisation is compiled: it takes seconds."""
-    cfg, data = probes.config(rebrac, **(CFG | overrides)), probes.random_transitions()
-    state = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes(cfg))
-    return cfg, shaken(state), jax.random.key(1), jax.device_put(data)
+setup = functools.partial(nets.setup, rebrac)
 
 
 # --- The method in NumPy ------------------------------------------------------------------------
-def double(tree):
-    return jax.tree.map(lambda x: np.asarray(x, np.float64), tree)
-
-
-def dense(layer, x):
-    return x @ layer["kernel"] + layer["bias"]
-
-
-def numpy_actor(params, observation):
-    layers, x = params["params"], observation
-    for i in range(len(layers) - 1):
-        x = np.maximum(dense(layers[f"Dense_{i}"], x), 0)
-    return np.tanh(dense(layers[f"Dense_{len(layers) - 1}"], x))
-
-
-def normalise(layer, x):
-    x = x - x.mean(axis=-1, keepdims=True)
-    return x / np.sqrt((x**2).mean(axis=-1, keepdims=True) + 1e-6) * layer["scale"] + layer["bias"]
-
-
-def numpy_critics(params, observation, action):
-    def one(layers):
-        x = np.concatenate([observation, action], axis=-1)
-        count = len(layers) // 2
-        for i in range(count):
-            x = np.maximum(dense(layers[f"Dense_{i}"], x), 0)
-            x = normalise(layers[f"LayerNorm_{i}"], x)
-        return dense(layers[f"Dense_{count}"], x)[..., 0]
-
-    members = len(params["params"]["Dense_0"]["bias"])
-    return np.stack(
-        [one(jax.tree.map(lambda x, k=k: x[k], params["params"])) for k in range(members)]
-    )
-
-
 def numpy_critic_loss(params, state, batch, noise, cfg):
     noise = np.clip(cfg.target_noise * noise, -cfg.target_noise_clip, cfg.target_noise_clip)
-    action = numpy_actor(double(state.actor.target_params), batch.next_observation)
+    action = nets.tanh_actor(double(state.actor.target_params), batch.next_observation)
     action = np.clip(action + noise, -1, 1)
-    q = numpy_critics(double(state.critic.target_params), batch.next_observation, action)
+    q = nets.critics(double(state.critic.target_params), batch.next_observation, action)
     loss = 0.0
-    predicted = numpy_critics(params, batch.observation, batch.action)
+    predicted = nets.critics(params, batch.observation, batch.action)
     for i in range(len(batch.reward)):
         penalty = sum((action[i, j] - batch.next_action[i, j]) ** 2 for j in range(action.shape[1]))
         target = cfg.reward_scale * batch.reward[i]
@@ -102,8 +41,8 @@ def numpy_critic_loss(params, state, batch, noise, cfg):
 
 def numpy_actor_loss(params, state, batch, cfg, scale=None):
     """`scale`: mean |Q|, a constant for the gradient; None computes it here."""
-    action = numpy_actor(params, batch.observation)
-    q = numpy_critics(double(state.critic.params), batch.observation, action).min(axis=0)
+    action = nets.tanh_actor(params, batch.observation)
+    q = nets.critics(double(state.critic.params), batch.observation, action).min(axis=0)
     scale = np.abs(q).mean() if scale is None else scale
     penalty = ((action - batch.action) ** 2).sum(axis=-1)
     return (cfg.actor_penalty * penalty - q / scale).mean(), penalty.mean(), scale
@@ -242,7 +181,7 @@ def test_termination_stops_the_bootstrap_and_truncation_does_not():
 
 def test_losses_read_only_the_networks_they_should():
     cfg, state, _, data = setup()
-    other = shaken(state, seed=4)
+    other = nets.shaken(state, seed=4)
 
     def critic(params, actor, actor_target, critic, critic_target):
         nets = rebrac.State(
@@ -266,22 +205,6 @@ def test_losses_read_only_the_networks_they_should():
     assert actor(a.params, a, c.replace(target_params=d.target_params)) == here
     assert actor(b.params, a, c) != here
     assert actor(a.params, a, d) != here
-
-
-def slope(loss, params, direction, step=1e-6):
-    """Central difference of a float64 loss along `direction`."""
-    ends = [jax.tree.map(lambda x, d, s=s: x + s * d, params, direction) for s in (step, -step)]
-    return (loss(ends[0]) - loss(ends[1])) / (2 * step)
-
-
-def directions(params, count=5):
-    rng = np.random.default_rng(0)
-    return [jax.tree.map(lambda x: rng.standard_normal(x.shape), params) for _ in range(count)]
-
-
-def dot(grads, direction):
-    products = jax.tree.map(lambda g, d: (np.asarray(g, np.float64) * d).sum(), grads, direction)
-    return sum(jax.tree.leaves(products))
 
 
 def test_critic_gradient_takes_the_target_as_a_number():
@@ -331,13 +254,15 @@ def test_layer_norm_follows_the_relu():
     params, batch = double(state.critic.params), double(data)
     q = np.asarray(state.critic.apply_fn(state.critic.params, data.observation, data.action))
     np.testing.assert_allclose(
-        q, numpy_critics(params, batch.observation, batch.action), rtol=1e-4, atol=1e-5
+        q, nets.critics(params, batch.observation, batch.action), rtol=1e-4, atol=1e-5
     )
     layers = jax.tree.map(lambda x: x[0], params["params"])
     x = np.concatenate([batch.observation, batch.action], axis=-1)
     for i in range(2):
-        x = np.maximum(normalise(layers[f"LayerNorm_{i}"], dense(layers[f"Dense_{i}"], x)), 0)
-    assert np.abs(q[0] - dense(layers["Dense_2"], x)[..., 0]).max() > 0.1
+        x = np.maximum(
+            nets.layer_norm(layers[f"LayerNorm_{i}"], nets.dense(layers[f"Dense_{i}"], x)), 0
+        )
+    assert np.abs(q[0] - nets.dense(layers["Dense_2"], x)[..., 0]).max() > 0.1
 
 
 @pytest.mark.parametrize(
@@ -453,6 +378,6 @@ def test_the_policy_is_the_actor():
     params = rebrac.policy_params(state)
     assert params is state.actor.params
     action = rebrac.policy(state.actor.apply_fn, params, data.observation, key)
-    expected = numpy_actor(double(params), double(data).observation)
+    expected = nets.tanh_actor(double(params), double(data).observation)
     np.testing.assert_allclose(action, expected, rtol=1e-4, atol=1e-6)
     assert action.shape == data.action.shape and np.abs(action).max() <= 1

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from common import recipes
+from common import cartpole_recipe, datasets, recipes
 
 minari = pytest.importorskip("minari")
 gymnasium = pytest.importorskip("gymnasium")
@@ -232,6 +232,90 @@ def test_something_else_in_the_way_is_an_error(root):
     assert listing(root / UMAZE) == ["notes.txt"]
 
 
+# --- CartPole -----------------------------------------------------------------------------------
+CARTPOLE = cartpole_recipe.ID
+
+
+@pytest.fixture(scope="module")
+def played(tmp_path_factory):
+    """A root with 80 episodes, 20 of each level of noise, and these."""
+    root = tmp_path_factory.mktemp("played")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MINARI_DATASETS_PATH", str(root))
+        recipes.make(CARTPOLE, 80)
+        return root, list(minari.load_dataset(CARTPOLE).iterate_episodes())
+
+
+def test_cartpole_rows_are_what_the_env_does(played):
+    env = gymnasium.make("CartPole-v1").unwrapped
+    assert len(played[1]) == 80
+    for episode in played[1]:
+        assert episode.observations.dtype == np.float32 and episode.actions.dtype.kind == "i"
+        env.reset()
+        for now, action, after in zip(
+            episode.observations, episode.actions, episode.observations[1:], strict=False
+        ):
+            env.state = now.astype(np.float64)
+            np.testing.assert_allclose(env.step(action)[0], after, atol=1e-5)
+        assert (episode.rewards == 1).all()
+
+
+def test_cartpole_episodes_end_by_falling_or_after_500_steps(played):
+    lengths = [len(episode.actions) for episode in played[1]]
+    assert max(lengths) == 500 and len({*lengths}) > 30
+    for episode, length in zip(played[1], lengths, strict=True):
+        position, angle = np.abs(episode.observations[1:, [0, 2]]).T
+        fallen = (position > 2.4) | (angle > np.deg2rad(12))
+        np.testing.assert_array_equal(episode.terminations, fallen)
+        assert not fallen[:-1].any()
+        assert episode.truncations.tolist() == [step == 500 for step in range(1, length + 1)]
+
+
+def test_cartpole_noise_levels_come_in_turn(played):
+    lengths = []
+    for level, noise in enumerate(cartpole_recipe.NOISE):
+        episodes = played[1][level::4]
+        observation = np.concatenate([episode.observations[:-1] for episode in episodes])
+        action = np.concatenate([episode.actions for episode in episodes])
+        # Half of the random actions are the controller's by chance; about 2.5 deviations.
+        agree = np.mean((observation @ cartpole_recipe.GAIN > 0) == action)
+        assert abs(agree - (1 - noise / 2)) < 1.25 / len(action) ** 0.5
+        lengths.append(len(action))
+    assert lengths == sorted(lengths, reverse=True)
+    assert len(lengths) == 4 and noise == 1.0  # the last level is the random policy
+
+
+def test_cartpole_same_bytes_every_time(played, root):
+    recipes.make(CARTPOLE, 80)
+    for file in ("main_data.hdf5", "metadata.json"):
+        path = Path(CARTPOLE, "data", file)
+        assert (root / path).read_bytes() == (played[0] / path).read_bytes()
+
+
+def test_cartpole_reference_returns_are_about_right():
+    random_return, controller_return = cartpole_recipe.reference_returns(100)
+    assert abs(random_return - cartpole_recipe.RANDOM_RETURN) < 4  # 12 is one episode's deviation
+    assert controller_return == cartpole_recipe.CONTROLLER_RETURN == 500
+
+
+def test_cartpole_is_made_when_it_is_loaded(root, monkeypatch, capfd, recwarn):
+    monkeypatch.setattr(cartpole_recipe, "EPISODES", 8)
+    monkeypatch.setattr(cartpole_recipe, "STEPS", 900)
+    dataset = datasets.load(CARTPOLE, actions="discrete")
+    out, err = capfd.readouterr()
+    assert out.startswith(f"making {CARTPOLE} (900 steps, about 0 s)") and out.count("\n") == 2
+    assert err == "" and not list(recwarn)
+    assert len(dataset.episode_ends) == 8 and dataset.num_actions == 2 and dataset.horizon == 500
+    assert dataset.transitions.action.dtype == np.int32 and dataset.transitions.action.ndim == 1
+    np.testing.assert_allclose(dataset.score(np.array([22.68, 500.0])), [0, 100])
+    np.testing.assert_array_equal(dataset.episode_returns, np.diff(dataset.episode_ends, prepend=0))
+    env = dataset.make_env()
+    observation, _ = env.reset(seed=0)
+    assert env.spec.id == "CartPole-v1" and observation.shape == (4,)
+    assert env.step(1)[1] == 1.0
+
+
+# --- Ids and imports ----------------------------------------------------------------------------
 def test_unknown_id_names_near_ones():
     with pytest.raises(ValueError, match="did you mean local/pointmaze/umaze-v0"):
         recipes.make("local/pointmaze/u-maze-v0")
