@@ -21,7 +21,8 @@ import yaml
 
 from common import datasets, fail
 
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe and Ito
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")  # Okabe and Ito
+COLOURS += ("#e69f00", "#56b4e9", "#000000", "#f0e442")
 
 
 @dataclass
@@ -42,6 +43,11 @@ class Result:
     config: dict
     result: dict
     curves: dict  # seed -> ([T] updates, [T] scores) at evaluation borders
+    variant: str = ""  # where two runs are of one algorithm and data set: what sets this one apart
+
+    @property
+    def label(self):
+        return f"{self.result['algorithm']} {self.variant}".strip()
 
     @property
     def dataset(self):
@@ -73,6 +79,18 @@ def find(folders):
     runs = [run for run in map(read, found) if run is not None]
     if not runs:
         fail(f"{' '.join(map(str, folders))}: no finished run (a folder with result.json) in there")
+    groups = collections.defaultdict(list)
+    for run in runs:
+        groups[run.result["algorithm"], run.dataset].append(run)
+    for group in groups.values():
+        common = [json.dumps(run.config, sort_keys=True) for run in group]
+        for run in group if len(set(common)) > 1 else ():
+            run.variant = " ".join(
+                f"{key}={value}"
+                for key, value in run.config.items()
+                if key not in ("record", "seeds")
+                and any(other.config.get(key) != value for other in group)
+            )
     return runs
 
 
@@ -88,7 +106,7 @@ def table(runs):
             data = [100 * (x - low) / (high - low) for x in data]
         score = numbers(run.result["score"])
         cells = [
-            run.result["algorithm"],
+            run.label,
             run.dataset,
             *(f"{x:.1f}" for x in data),
             spread(score),
@@ -111,7 +129,7 @@ def evaluations(runs):
         updates = sorted({int(update) for curve in run.curves.values() for update in curve[0]})
         if not updates:
             continue
-        lines += ["", f"{run.result['algorithm']} on {run.dataset}, score after updates:", ""]
+        lines += ["", f"{run.label} on {run.dataset}, score after updates:", ""]
         lines += ["| seed | " + " | ".join(f"{update:,}" for update in updates) + " |"]
         lines += ["| --- " * (len(updates) + 1) + "|"]
         for seed, curve in run.curves.items():
@@ -148,14 +166,14 @@ def curves(runs, path):
     import matplotlib.pyplot as plt
 
     names = list(dict.fromkeys(run.dataset for run in runs))
-    algorithms = list(dict.fromkeys(run.result["algorithm"] for run in runs))
+    labels = list(dict.fromkeys(run.label for run in runs))
     columns = min(3, len(names))
     rows = -(-len(names) // columns)
     size = (4.2 * columns, 3.2 * rows)
     figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
     for axis, name in zip(axes.flat, names, strict=False):
         for run in (run for run in runs if run.dataset == name):
-            colour = COLOURS[algorithms.index(run.result["algorithm"]) % len(COLOURS)]
+            colour = COLOURS[labels.index(run.label) % len(COLOURS)]
             for updates, scores in run.curves.values():
                 axis.plot(updates, scores, color=colour, alpha=0.35, linewidth=1)
             points = collections.defaultdict(list)  # a seed that diverged has fewer of them
@@ -163,7 +181,7 @@ def curves(runs, path):
                 for update, score in curve.T:
                     points[update].append(score)
             mean = [np.mean(scores) for scores in points.values()]
-            axis.plot(list(points), mean, color=colour, linewidth=2, label=run.result["algorithm"])
+            axis.plot(list(points), mean, color=colour, linewidth=2, label=run.label)
             low, high = run.config["record"]["reference"]
             for key, style in (("mean", "--"), ("max", ":")):
                 level = run.config["record"]["data_return"][key]

@@ -14,6 +14,8 @@ Bound     Stricter: the matrix products of that chunk and nothing else: every do
           of one shape are one array, so that they stay in the cache, as they do not in training.
           On a CPU batched products are also run one by one, and the faster way counts.
 Peak      The rate of a chain of large square products, in GFLOP/s.
+Peer      With --peer PYTHON, the python of a virtual environment with d3rlpy: its updates/s at the
+          same widths, batch size and data sizes, measured right after each row of one seed.
 
 A figure is the best of `repeats`; measured, floor and bound take turns in one process. GFLOP are
 those of the matrix products, 2 b m k n each. Compile is what the first two calls of the chunk take
@@ -29,6 +31,7 @@ import math
 import os
 import platform
 import re
+import subprocess
 import time
 from functools import reduce
 from importlib import metadata
@@ -47,6 +50,7 @@ from common import datasets, evaluation, experiment, fail
 
 ROWS, OBSERVATION, ACTION = 100_000, 17, 6  # of the synthetic data
 CHAIN = 200  # products in the chain that measures the floor's rate
+PEERS = ("td3_bc", "rebrac", "iql", "awac", "cql")  # what d3rlpy has too
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +61,7 @@ class Arguments:
     updates: int = 500  # per timed chunk
     repeats: int = 5  # of every timing, the best counts
     output: str | None = None  # file to write, .md or .json; without a suffix both
+    peer: str | None = None  # python of an environment with d3rlpy, to compare with
 
 
 # --- Chunk --------------------------------------------------------------------------------------
@@ -232,6 +237,10 @@ def measure(name, seeds, arguments):
     """One row of the record: an algorithm that trains `seeds` seeds side by side."""
     module, updates = importlib.import_module(f"algorithms.{name}"), arguments.updates
     borders = dict.fromkeys(("num_updates", "log_every", "eval_every"), updates)
+    fields = {field.name for field in dataclasses.fields(module.Config)}
+    if "actor_updates" in fields:  # one iteration per chunk, with the file's share of V steps
+        share = module.Config.critic_updates / module.Config.actor_updates
+        borders |= {"actor_updates": updates, "critic_updates": max(1, round(share * updates))}
     cfg = module.Config(seeds=tuple(range(seeds)), batch_size=arguments.batch_size, **borders)
     if updates % getattr(cfg, "policy_delay", 1):
         fail(f"--updates {updates}: no multiple of the policy delay {cfg.policy_delay} of {name}")
@@ -276,6 +285,28 @@ def measure(name, seeds, arguments):
     }
 
 
+def peer(name, arguments):
+    """Updates/s of d3rlpy's algorithm and its versions, see peer_d3rlpy.py."""
+    cfg = importlib.import_module(f"algorithms.{name}").Config()
+    ask = {
+        "algorithm": name,
+        "hidden": cfg.hidden,
+        "critic_hidden": getattr(cfg, "critic_hidden", cfg.hidden),
+        "batch_size": arguments.batch_size,
+        "updates": arguments.updates,
+        "repeats": arguments.repeats,
+        "rows": ROWS,
+        "observation": OBSERVATION,
+        "action": ACTION,
+    }
+    script = Path(__file__).with_name("peer_d3rlpy.py")
+    words = [arguments.peer, str(script), json.dumps(ask)]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    if done.returncode:
+        fail(f"--peer {arguments.peer}: {(done.stderr.strip().splitlines() or ['it failed'])[-1]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
 def command(arguments):
     """The command line that measures the same again; defaults are left out."""
     words = ["python benchmarks/throughput.py"]
@@ -309,7 +340,7 @@ def markdown(facts, rows):
     lines += [f"- {key}: {value}" for key, value in facts.items()]
     lines += ["", "| " + " | ".join(rows[0]) + " |", "| --- " * len(rows[0]) + "|"]
     for row in rows:
-        cells = (f"{x:,.3f}" if isinstance(x, float) else str(x) for x in row.values())
+        cells = (f"{x:,.3f}" if isinstance(x, float) else str(x or "") for x in row.values())
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -327,7 +358,19 @@ def main(arguments):
     if output.suffix not in ("", ".md", ".json"):
         fail(f"--output {output}: .md or .json, or no suffix for both")
     facts = conditions(arguments)
-    rows = [measure(*run, arguments) for run in product(arguments.algorithms, arguments.seeds)]
+    if arguments.peer is not None and not Path(arguments.peer).exists():
+        fail(f"--peer {arguments.peer}: no such file; the python of an environment with d3rlpy")
+    rows = []
+    for name, seeds in product(arguments.algorithms, arguments.seeds):
+        row = measure(name, seeds, arguments)
+        if arguments.peer is not None:
+            row |= {"d3rlpy updates/s": None, "times d3rlpy": None}
+            if name in PEERS and seeds == 1:
+                found = peer(name, arguments)
+                row["d3rlpy updates/s"] = found["updates/s"]
+                row["times d3rlpy"] = row["updates/s"] / found["updates/s"]
+                facts["peer"] = ", ".join(f"{k} {v}" for k, v in found["versions"].items())
+        rows.append(row)
     texts = {".md": markdown(facts, rows), ".json": json.dumps(facts | {"rows": rows}, indent=2)}
     print(texts[".md"])
     for suffix in texts if arguments.output else ():

@@ -83,6 +83,27 @@ def test_it_runs_and_writes_both_records(tmp_path, capsys):
     assert "| rebrac | 2 |" in capsys.readouterr().out
 
 
+def test_a_peer_is_asked_for_the_same_sizes(tmp_path, monkeypatch):
+    peer = tmp_path / "python"
+    answer = {"updates/s": 2.0, "versions": {"d3rlpy": "1.2"}}
+    peer.write_text(f"#!/bin/sh\necho \"$2\" > {tmp_path}/asked\necho '{json.dumps(answer)}'\n")
+    peer.chmod(0o755)
+    monkeypatch.setattr(throughput, "measure", lambda name, seeds, _: {"updates/s": 5.0})
+    sizes = {"algorithms": ("td3_bc", "bc"), "seeds": (1, 2), "batch_size": 4, "repeats": 1}
+    rows = throughput.main(throughput.Arguments(**sizes, updates=2, peer=str(peer)))
+    assert [row["times d3rlpy"] for row in rows] == [2.5, None, None, None]
+    asked = json.loads((tmp_path / "asked").read_text())
+    assert asked["algorithm"] == "td3_bc" and asked["hidden"] == [256, 256]
+    assert asked["batch_size"] == 4 and asked["updates"] == 2 and asked["rows"] == throughput.ROWS
+
+
+def test_chunks_of_iterations(capsys):
+    """AWR's chunk is one iteration, with its own share of value steps."""
+    sizes = {"algorithms": ("awr",), "seeds": (1,), "batch_size": 4, "updates": 5, "repeats": 1}
+    (row,) = throughput.main(throughput.Arguments(**sizes))
+    assert row["updates/s"] > 0
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
@@ -91,6 +112,7 @@ def test_it_runs_and_writes_both_records(tmp_path, capsys):
         {"updates": 3},
         {"repeats": 0},
         {"output": "table.csv"},
+        {"peer": "/absent/python"},
     ],
 )
 def test_a_wrong_argument_is_one_line_and_exit_code_2(wrong, capsys):
