@@ -12,7 +12,7 @@ import pytest
 from numpy_nets import directions, dot, double, slope
 
 from algorithms import awr
-from common import datasets, views
+from common import config, datasets, views
 
 value_loss = nets.compiled(awr.value_loss)
 actor_loss = nets.compiled(awr.actor_loss)
@@ -402,3 +402,11 @@ def test_a_chunk_is_whole_iterations(capsys):
         ("--actor-updates 300", "--log-every 1000 is no multiple of --actor-updates 300"),
     ):
         assert cause in nets.refused(capsys, awr.Config, words)
+
+
+def test_the_range_of_lambda(capsys):
+    for word in ("-0.1", "1.1", "nan"):
+        line = nets.refused(capsys, awr.Config, f"--td-lambda {word}")
+        assert f"--td-lambda {word}: " in line and "wanted" in line
+    for word in ("0", "1"):
+        assert config.parse(awr.Config, ["--td-lambda", word])[0].td_lambda == float(word)

@@ -386,6 +386,75 @@ def test_filter_by_return(made):
         views.filter_by_return(made, 0)
 
 
+def toy(lengths, returns):
+    """A data set whose observations number the rows."""
+    ends = np.cumsum(lengths)
+    row = np.arange(ends[-1], dtype=np.float32)
+    transitions = datasets.Transitions(row[:, None], row[:, None], *[row] * 5)
+    return datasets.Dataset("toy", transitions, ends, np.array(returns, float))
+
+
+@pytest.mark.parametrize(
+    ("fraction", "fraction_of", "kept"),
+    [  # episodes 0 to 4 of 1, 2, 3, 4 and 10 rows; 3 is the best, then 0, 2, 4, 1
+        (0.2, "episodes", [3]),
+        (0.39, "episodes", [3]),
+        (0.4, "episodes", [0, 3]),
+        (0.6, "episodes", [0, 2, 3]),
+        (1.0, "episodes", [0, 1, 2, 3, 4]),
+        (0.01, "transitions", [3]),  # one at least
+        (0.2, "transitions", [3]),  # 4 of 20 rows
+        (0.24, "transitions", [3]),
+        (0.25, "transitions", [0, 3]),
+        (0.4, "transitions", [0, 2, 3]),
+        (0.89, "transitions", [0, 2, 3]),  # no more of them, so not the long one
+        (0.9, "transitions", [0, 2, 3, 4]),
+        (0.99, "transitions", [0, 2, 3, 4]),  # nor a worse one that would fit
+        (1.0, "transitions", [0, 1, 2, 3, 4]),
+    ],
+)
+def test_the_best_episodes(fraction, fraction_of, kept):
+    lengths, returns = np.array([1, 2, 3, 4, 10]), np.array([8.0, -5, 7, 9, 1])
+    dataset = toy(lengths, returns)
+    best = views.filter_by_return(dataset, fraction, fraction_of)
+    starts = np.cumsum(lengths) - lengths
+    rows = np.concatenate([starts[i] + np.arange(lengths[i]) for i in kept])  # in their old order
+    for column in best.transitions:
+        assert column.reshape(-1).tolist() == rows.tolist()
+    assert best.episode_ends.tolist() == np.cumsum(lengths[kept]).tolist()
+    assert best.episode_returns.tolist() == returns[kept].tolist()
+
+
+def test_the_best_episodes_by_episodes_unless_said():
+    dataset = toy([5, 1, 1, 1], [3, 2, 1, 0])
+    assert views.filter_by_return(dataset, 0.5).episode_ends.tolist() == [5, 6]
+    assert views.filter_by_return(dataset, 0.5, "transitions").episode_ends.tolist() == [5]
+    assert views.filter_by_return(dataset, 0.7, "transitions").episode_ends.tolist() == [5]
+
+
+def test_of_equal_returns_the_shorter_episode_is_better():
+    dataset = toy([4, 2, 3, 2], [0, 0, 0, -1])
+    for fraction, ends in ((0.25, [2]), (0.5, [2, 5]), (0.75, [4, 6, 9])):
+        assert views.filter_by_return(dataset, fraction).episode_ends.tolist() == ends
+
+
+@pytest.mark.parametrize("count", [100, 300])
+def test_rounding_errors_of_the_share_cost_no_episode(count):
+    dataset = toy([1] * count, np.arange(count))
+    for percent in range(1, 101):  # 0.29 * 100 is 28.999999999999996
+        for fraction in {percent / 100, min(0.01 * percent, 1.0)}:
+            best = views.filter_by_return(dataset, fraction)
+            assert len(best.episode_ends) == percent * count // 100
+
+
+def test_return_span(capsys):
+    assert toy([1, 2, 3], [4, -2.5, 1]).return_span() == 6.5
+    assert isinstance(toy([1, 2], [0, 1]).return_span(), float)
+    text = error_of(capsys, toy([1, 2], [3, 3]).return_span)
+    assert "toy: " in text and "returns 3:" in text and "return_scale" in text
+    assert "toy: " in error_of(capsys, toy([4], [1]).return_span)  # one episode
+
+
 def test_a_look_at_the_data(tmp_path, capsys):
     rows = {name: np.repeat(array, 4, axis=0) for name, array in ROWS.items()}
     rows["observations"] = np.repeat(rows["observations"], 4, axis=1)

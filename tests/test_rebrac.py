@@ -299,9 +299,7 @@ def test_members_of_the_ensemble_differ():
 
 def test_targets_start_as_copies():
     for net in fresh():
-        for x, target in zip(*map(jax.tree.leaves, (net.params, net.target_params)), strict=True):
-            assert np.array_equal(x, target)
-            assert x.unsafe_buffer_pointer() != target.unsafe_buffer_pointer()
+        nets.check_targets_are_copies(net)
 
 
 # --- Update -------------------------------------------------------------------------------------
