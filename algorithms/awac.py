@@ -2,13 +2,14 @@
 """AWAC (Nair et al., 2020): a TD critic of the policy, an actor that clones by exp(advantage).
 
 Paper       https://arxiv.org/abs/2006.09359
-Reference   https://github.com/corl-team/CORL (offline/awac.py)
+Reference   https://github.com/corl-team/CORL (algorithms/offline/awac.py)
 Run         python algorithms/awac.py --config configs/awac/mujoco.yaml
 Parent      iql.py (118 lines)
 Results     benchmarks/results
 Deviations  initialisation, tanh on the mean and log_std in [-5, 2] are those of ikostrikov's
             implementations, CORL has PyTorch's initialisation, no tanh and [-20, 2]. The paper's
             rlkit code has a 4 x 256 actor with weight decay, batch 1024 and weight=softmax.
+            layer_norm is an addition. Rows at a truncation are kept where they can be.
 
 Shapes: S seeds, K critics, B batch, E episodes, O observation, A action. Arrays are float32.
 """
@@ -130,7 +131,7 @@ def create_state(key, batch, cfg, statistics=(0.0, 1.0)):
 
 # --- Losses -------------------------------------------------------------------------------------
 def critic_loss(params, state, batch, key, cfg):
-    """TD error to r + gamma min_k Q_k(s', a'), a' ~ pi(s'), mean over B, summed over K. Eq. 4."""
+    """TD error to r + gamma min_k Q_k(s', a'), a' ~ pi(s'), mean over B, summed over K."""
     next_action = sample_action(state.actor, batch.next_observation, key)
     next_q = state.critic.apply_fn(state.critic.target_params, batch.next_observation, next_action)
     # Bootstrap through truncations, never through terminations.

@@ -7,8 +7,9 @@ Run         python algorithms/awr.py --config configs/awr/mujoco.yaml
 Parent      none
 Results     benchmarks/results
 Deviations  one static buffer, the paper's offline setting. Batches are drawn with replacement, the
-            reference shuffles. Observation statistics are the data set's, not running ones.
-            optimiser=adam and fixed_std=None are additions.
+            reference shuffles. Observation statistics are the data set's, not running ones, with
+            1e-3 added to the std. optimiser=adam and fixed_std=None are additions. Rows at a
+            truncation are kept where their next observation is known.
 
 Shapes: S seeds, N data, B batch, E episodes, O observation, A action. Arrays are float32.
 """
@@ -33,7 +34,7 @@ class Config:
     dataset: str = "local/pointmaze/umaze-v0"  # data set id or path, see common/datasets.py
     seeds: tuple[int, ...] = (0,)  # trained side by side, one lane each
     num_updates: int = 1_000_000  # gradient steps of the actor
-    log_every: int = 1_000  # updates per compiled chunk: one row of metrics, the border to save at
+    log_every: int = 10_000  # updates per compiled chunk: one row of metrics, the border to save at
     eval_every: int = 20_000  # updates between evaluations
     eval_episodes: int = 10  # episodes per seed and evaluation
     batch_size: int = 256  # transitions per update
@@ -46,10 +47,10 @@ class Config:
     actor_updates: int = 1_000  # actor steps per iteration
     critic_updates: int = 200  # V steps per iteration, before them
     td_lambda: float = 0.95  # lambda of the returns; 1: Monte Carlo
-    inverse_temperature: float = 1.0  # 1 / beta, on advantages of mean 0 and std 1, Eq. 9
+    inverse_temperature: float = 1.0  # 1 / beta, on advantages of mean 0 and std 1
     max_weight: float = 20.0  # cap on exp(advantage / beta)
     fixed_std: float | None = 0.4  # std of the policy; None learns one per action dimension
-    bound_penalty: float = 10.0  # weight of the squared distance of means outside the box
+    bound_penalty: float = 10.0  # weight of half the squared distance of means outside the box
     optimiser: Literal["momentum", "adam"] = "momentum"  # SGD with momentum 0.9, or Adam
 
 
@@ -125,7 +126,7 @@ def create_state(key, batch, cfg, statistics=(0.0, 1.0)):
 
 # --- Losses -------------------------------------------------------------------------------------
 def value_loss(params, state, batch, returns, cfg):
-    """Half the squared error of V to the TD(lambda) returns, in units of 1 / (1 - gamma)."""
+    """Half the squared error of V to the returns, in units of 1 / (1 - gamma). Algorithm 1."""
     value = state.value_net.apply_fn(params, batch.observation)  # [B]
     chex.assert_equal_shape([value, returns, batch.reward])
     loss = 0.5 * jnp.square(value - (1.0 - cfg.discount) * returns).mean()
@@ -133,7 +134,7 @@ def value_loss(params, state, batch, returns, cfg):
 
 
 def actor_loss(params, state, batch, weight, cfg):
-    """-weight log pi(a|s), and a penalty on means outside of the action box. Eq. 9."""
+    """-weight log pi(a|s), and a penalty on means outside of the box. Algorithm 1."""
     mean, log_std = state.actor.apply_fn(params, batch.observation)
     if cfg.fixed_std is not None:
         log_std = jnp.full_like(log_std, jnp.log(cfg.fixed_std))
@@ -157,9 +158,10 @@ def values(state, observation, cfg):
 
 
 def lambda_returns(state, data, cfg):
-    """R_t = r_t + gamma ((1 - lambda) V(s_t+1) + lambda R_t+1) within episodes, [N]. Eq. 11.
+    """R_t = r_t + gamma ((1 - lambda) V(s_t+1) + lambda R_t+1) within episodes, [N]. Section 3.3.
 
-    The last row of an episode takes V(s_t+1) alone, or nothing where it is a termination.
+    The last row of an episode (termination or truncation) takes V(s_t+1) alone, or nothing where
+    it is a termination.
     """
     last = jnp.maximum(data.termination, data.truncation)
     bootstrap = (1.0 - data.termination) * values(state, data.next_observation, cfg)
@@ -173,28 +175,34 @@ def lambda_returns(state, data, cfg):
 
 
 # --- Update -------------------------------------------------------------------------------------
-def update(state, step, key, data, cfg):
+def update(carry, step, key, data, cfg):
     """One iteration: `critic_updates` steps of V, then `actor_updates` of the actor. Algorithm 1.
+
+    `carry` is the state and the lambda-returns under its V, which the next iteration regresses on.
 
     Randomness is a function of (key, step) alone, so neither the length of a chunk nor a resumed
     run changes the result. `key` is folded with the step, never split.
     """
-    key_value, key_actor = jax.random.split(jax.random.fold_in(key, step))
+    (state, returns), keys = carry, jax.random.split(jax.random.fold_in(key, step))
+    key_value, key_actor = keys
 
     keys = jax.random.split(key_value, cfg.critic_updates)
-    returns = lambda_returns(state, data, cfg)
     value_net, value_metrics = descend(state.value_net, value_loss, returns, state, keys, data, cfg)
     state = state._replace(value_net=value_net)
-    advantage = lambda_returns(state, data, cfg) - values(state, data.observation, cfg)
+    returns = lambda_returns(state, data, cfg)
+    advantage = returns - values(state, data.observation, cfg)
     advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-5)
     weight = jnp.minimum(jnp.exp(cfg.inverse_temperature * advantage), cfg.max_weight)
     keys = jax.random.split(key_actor, cfg.actor_updates)
     actor, actor_metrics = descend(state.actor, actor_loss, weight, state, keys, data, cfg)
-    return state._replace(actor=actor), value_metrics | actor_metrics
+    return (state._replace(actor=actor), returns), value_metrics | actor_metrics
 
 
 def descend(net, loss, target, state, keys, data, cfg):
-    """A step of `net` per key, each on a batch and its rows of `target` [N], and mean metrics."""
+    """A step of `net` per key, each on a batch and its rows of `target` [N], and mean metrics.
+
+    Of `state` the losses use the networks' functions only.
+    """
 
     def one(net, key):
         index = jax.random.randint(key, (cfg.batch_size,), 0, len(data.reward))
@@ -209,7 +217,8 @@ def descend(net, loss, target, state, keys, data, cfg):
 def train_chunk(state, key, start, data, cfg):
     """`log_every` updates of one seed, compiled as one program. Metrics are chunk means."""
     steps = start + jnp.arange(0, cfg.log_every, cfg.actor_updates)
-    state, metrics = jax.lax.scan(partial(update, key=key, data=data, cfg=cfg), state, steps)
+    carry = state, lambda_returns(state, data, cfg)
+    (state, _), metrics = jax.lax.scan(partial(update, key=key, data=data, cfg=cfg), carry, steps)
     return state, jax.tree.map(jnp.mean, metrics)
 
 

@@ -2,12 +2,13 @@
 """BC: behaviour cloning; with --fraction 0.1 filtered BC (10%BC), which clones the best episodes.
 
 Paper       https://arxiv.org/abs/2106.01345 (%BC, Section 5.1)
-Reference   https://github.com/corl-team/CORL (offline/any_percent_bc.py)
+Reference   https://github.com/corl-team/CORL (algorithms/offline/any_percent_bc.py)
 Run         python algorithms/bc.py --config configs/bc/mujoco.yaml
 Parent      none
 Results     benchmarks/results
 Deviations  CORL cuts episodes every 1000 rows, here they end where they end. Of equal returns the
-            shorter episode counts as better. Integer actions are an addition.
+            shorter episode counts as better. Integer actions are an addition. Rows at a
+            truncation are kept where their next observation is known.
 
 Shapes: S seeds, B batch, E episodes, O observation, A action. Arrays are float32.
 """
@@ -100,8 +101,10 @@ def normalise(data):
 
 def create_state(key, batch, cfg, statistics=(0.0, 1.0), num_actions=None):
     """State of one seed before the first update. `batch` supplies shapes only."""
-    actor = TanhActor(cfg.hidden, batch.action.shape[-1])
-    actor = actor if num_actions is None else MLP(cfg.hidden, num_actions)  # logits
+    if num_actions is None:
+        actor = TanhActor(cfg.hidden, batch.action.shape[-1])
+    else:
+        actor = MLP(cfg.hidden, num_actions)  # logits
     actor_params, adam = actor.init(key, batch.observation), optax.adam(cfg.actor_learning_rate)
     return State(
         train_state.TrainState.create(apply_fn=actor.apply, params=actor_params, tx=adam),
@@ -159,8 +162,8 @@ def policy_params(state):
 def train(cfg, options):
     """Train every seed of `cfg` and return its final normalised scores, [S]."""
     dataset = datasets.load(cfg.dataset, options.env, options.env_steps, actions="any")
-    dataset = views.filter_by_return(dataset, cfg.fraction, cfg.fraction_of)
-    data, statistics = normalise(dataset.transitions)
+    kept = views.filter_by_return(dataset, cfg.fraction, cfg.fraction_of)
+    data, statistics = normalise(kept.transitions)
     example = jax.tree.map(lambda x: x[:1], data)
     init_keys, train_keys, policy_keys = experiment.streams(cfg.seeds, 3)  # [S] each
     facts = {"statistics": statistics, "num_actions": dataset.num_actions}

@@ -6,8 +6,8 @@ Reference   https://github.com/young-geng/JaxCQL, with the settings of corl-team
 Run         python algorithms/cql.py --config configs/cql/antmaze.yaml
 Parent      none
 Results     benchmarks/results
-Deviations  the actor has the critics' orthogonal initialisation (CORL's ignores that setting).
-            No warm start by cloning, as in CORL (40k updates in the authors' first code).
+Deviations  CORL's orthogonal initialisation and five AntMaze layers reach every network here.
+            No halved TD error, no warm start by cloning, as in CORL. Rows at truncations are kept.
 
 Shapes: S seeds, K critics, B batch, N num_samples, M actions per row, O observation, A action.
 """
@@ -145,19 +145,19 @@ def multiplier(params):
 
 # --- Losses -------------------------------------------------------------------------------------
 def critic_loss(params, state, batch, key, cfg):
-    """TD error and alpha (log-sum-exp over sampled actions of Q - Q(s, a)), per critic. Eq. 4.
+    """TD error + alpha (log sum exp Q(s, a~) - Q(s, a)), a~ the sampled actions, per critic. Eq. 4.
 
     Means over B, summed over K. All sampled actions, those of pi(s') too, are valued at s.
     """
-    actions, density, next_action = sample_actions(state.actor, batch, key, cfg)
+    actions, log_density, next_action = sample_actions(state.actor, batch, key, cfg)
     next_q = state.critic.apply_fn(state.critic.target_params, batch.next_observation, next_action)
     next_q = next_q.min(axis=0).max(axis=-1)  # [B]
     # Bootstrap through truncations, never through terminations.
     target = batch.reward + cfg.discount * (1.0 - batch.termination) * next_q
     every_q = state.critic.apply_fn(params, batch.observation, actions)  # [K, B, 1 + 3N]
     q = every_q[..., 0]  # [K, B]
-    # With densities an estimate of log of the integral of exp Q, else data actions join in.
-    every_q = every_q[..., 1:] - density[None] if cfg.importance else every_q
+    # With densities: log of the integral of exp Q plus log 3N, which gap and clip count too.
+    every_q = every_q[..., 1:] - log_density[None] if cfg.importance else every_q
     difference = jax.nn.logsumexp(every_q, axis=-1) - q  # [K, B]
     if cfg.lowest_difference is not None:
         difference = jnp.maximum(difference, cfg.lowest_difference)
@@ -165,8 +165,8 @@ def critic_loss(params, state, batch, key, cfg):
     td_error = jnp.square(q - target[None]).mean(axis=1).sum()
     weight = 1.0 if cfg.gap is None else state.lagrange.apply_fn(state.lagrange.params)
     loss = td_error + weight * cfg.alpha * difference.mean(axis=1).sum()
-    metrics = {"critic_loss": loss, "td_error": td_error, "q": q.mean()}
-    return loss, metrics | {"penalty": difference.mean()}
+    metrics = {"td_error": td_error, "q": q.mean(), "penalty": difference.mean()}
+    return loss, metrics | {"critic_loss": loss}
 
 
 def actor_loss(params, state, batch, key, cfg):
@@ -198,8 +198,8 @@ def sample_actions(actor, batch, key, cfg):
     action, log_prob = sample_tanh(*actor.apply_fn(actor.params, both), key_policy, count)
     uniform = jax.random.uniform(key_uniform, (size, n, dim), minval=-1.0, maxval=1.0)
     actions = [batch.action[:, None], uniform, action[:size, :n], action[size:, :n]]
-    density = [jnp.full((size, n), dim * jnp.log(0.5)), log_prob[:size, :n], log_prob[size:, :n]]
-    return jnp.concatenate(actions, axis=1), jnp.concatenate(density, axis=1), action[size:, n:]
+    logs = [jnp.full((size, n), dim * jnp.log(0.5)), log_prob[:size, :n], log_prob[size:, :n]]
+    return jnp.concatenate(actions, axis=1), jnp.concatenate(logs, axis=1), action[size:, n:]
 
 
 def sample_tanh(mean, log_std, key, count):
@@ -269,8 +269,8 @@ def policy_params(state):
 def train(cfg, options):
     """Train every seed of `cfg` and return its final normalised scores, [S]."""
     dataset = datasets.load(cfg.dataset, options.env, options.env_steps)
-    data, statistics = dataset.transitions, (0.0, 1.0)
-    data = data._replace(reward=cfg.reward_scale * data.reward + cfg.reward_shift)
+    reward = cfg.reward_scale * dataset.transitions.reward + cfg.reward_shift
+    data, statistics = dataset.transitions._replace(reward=reward), (0.0, 1.0)
     data, statistics = normalise(data) if cfg.normalise_observations else (data, statistics)
     data = jax.device_put(data)
     example = jax.tree.map(lambda x: x[:1], data)

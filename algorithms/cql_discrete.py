@@ -7,9 +7,10 @@ Run         python algorithms/cql_discrete.py --config configs/cql_discrete/clas
 Parent      none
 Results     benchmarks/results
 Deviations  the paper's Atari code has a quantile network (QR-DQN, 200 quantiles) over images; this
-            is its form over vectors with plain Q values, as in d3rlpy. Huber error as in both.
+            is its form over vectors, on double DQN with plain Q values and Huber error, as in
+            d3rlpy. Rows at a truncation are kept where their next observation is known.
 
-Shapes: S seeds, K critics, B batch, E episodes, O observation, A number of actions.
+Shapes: S seeds, B batch, E episodes, O observation, A number of actions.
 """
 
 from dataclasses import dataclass

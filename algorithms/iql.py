@@ -6,8 +6,11 @@ Reference   https://github.com/ikostrikov/implicit_q_learning
 Run         python algorithms/iql.py --config configs/iql/antmaze.yaml
 Parent      none
 Results     benchmarks/results
-Deviations  none known in the method. extraction=ddpg_bc and layer_norm are seohongpark/fql's, whose
-            networks use GELU and no tanh on the mean; deterministic is CORL's.
+Deviations  rows at a truncation are kept where their next observation is known, and count in
+            return_scale. extraction=ddpg_bc and layer_norm are after seohongpark/fql, which has
+            GELU, Glorot initialisation, no tanh on the mean, losses of the state before and awr
+            from online critics, and samples the action where the std is learned. deterministic
+            is CORL's.
 
 Shapes: S seeds, K critics, B batch, E episodes, O observation, A action. Arrays are float32.
 """

@@ -6,8 +6,9 @@ Reference   https://github.com/sfujim/TD3_BC
 Run         python algorithms/td3_bc.py --config configs/td3_bc/mujoco.yaml
 Parent      none
 Results     benchmarks/results
-Deviations  none known in the method. Data with recorded next observations keep the rows at a
-            truncation, which D4RL's loader drops.
+Deviations  none known from the code (Eq. 5 averages |Q| over the data's actions, the code over the
+            policy's). Data with recorded next observations keep the rows at a truncation, which
+            D4RL's loader drops.
 
 Shapes: S seeds, K critics, B batch, E episodes, O observation, A action. Arrays are float32.
 """

@@ -55,7 +55,8 @@ COUNT = 2000
 
 
 def one_state(**columns):
-    rows = {"observation": 1.0, "next_observation": 1.0, "termination": 0, "truncation": 0}
+    last = np.arange(COUNT) == COUNT - 1  # a recording breaks off
+    rows = {"observation": 1.0, "next_observation": 1.0, "termination": 0, "truncation": last}
     return random_transitions(COUNT, 1, 1, **(rows | columns))
 
 

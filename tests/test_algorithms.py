@@ -75,16 +75,26 @@ def test_a_seed_among_4_equals_that_seed_alone(module, alone):
     assert floats and all((x[0] != x[1]).any() for x in floats)  # the seeds do differ
 
 
+def test_seeds_as_lanes_of_a_vmap_equal_one_after_the_other(module, alone, monkeypatch):
+    """What an accelerator does."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    arrays, _ = run(module, (3, 7), [10] * 4)
+    for one, two in zip(alone[0], arrays, strict=True):
+        np.testing.assert_allclose(one[0], two[1], rtol=1e-3, atol=1e-5)
+
+
 # --- Runs ---------------------------------------------------------------------------------------
 class Stop(Exception):
     pass
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_a_resumed_run_equals_an_undisturbed_one(name, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "discrete"), [*((name, name in runs.DISCRETE) for name in NAMES), ("bc", True)]
+)
+def test_a_resumed_run_equals_an_undisturbed_one(name, discrete, tmp_path, monkeypatch):
     """The rest of what runs do is tested on one file, see test_experiment.py."""
     monkeypatch.chdir(tmp_path)
-    write = runs.write_cartpole if name in runs.DISCRETE else runs.write_hdf5
+    write = runs.write_cartpole if discrete else runs.write_hdf5
     argv = ["--dataset", write("data.hdf5"), *runs.TINY, *runs.ALSO_TINY.get(name, [])]
     argv += ["--seeds", "0", "1"]
     runs.start(name, [*argv, "--name", "whole"])

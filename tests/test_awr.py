@@ -399,9 +399,13 @@ def test_order_of_two_iterations():
 def test_a_chunk_is_whole_iterations(capsys):
     for words, cause in (
         ("--log-every 500 --eval-every 1000", "--log-every 500 is no multiple of --actor-updates"),
-        ("--actor-updates 300", "--log-every 1000 is no multiple of --actor-updates 300"),
+        ("--log-every 1000 --actor-updates 300", "--log-every 1000 is no multiple of --actor-updates 300"),
     ):
         assert cause in nets.refused(capsys, awr.Config, words)
+
+
+def test_discount_1_is_refused(capsys):
+    assert "--discount 1.0: a number below 1" in nets.refused(capsys, awr.Config, "--discount 1")
 
 
 def test_the_range_of_lambda(capsys):
