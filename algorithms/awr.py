@@ -183,34 +183,39 @@ def update(carry, step, key, data, cfg):
     Randomness is a function of (key, step) alone, so neither the length of a chunk nor a resumed
     run changes the result. `key` is folded with the step, never split.
     """
-    (state, returns), keys = carry, jax.random.split(jax.random.fold_in(key, step))
-    key_value, key_actor = keys
+    state, returns = carry
+    key_value, key_actor = jax.random.split(jax.random.fold_in(key, step))
 
-    keys = jax.random.split(key_value, cfg.critic_updates)
-    value_net, value_metrics = descend(state.value_net, value_loss, returns, state, keys, data, cfg)
+    steps = jnp.arange(cfg.critic_updates)
+    value_net, value_metrics = descend(
+        state.value_net, value_loss, returns, state, steps, key_value, data, cfg
+    )
     state = state._replace(value_net=value_net)
     returns = lambda_returns(state, data, cfg)
     advantage = returns - values(state, data.observation, cfg)
     advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-5)
     weight = jnp.minimum(jnp.exp(cfg.inverse_temperature * advantage), cfg.max_weight)
-    keys = jax.random.split(key_actor, cfg.actor_updates)
-    actor, actor_metrics = descend(state.actor, actor_loss, weight, state, keys, data, cfg)
+    steps = jnp.arange(cfg.actor_updates)
+    actor, actor_metrics = descend(
+        state.actor, actor_loss, weight, state, steps, key_actor, data, cfg
+    )
     return (state._replace(actor=actor), returns), value_metrics | actor_metrics
 
 
-def descend(net, loss, target, state, keys, data, cfg):
-    """A step of `net` per key, each on a batch and its rows of `target` [N], and mean metrics.
+def descend(net, loss, target, state, steps, key, data, cfg):
+    """Steps of `net`, each on a batch and its rows of `target` [N]. -> net, mean metrics
 
     Of `state` the losses use the networks' functions only.
     """
 
-    def one(net, key):
-        index = jax.random.randint(key, (cfg.batch_size,), 0, len(data.reward))
+    def one(net, step):
+        key_batch = jax.random.fold_in(key, step)
+        index = jax.random.randint(key_batch, (cfg.batch_size,), 0, len(data.reward))
         batch = jax.tree.map(lambda x: x[index], data)
         grads, metrics = jax.grad(loss, has_aux=True)(net.params, state, batch, target[index], cfg)
         return net.apply_gradients(grads=grads), metrics
 
-    net, metrics = jax.lax.scan(one, net, keys)
+    net, metrics = jax.lax.scan(one, net, steps)
     return net, jax.tree.map(jnp.mean, metrics)
 
 
