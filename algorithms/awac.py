@@ -9,7 +9,7 @@ Results     benchmarks/results
 Deviations  initialisation, tanh on the mean and log_std in [-5, 2] are those of ikostrikov's
             implementations, CORL has PyTorch's initialisation, no tanh and [-20, 2]. The paper's
             rlkit code has a 4 x 256 actor with weight decay, batch 1024 and weight=softmax.
-            layer_norm is an addition. Rows at a truncation are kept where they can be.
+            Rows at a truncation are kept where their next observation is known.
 
 Shapes: S seeds, K critics, B batch, E episodes, O observation, A action. Arrays are float32.
 """
@@ -44,7 +44,6 @@ class Config:
     target_rate: float = 0.005  # tau, Polyak step of the target critics
     hidden: tuple[int, ...] = (256, 256, 256)  # widths of actor and critics
     num_critics: int = 2  # K, their minimum counts
-    layer_norm: bool = False  # after the activations of Q
     reward_shift: float = 0.0  # added to data set rewards (AntMaze: -1)
     # AWAC
     inverse_temperature: float = 3.0  # 1 / lambda, Eq. 13
@@ -61,13 +60,10 @@ class GaussianActor(nn.Module):
     action_dim: int
 
     @nn.compact
-    def __call__(self, observation, key=None, dropout=None):  # [..., O] -> [..., A] twice
+    def __call__(self, observation):  # [..., O] -> [..., A] twice
         x = observation
-        for i, width in enumerate(self.hidden):
+        for width in self.hidden:
             x = nn.relu(orthogonal(width)(x))
-            if dropout is not None:
-                keep = jax.random.bernoulli(jax.random.fold_in(key, i), 1.0 - dropout, x.shape)
-                x = jnp.where(keep, x / (1.0 - dropout), 0.0)
         log_std = self.param("log_std", nn.initializers.zeros, (self.action_dim,))
         mean = jnp.tanh(orthogonal(self.action_dim)(x))
         return mean, jnp.broadcast_to(log_std.clip(-5.0, 2.0), mean.shape)
@@ -115,16 +111,17 @@ def create_state(key, batch, cfg, statistics=(0.0, 1.0)):
     """State of one seed before the first update. `batch` supplies shapes only."""
     key_actor, key_critic = jax.random.split(key)
     actor = GaussianActor(cfg.hidden, batch.action.shape[-1])
-    critic = OrthogonalCritic(cfg.hidden, cfg.layer_norm)
+    critic = OrthogonalCritic(cfg.hidden, layer_norm=False)
     actor_params = actor.init(key_actor, batch.observation)
     critic_params = jax.vmap(critic.init, (0, None, None))(
         jax.random.split(key_critic, cfg.num_critics), batch.observation, batch.action
     )
     critics = jax.vmap(critic.apply, (0, None, None))  # -> [K, B]
-    actor_adam, create = optax.adam(cfg.actor_learning_rate), train_state.TrainState.create
+    rate, create = cfg.actor_learning_rate, train_state.TrainState.create
+    adam = optax.adam(cfg.critic_learning_rate)
     return State(
-        create(apply_fn=actor.apply, params=actor_params, tx=actor_adam),
-        TrainState.create(critics, critic_params, optax.adam(cfg.critic_learning_rate)),
+        create(apply_fn=actor.apply, params=actor_params, tx=optax.adam(rate)),
+        TrainState.create(critics, critic_params, adam),
         tuple(jnp.broadcast_to(x, batch.observation.shape[-1:]) for x in statistics),
     )
 
@@ -157,7 +154,7 @@ def actor_loss(params, state, batch, key, cfg):
     log_prob = gaussian_log_prob(batch.action, *state.actor.apply_fn(params, batch.observation))
     chex.assert_equal_shape([log_prob, weight, batch.reward])
     loss = -(weight * log_prob).mean()
-    return loss, {"actor_loss": loss, "log_prob": log_prob.mean(), "weight": weight.mean()}
+    return loss, {"actor_loss": loss, "log_prob": log_prob.mean(), "weight": jnp.mean(weight)}
 
 
 def sample_action(actor, observation, key):
@@ -174,7 +171,7 @@ def gaussian_log_prob(x, mean, log_std):
 
 # --- Update -------------------------------------------------------------------------------------
 def update(state, step, key, data, cfg):
-    """One step of Q, actor and targets in this order, on one batch. One seed.
+    """One step of each network in the order below, then of the targets, on one batch. One seed.
 
     Randomness is a function of (key, step) alone, so neither the length of a chunk nor a resumed
     run changes the result. `key` is folded with the step, never split.

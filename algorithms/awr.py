@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import optax
 from flax.training import train_state
 
-from common import datasets, evaluation, experiment
+from common import datasets, evaluation, experiment, fail
 
 
 # --- Config -------------------------------------------------------------------------------------
@@ -241,6 +241,8 @@ def policy_params(state):
 # --- Training -----------------------------------------------------------------------------------
 def train(cfg, options):
     """Train every seed of `cfg` and return its final normalised scores, [S]."""
+    if cfg.discount == 1:
+        fail("--discount 1.0: below 1 is wanted, V is learned in units of 1 / (1 - discount)")
     dataset = datasets.load(cfg.dataset, options.env, options.env_steps)
     reward = dataset.transitions.reward + cfg.reward_shift
     data, statistics = normalise(dataset.transitions._replace(reward=reward))

@@ -41,7 +41,6 @@ class Config:
     discount: float = 0.99  # gamma, per environment step
     target_every: int = 2_000  # updates between copies to the target network
     hidden: tuple[int, ...] = (256, 256)  # widths of the critic
-    reward_scale: float = 1.0  # multiplies data set rewards
     # CQL
     alpha: float = 1.0  # weight of the conservative term, Eq. 4
 
@@ -104,7 +103,7 @@ def critic_loss(params, state, batch, cfg):
     next_q = state.critic.apply_fn(state.critic.target_params, batch.next_observation)
     next_q = jnp.take_along_axis(next_q, best[:, None], axis=-1).squeeze(-1)
     # Bootstrap through truncations, never through terminations.
-    target = cfg.reward_scale * batch.reward + cfg.discount * (1.0 - batch.termination) * next_q
+    target = batch.reward + cfg.discount * (1.0 - batch.termination) * next_q
     difference = jax.nn.logsumexp(every_q, axis=-1) - q
     chex.assert_equal_shape([q, target, difference])
     td_error = optax.huber_loss(q, jax.lax.stop_gradient(target)).mean()

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import optax
 from flax.training import train_state
 
-from common import datasets, evaluation, experiment
+from common import datasets, evaluation, experiment, views
 
 
 # --- Config -------------------------------------------------------------------------------------
@@ -64,7 +64,7 @@ def orthogonal(width):
     return nn.Dense(width, kernel_init=nn.initializers.orthogonal(2**0.5))
 
 
-class GaussianActor(nn.Module):
+class DropoutGaussianActor(nn.Module):
     hidden: tuple[int, ...]
     action_dim: int
 
@@ -114,7 +114,7 @@ class State(NamedTuple):
 def create_state(key, batch, cfg):
     """State of one seed before the first update. `batch` supplies shapes only."""
     key_actor, key_critic, key_value = jax.random.split(key, 3)
-    actor = GaussianActor(cfg.hidden, batch.action.shape[-1])
+    actor = DropoutGaussianActor(cfg.hidden, batch.action.shape[-1])
     critic = value_net = OrthogonalCritic(cfg.hidden, cfg.layer_norm)
     actor_params = actor.init(key_actor, batch.observation)
     critic_params = jax.vmap(critic.init, (0, None, None))(
@@ -122,13 +122,13 @@ def create_state(key, batch, cfg):
     )
     value_params = value_net.init(key_value, batch.observation)
     critics = jax.vmap(critic.apply, (0, None, None))  # -> [K, B]
-    rate, value_adam = cfg.actor_learning_rate, optax.adam(cfg.critic_learning_rate)
+    rate, create = cfg.actor_learning_rate, train_state.TrainState.create
     rate = optax.cosine_decay_schedule(rate, cfg.num_updates) if cfg.cosine else rate
-    create = train_state.TrainState.create
+    adam = optax.adam(cfg.critic_learning_rate)
     return State(
         create(apply_fn=actor.apply, params=actor_params, tx=optax.adam(rate)),
-        TrainState.create(critics, critic_params, optax.adam(cfg.critic_learning_rate)),
-        create(apply_fn=value_net.apply, params=value_params, tx=value_adam),
+        TrainState.create(critics, critic_params, adam),
+        create(apply_fn=value_net.apply, params=value_params, tx=adam),
     )
 
 
@@ -188,12 +188,12 @@ def gaussian_log_prob(x, mean, log_std):
 
 # --- Update -------------------------------------------------------------------------------------
 def update(state, step, key, data, cfg):
-    """One step of V, actor, Q and targets in this order, on one batch. One seed.
+    """One step of each network in the order below, then of the targets, on one batch. One seed.
 
     Randomness is a function of (key, step) alone, so neither the length of a chunk nor a resumed
     run changes the result. `key` is folded with the step, never split.
     """
-    key_batch, key_dropout = jax.random.split(jax.random.fold_in(key, step))
+    key_batch, key_actor = jax.random.split(jax.random.fold_in(key, step))
     index = jax.random.randint(key_batch, (cfg.batch_size,), 0, len(data.reward))
     batch = jax.tree.map(lambda x: x[index], data)
     grads, value_metrics = jax.grad(value_loss, has_aux=True)(
@@ -201,14 +201,14 @@ def update(state, step, key, data, cfg):
     )
     state = state._replace(value_net=state.value_net.apply_gradients(grads=grads))
     grads, actor_metrics = jax.grad(actor_loss, has_aux=True)(
-        state.actor.params, state, batch, key_dropout, cfg
+        state.actor.params, state, batch, key_actor, cfg
     )
     state = state._replace(actor=state.actor.apply_gradients(grads=grads))
     grads, critic_metrics = jax.grad(critic_loss, has_aux=True)(
         state.critic.params, state, batch, cfg
     )
-    critic = state.critic.apply_gradients(grads=grads)
-    state = state._replace(critic=update_target(critic, cfg))
+    state = state._replace(critic=state.critic.apply_gradients(grads=grads))
+    state = state._replace(critic=update_target(state.critic, cfg))
     return state, critic_metrics | value_metrics | actor_metrics
 
 
@@ -241,7 +241,7 @@ def train(cfg, options):
     action = dataset.transitions.action.clip(-1 + 1e-5, 1 - 1e-5)
     reward = dataset.transitions.reward + cfg.reward_shift
     if cfg.return_scale is not None:
-        reward = reward * (cfg.return_scale / dataset.return_span())
+        reward = reward * (cfg.return_scale / views.return_span(dataset))
     data = jax.device_put(dataset.transitions._replace(action=action, reward=reward))
     example = jax.tree.map(lambda x: x[:1], data)
     init_keys, train_keys, policy_keys = experiment.streams(cfg.seeds, 3)  # [S] each

@@ -238,9 +238,9 @@ def measure(name, seeds, arguments):
     module, updates = importlib.import_module(f"algorithms.{name}"), arguments.updates
     borders = dict.fromkeys(("num_updates", "log_every", "eval_every"), updates)
     fields = {field.name for field in dataclasses.fields(module.Config)}
-    if "actor_updates" in fields:  # one iteration per chunk, with the file's share of V steps
-        share = module.Config.critic_updates / module.Config.actor_updates
-        borders |= {"actor_updates": updates, "critic_updates": max(1, round(share * updates))}
+    if "actor_updates" in fields:  # a chunk is whole iterations
+        updates = math.ceil(updates / module.Config.actor_updates) * module.Config.actor_updates
+        borders = dict.fromkeys(borders, updates)
     cfg = module.Config(seeds=tuple(range(seeds)), batch_size=arguments.batch_size, **borders)
     if updates % getattr(cfg, "policy_delay", 1):
         fail(f"--updates {updates}: no multiple of the policy delay {cfg.policy_delay} of {name}")

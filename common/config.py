@@ -202,8 +202,6 @@ def _validate(cfg):
             fail(f"{flag}: at least 1 is wanted")
         elif name in ("discount", "target_rate", "td_lambda") and not 0 <= value <= 1:
             fail(f"{flag}: a number from 0 to 1 is wanted")
-        elif name == "discount" and value == 1 and hasattr(cfg, "td_lambda"):
-            fail(f"{flag}: a number below 1 is wanted, V is learned in units of 1 / (1 - discount)")
         elif name == "fraction" and not 0 < value <= 1:
             fail(f"{flag}: a number above 0 and up to 1 is wanted")
         elif name in ("expectile", "dropout") and not 0 < value < 1:

@@ -80,13 +80,6 @@ class Dataset:
             return returns
         return 100 * (returns - self.ref_min_score) / (self.ref_max_score - self.ref_min_score)
 
-    def return_span(self) -> float:
-        """Highest minus lowest return of an episode; exit code 2 where there is no difference."""
-        low, high = self.episode_returns.min(), self.episode_returns.max()
-        if low == high:
-            fail(f"{self.id}: every episode returns {low:g}: no return_scale can be reached")
-        return float(high - low)
-
 
 def load(dataset_id, env=None, env_steps=None, actions="continuous") -> Dataset:
     """Read a data set, check it, and print what was read in one line.

@@ -45,6 +45,14 @@ def return_range(dataset) -> tuple[float, float]:
     return float(dataset.episode_returns.min()), float(dataset.episode_returns.max())
 
 
+def return_span(dataset) -> float:
+    """Highest minus lowest return of an episode; exit code 2 where there is no difference."""
+    low, high = return_range(dataset)
+    if low == high:
+        fail(f"{dataset.id}: every episode returns {low:g}: no return_scale can be reached")
+    return high - low
+
+
 def chunks(dataset, steps: int, rows: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Indices [R, steps] of the rows that follow each of `rows` (all), and their validity.
 

@@ -212,6 +212,29 @@ def linear_net(create, apply_fn, params, target_params=None):
     return net.replace(target_params=_arrays(target_params))
 
 
+def linear_td3(module, actor, actor_target, critic, critic_target, **facts):
+    """pi(s) = actor * s for s of one number, Q_k(s, a) = critic_k * sum of a."""
+    net = functools.partial(linear_net, module.TrainState.create)
+    return module.State(
+        net(lambda p, s: p[None] * s, actor, actor_target),
+        net(lambda p, s, a: p[:, None] * a.sum(axis=-1)[None], critic, critic_target),
+        **facts,
+    )
+
+
+def check_target_noise(critic_loss, linear_state, cfg, policy_action):
+    """The noise is clipped, and so is the noisy action. `critic_loss`: as `compiled` returns it.
+
+    Q(s, a) = a with target parameters 1 and 0 with the others, so loss = mean (discount a')^2.
+    """
+    state, key = linear_state([0], [policy_action], [0], [1]), jax.random.key(0)
+    batch = probes.random_transitions(64, 1, 1, reward=0.0, next_observation=1.0, termination=0)
+    noise = np.asarray(jax.random.normal(key, (64, 1)), np.float64)
+    action = np.clip(policy_action + 0.5 * np.sign(noise), -1, 1)  # 0.8 + 0.5 is not an action
+    loss = critic_loss(state.critic.params, state, batch, jax.random.clone(key), cfg)[0]
+    np.testing.assert_allclose(loss, np.square(0.99 * action).mean(), rtol=1e-5)
+
+
 def _arrays(tree):
     return jax.tree.map(
         lambda x: jnp.asarray(x, jnp.float32), tree, is_leaf=lambda x: not isinstance(x, dict)

@@ -69,7 +69,7 @@ def normal(key):
         {},  # weights from 0 to the cap
         MILD | {"discount": 0.7},
         MILD | {"weight": "softmax"},
-        MILD | {"num_critics": 3, "hidden": (8, 12, 16), "layer_norm": True},
+        MILD | {"num_critics": 3, "hidden": (8, 12, 16)},
     ],
     ids=str,
 )

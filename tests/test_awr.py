@@ -399,13 +399,20 @@ def test_order_of_two_iterations():
 def test_a_chunk_is_whole_iterations(capsys):
     for words, cause in (
         ("--log-every 500 --eval-every 1000", "--log-every 500 is no multiple of --actor-updates"),
-        ("--log-every 1000 --actor-updates 300", "--log-every 1000 is no multiple of --actor-updates 300"),
+        (
+            "--log-every 1000 --actor-updates 300",
+            "--log-every 1000 is no multiple of --actor-updates 300",
+        ),
     ):
         assert cause in nets.refused(capsys, awr.Config, words)
 
 
-def test_discount_1_is_refused(capsys):
-    assert "--discount 1.0: a number below 1" in nets.refused(capsys, awr.Config, "--discount 1")
+def test_discount_1_is_refused(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as leave:
+        awr.train(awr.Config(discount=1.0), None)
+    assert leave.value.code == 2 and not list(tmp_path.iterdir())
+    assert "--discount 1.0: below 1 is wanted" in capsys.readouterr().err
 
 
 def test_the_range_of_lambda(capsys):

@@ -30,7 +30,7 @@ def errors(params, state, batch, cfg):
     target_q = nets.mlp(double(state.critic.target_params), batch.next_observation)
     found = []
     for i, action in enumerate(np.int32(batch.action)):
-        target = cfg.reward_scale * batch.reward[i]
+        target = batch.reward[i]
         if not batch.termination[i]:
             best = max(range(len(online[i])), key=lambda a, i=i: online[i, a])
             target += cfg.discount * target_q[i, best]
@@ -50,8 +50,8 @@ def numpy_critic_loss(params, state, batch, cfg):
 
 VARIANTS = [
     {},
-    {"alpha": 4.0, "discount": 0.7, "reward_scale": 0.1},
-    {"alpha": 0.0, "reward_scale": 10.0},
+    {"alpha": 4.0, "discount": 0.7},
+    {"alpha": 0.0},
     {"hidden": (8, 12, 16)},
 ]
 
@@ -90,7 +90,7 @@ def test_critic_loss_by_hand():
             1,
             observation=[[1], [1], [-1]],
             action=[[-1], [0], [1]],  # actions 0, 1, 2
-            reward=[1, 2, 3],
+            reward=[10, 20, 30],
             next_observation=[[1], [-1], [1]],
             termination=[0, 0, 1],
         )
@@ -105,7 +105,7 @@ def test_critic_loss_by_hand():
     # log sum exp Q           log 8           log 8          log 1.7
     td_error = (7.5 + 15.5 - np.log(2) + 29.5 + np.log(5)) / 3
     penalty = (np.log(8) + np.log(8) - np.log(2) + np.log(1.7) + np.log(5)) / 3
-    cfg = cql_discrete.Config(discount=0.5, reward_scale=10.0, alpha=2.0)
+    cfg = cql_discrete.Config(discount=0.5, alpha=2.0)
     loss, metrics, _ = critic_loss(state.critic.params, state, batch, cfg)
     np.testing.assert_allclose(loss, td_error + 2 * penalty, rtol=1e-5)
     np.testing.assert_allclose(metrics["td_error"], td_error, rtol=1e-5)

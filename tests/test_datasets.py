@@ -448,11 +448,11 @@ def test_rounding_errors_of_the_share_cost_no_episode(count):
 
 
 def test_return_span(capsys):
-    assert toy([1, 2, 3], [4, -2.5, 1]).return_span() == 6.5
-    assert isinstance(toy([1, 2], [0, 1]).return_span(), float)
-    text = error_of(capsys, toy([1, 2], [3, 3]).return_span)
+    assert views.return_span(toy([1, 2, 3], [4, -2.5, 1])) == 6.5
+    assert isinstance(views.return_span(toy([1, 2], [0, 1])), float)
+    text = error_of(capsys, views.return_span, toy([1, 2], [3, 3]))
     assert "toy: " in text and "returns 3:" in text and "return_scale" in text
-    assert "toy: " in error_of(capsys, toy([4], [1]).return_span)  # one episode
+    assert "toy: " in error_of(capsys, views.return_span, toy([4], [1]))  # one episode
 
 
 def test_a_look_at_the_data(tmp_path, capsys):

@@ -336,7 +336,9 @@ def test_every_algorithm_has_configs_and_a_place_in_the_readme(path):
     assert list((ROOT / "configs" / path.stem).glob("*.yaml"))
     readme = ROOT / "README.md"
     assert readme.exists(), "README.md is missing"
-    assert f"algorithms/{path.name}" in readme.read_text()
+    (row,) = re.findall(rf"^\|.*\(algorithms/{path.name}\).*$", readme.read_text(), re.M)
+    parent = re.search(r"^Parent +(\w+)\.py \((\d+) lines\)$", path.read_text(), re.M)
+    assert row.endswith(f"| {parent[1]}, {parent[2]} lines |" if parent else "| |")
 
 
 def check_common(path, names):

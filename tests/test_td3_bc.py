@@ -66,14 +66,7 @@ def test_losses_equal_numpy(overrides):
 
 
 # --- By hand ------------------------------------------------------------------------------------
-def linear_state(actor, actor_target, critic, critic_target):
-    """pi(s) = actor * s for s of one number, Q_k(s, a) = critic_k * sum of a."""
-    net = functools.partial(nets.linear_net, td3_bc.TrainState.create)
-    return td3_bc.State(
-        net(lambda p, s: p[None] * s, actor, actor_target),
-        net(lambda p, s, a: p[:, None] * a.sum(axis=-1)[None], critic, critic_target),
-        statistics=(),
-    )
+linear_state = functools.partial(nets.linear_td3, td3_bc, statistics=())
 
 
 def test_critic_loss_by_hand():
@@ -118,14 +111,8 @@ def test_actor_loss_by_hand():
 
 @pytest.mark.parametrize("policy_action", [0.0, 0.8])
 def test_target_noise_is_clipped_and_so_is_the_noisy_action(policy_action):
-    # Q(s, a) = a with target parameters 1 and 0 with the others, so loss = mean (discount a')^2.
-    state = linear_state([0], [policy_action], [0], [1])
-    batch = probes.random_transitions(64, 1, 1, reward=0.0, next_observation=1.0, termination=0)
-    cfg, key = td3_bc.Config(target_noise=1e6, num_critics=1), jax.random.key(0)
-    noise = np.asarray(jax.random.normal(key, (64, 1)), np.float64)
-    action = np.clip(policy_action + 0.5 * np.sign(noise), -1, 1)  # 0.8 + 0.5 is not an action
-    loss, _, _ = critic_loss(state.critic.params, state, batch, key, cfg)
-    np.testing.assert_allclose(loss, np.square(0.99 * action).mean(), rtol=1e-5)
+    cfg = td3_bc.Config(target_noise=1e6, num_critics=1)
+    nets.check_target_noise(critic_loss, linear_state, cfg, policy_action)
 
 
 # --- What the losses may depend on --------------------------------------------------------------

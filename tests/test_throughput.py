@@ -97,11 +97,17 @@ def test_a_peer_is_asked_for_the_same_sizes(tmp_path, monkeypatch):
     assert asked["batch_size"] == 4 and asked["updates"] == 2 and asked["rows"] == throughput.ROWS
 
 
-def test_chunks_of_iterations(capsys):
-    """AWR's chunk is one iteration, with its own share of value steps."""
+def test_a_chunk_is_whole_iterations():
+    """AWR's is one iteration: V on all rows three times, 200 steps of V, 1000 of the actor."""
     sizes = {"algorithms": ("awr",), "seeds": (1,), "batch_size": 4, "updates": 5, "repeats": 1}
     (row,) = throughput.main(throughput.Arguments(**sizes))
-    assert row["updates/s"] > 0
+    v = [(throughput.OBSERVATION, 128), (128, 64), (64, 1)]
+    actor = [*v[:2], (64, throughput.ACTION)]
+    forward, steps = sum(2 * m * n for m, n in v), 0
+    for layers, count in ((v, 200), (actor, 1000)):  # forward, weights, activations but the first
+        steps += count * 4 * sum(2 * m * n * (3 if i else 2) for i, (m, n) in enumerate(layers))
+    by_hand = (3 * throughput.ROWS * forward + steps) / 1000 / 1e9
+    assert row["GFLOP/update"] == pytest.approx(by_hand, rel=0.05)
 
 
 @pytest.mark.parametrize(
