@@ -21,12 +21,14 @@ class Rollouts:
 
     Args:
         dataset: supplies the env and the score.
-        act: (params, observation [E, O], key) -> action [E, A] in [-1, 1] (or integers [E]).
+        act: (params, observation [E, O], key) -> action [E, A] in [-1, 1] (or integers [E]);
+            with a memory (..., memory, reward [E] of the step before) -> (action, memory).
         policy_keys: [S] keys; a step's key is a function of (seed, update, env step) alone.
         cfg: `eval_episodes`, `eval_every` and `num_updates` are read.
+        memory: arrays with which the policy of one seed begins its E episodes, None without any.
     """
 
-    def __init__(self, dataset, act, policy_keys, cfg):
+    def __init__(self, dataset, act, policy_keys, cfg, memory=None):
         self.dataset, self.cfg = dataset, cfg
         self.cpu = jax.local_devices(backend="cpu")[0]
         self.keys = jax.device_put(policy_keys, self.cpu)
@@ -36,14 +38,16 @@ class Rollouts:
         self.pool = ThreadPoolExecutor(1)
         self.envs = []
 
-        def step(params, observation, keys, update, env_step):
+        self.memory = jax.tree.map(lambda x: np.stack([x] * len(policy_keys)), memory)
+
+        def step(params, observation, keys, update, env_step, past):
             def one(lane):
-                params, observation, key = lane
-                return act(params, observation, jax.random.fold_in(key, env_step))
+                params, observation, key, past = lane
+                return act(params, observation, jax.random.fold_in(key, env_step), *past)
 
             keys = jax.vmap(jax.random.fold_in, (0, None))(keys, update)
             # One seed after the other: the same numbers for any number of seeds.
-            return jax.lax.map(one, (params, observation, keys))
+            return jax.lax.map(one, (params, observation, keys, past))
 
         self.act = jax.jit(step)
 
@@ -83,12 +87,16 @@ class Rollouts:
         shape = (len(self.keys), self.cfg.eval_episodes)
         observation = np.stack([self._reset(i) for i in range(len(self.envs))])
         returns, length, success = np.zeros(len(self.envs)), np.zeros(len(self.envs)), {}
-        live = np.arange(len(self.envs))
+        live, rewards, memory = np.arange(len(self.envs)), np.zeros(shape, np.float32), self.memory
         env_step = 0
         while len(live):
             lanes = observation.reshape(*shape, *observation.shape[1:])
             numbers = np.uint32(update), np.uint32(env_step)
-            action = np.asarray(self.act(params, lanes, self.keys, *numbers))
+            past = () if memory is None else (memory, rewards)
+            action = self.act(params, lanes, self.keys, *numbers, past)
+            if memory is not None:
+                action, memory = action
+            action = np.asarray(action)
             action = action.reshape(len(self.envs), *action.shape[2:])
             if action.dtype.kind == "f":  # a diverged policy must not stop the others
                 action = np.nan_to_num(action.clip(-1, 1))
@@ -96,6 +104,7 @@ class Rollouts:
             for i in live:
                 observation[i], reward, termination, truncation, info = self.envs[i].step(action[i])
                 returns[i] += reward
+                rewards.flat[i] = reward
                 length[i] += 1
                 if "success" in info:
                     success[i] = success.get(i, False) or bool(info["success"])

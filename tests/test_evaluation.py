@@ -252,3 +252,37 @@ def test_envs_are_made_once_and_closed(monkeypatch, capsys):
     evaluate((0, 1, 2), episodes=4)
     assert Fickle.made == len(closed) == 12
     assert "evaluation: 11 times 4 episodes per seed of at most 9 steps" in capsys.readouterr().out
+
+
+# --- A policy with memory -----------------------------------------------------------------------
+def recall(params, observation, key, memory, reward):
+    """Acts by what it was paid so far, and by its shift from the third step on."""
+    total, seen = memory
+    total, seen = total + reward, seen + 1
+    return jnp.tanh(total[:, None] / 100 + params["shift"] * (seen >= 3)), (total, seen)
+
+
+def remembered(length, shift):
+    """The actions of one episode of Fickle, by hand."""
+    actions, total = [], 0.0
+    for step in range(length):
+        actions.append(np.tanh(total / 100 + shift * (step >= 2)))
+        total += length + actions[-1]
+    return actions
+
+
+def test_memory_holds_the_past_of_one_episode_only():
+    memory = np.zeros(6, np.float32), np.int32(0)
+    cfg = SimpleNamespace(eval_episodes=6, eval_every=10, num_updates=100)
+    rollouts = evaluation.Rollouts(dataset(), recall, policy_keys((0, 3)), cfg, memory)
+    with rollouts:
+        results = [rollouts.start(parameters((0, 3)), update).result() for update in (0, 10)]
+    same(*results)  # the second evaluation starts as the first one did
+    for i, env in enumerate(rollouts.envs):
+        expected = remembered(env.length, 0.0 if i < 6 else 0.3)
+        np.testing.assert_allclose(np.ravel(env.actions), expected, rtol=1e-5)
+    alone = evaluation.Rollouts(dataset(), recall, policy_keys((3,)), cfg, memory)
+    with alone:
+        np.testing.assert_array_equal(
+            alone.start(parameters((3,)), 0).result()["return"], results[0]["return"][1:]
+        )
