@@ -12,8 +12,10 @@ A run folder `<runs-dir>/<algorithm>/<data set>/<name>/` holds
 """
 
 import contextlib
+import errno
 import fcntl
 import json
+import logging
 import math
 import os
 import platform
@@ -94,6 +96,15 @@ class Run:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             fail(f"{self.folder}: another process trains in it; wait for it or choose a --name")
+        try:
+            with _storage(self.folder):
+                self._open()
+        except BaseException:
+            self.lock.close()
+            raise
+        return self
+
+    def _open(self):
         import yaml
 
         returns = self.dataset.episode_returns
@@ -110,17 +121,18 @@ class Run:
         self.manager = _manager(self.folder)
         self.wandb = Mirror(self)
         self._listen()
-        return self
 
     def __exit__(self, kind, error, trace):
-        if self.bar is not None:
-            self.bar.close()
-        self._unlisten()
-        self.manager.close()
-        self.wandb.close()
-        if kind is None:
-            self._finish()
-        self.lock.close()
+        with self.lock, _storage(self.folder):
+            if self.bar is not None:
+                self.bar.close()
+            self._unlisten()
+            if isinstance(error, OSError | ValueError):
+                raise error  # looked at by _storage
+            self.manager.close()
+            self.wandb.close()
+            if kind is None:
+                self._finish()
         if kind is None and self.diverged:
             raise SystemExit(1)
 
@@ -323,9 +335,26 @@ class Run:
 
 
 # --- Files --------------------------------------------------------------------------------------
+@contextlib.contextmanager
+def _storage(folder):
+    """A full, read-only or failing disk, whichever library met it, is one line and exit code 2."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        code = re.search(r"os_error_code='(\d+)'", str(error))  # of tensorstore
+        number = int(code[1]) if code else getattr(error, "errno", None)
+        if number not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO):
+            raise
+        fail(
+            f"{folder}: cannot be written ({os.strerror(number)}); once it can, go on with the "
+            "same command and --resume"
+        )
+
+
 def _manager(folder):
     import orbax.checkpoint as ocp
 
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax raises what it logs as well
     options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
     return ocp.CheckpointManager((folder / "checkpoints").resolve(), options=options)
 

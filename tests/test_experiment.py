@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs: what they leave behind, and that neither death nor company changes a number."""
 
+import errno
 import json
 import os
 import shutil
@@ -337,6 +338,53 @@ def test_every_checkpoint_damaged(name, tiny, reference, capsys):
     assert error.count("cannot be read") == 2 and "no checkpoint can be read" in error
     assert "resuming" not in out
     assert runs.tree(folder) == before
+
+
+# --- Disks --------------------------------------------------------------------------------------
+FULL = OSError(errno.ENOSPC, "No space left on device", "metrics.csv")
+READ_ONLY = OSError(errno.EROFS, "Read-only file system")
+TENSORSTORE = ValueError("RESOURCE_EXHAUSTED: Failed to write 9 bytes [os_error_code='28']")
+
+
+@pytest.mark.parametrize(
+    ("where", "problem", "said"),
+    [
+        ("_append", FULL, "No space left on device"),
+        ("save", TENSORSTORE, "No space left on device"),
+        ("_finish", READ_ONLY, "Read-only file system"),
+        ("_open", FULL, "No space left on device"),
+    ],
+)
+def test_a_disk_that_takes_no_more(
+    name, tiny, reference, monkeypatch, capsys, where, problem, said
+):
+    original, calls = getattr(experiment.Run, where), []
+
+    def failing(*args):
+        calls.append(args)
+        if len(calls) == 5 or where.startswith(("_f", "_o")):
+            raise problem
+        return original(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(experiment.Run, where, failing)
+        with pytest.raises(SystemExit) as stop:
+            runs.start(name, [*tiny, *SEEDS])
+    assert stop.value.code == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ") and f"cannot be written ({said})" in error
+    assert "--resume" in error
+    folder = run(name, [*tiny, *SEEDS, "--resume"])
+    assert metrics(folder) == metrics(reference(name))
+
+
+def test_other_errors_are_not_taken_for_the_disk(name, tiny, monkeypatch):
+    def failing(*args):
+        raise ValueError("shapes do not match")
+
+    monkeypatch.setattr(experiment.Run, "log", failing)
+    with pytest.raises(ValueError, match="shapes do not match"):
+        runs.start(name, [*tiny, *SEEDS])
 
 
 # --- Signals ------------------------------------------------------------------------------------
