@@ -42,7 +42,8 @@ def test_the_probability_of_improvement_agrees_with_rliable():
 
 
 def test_the_probability_of_improvement_is_mann_and_whitneys():
-    each = [stats.mannwhitneyu(x, y).statistic / (len(X) * len(Y)) for x, y in zip(X.T, Y.T)]
+    pairs = zip(X.T, Y.T, strict=True)
+    each = [stats.mannwhitneyu(x, y).statistic / (len(x) * len(y)) for x, y in pairs]
     assert intervals.improvement(X, Y) == pytest.approx(np.mean(each), abs=1e-12)
     assert intervals.improvement(X, X) == 0.5
     # by hand: 1 beats 0, ties with 1; 2 beats both
