@@ -174,9 +174,14 @@ def matrix(rows, best=False):
 
 
 def evaluations(row):
-    """The score of every seed at every evaluation."""
+    """The score of every seed at every evaluation; of many seeds mean ± std."""
     updates = sorted({int(update) for curve in row.curves.values() for update in curve[0]})
     lines = []
+    if len(row.curves) >= FEW:
+        at = [dict(curve.T) for curve in row.curves.values()]
+        found = [[scores[update] for scores in at if update in scores] for update in updates]
+        line = [f"{len(at)} seeds", *(spread(np.array(scores)) for scores in found)]
+        return Table(["", *(f"{update:,}" for update in updates)], [line])
     for seed, curve in row.curves.items():
         at = {int(update): f"{score:.1f}" for update, score in curve.T}
         lines.append([seed, *(at.get(update, "") for update in updates)])
@@ -269,10 +274,10 @@ def statistics(rows, summary):
 # --- Published scores ---------------------------------------------------------------------------
 def beside(rows, reference):
     """Blocks: our scores with the published ones of the same data set and protocol."""
-    columns, lines, used, other = [], [], {}, []
+    columns, lines, used, other = [], [], {}, collections.Counter()
     for row in rows:
         groups, words = published.beside(row, reference)
-        other += [f"{row.label} on {row.dataset} ({joined(words)})"] if words else []
+        other.update(f"{row.label}, {word}" for word in words)
         for group in groups:
             lines.append((row, group))
             for entry in group.rows:
@@ -294,8 +299,9 @@ def beside(rows, reference):
         text = f"- {column}: {joined(x['source'] for x in entries)}; ddof {ddof}"
         blocks.append(Text(text + (f"; {notes}" if notes and len(notes) < 120 else "")))
     if other:
-        text = f"Published under another protocol, so not shown: {'; '.join(other)}."
-        blocks.append(Text(text))
+        each = [f"{word} ({count})" for word, count in other.items()]
+        words = "Published under another protocol, so not shown (on how many data sets)"
+        blocks.append(Text(f"{words}: {'; '.join(each)}."))
     return blocks
 
 
