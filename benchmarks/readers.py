@@ -146,7 +146,6 @@ def read(folder, notes):
     except (ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
         reason = f"no {error}" if isinstance(error, KeyError) else str(error).splitlines()[0]
         notes.append(f"left out: {folder} is damaged ({reason})")
-    print(notes[-1])
     return None
 
 
@@ -196,7 +195,6 @@ def from_wandb(project, api=None):
             except (KeyError, TypeError, ValueError) as error:
                 reason = f"no {error} in it" if isinstance(error, KeyError) else str(error)
                 notes.append(f"left out: wandb run {entry.name} ({reason})")
-                print(notes[-1])
     except Exception as error:  # no wandb, no key, no network, no such project: wandb has many
         fail(f"wandb project {project}: {one_line(error)}; give run folders instead, or log in")
     if not runs:

@@ -20,7 +20,6 @@ import io
 import json
 import re
 import shlex
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -488,8 +487,7 @@ def main(arguments):
     if arguments.readme:
         arguments.readme.write_text(before + readme(rows, arguments).strip() + after)
         written.append(str(arguments.readme))
-    for note in notes:
-        print(note, file=sys.stderr)
+    print(*notes, sep="\n", end="\n\n" if notes else "")
     print(markdown([table(rows)]))
     print(f"written: {' '.join(written)}")
 

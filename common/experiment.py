@@ -7,7 +7,7 @@ A run folder `<runs-dir>/<algorithm>/<data set>/<name>/` holds
                   (empty at 0) and, at evaluation borders, the scores of the policy at t
     timing.csv    seconds; the first chunk of every start includes compiling
     checkpoints/  orbax, the newest two
-    result.json   written last: final and best score per seed, versions, hardware, speed
+    result.json   written last: final and best score per seed, versions, code, hardware, speed
     wandb/        offline runs, one per seed
 """
 

@@ -169,11 +169,12 @@ def test_different_data_of_one_name_are_told_apart(tmp_path):
 
 # --- What cannot be read ------------------------------------------------------------------------
 def test_an_unfinished_run_is_left_out(tmp_path, capsys):
-    write_run(tmp_path / "one", [1.0])
-    write_run(tmp_path / "two", [2.0])
-    (tmp_path / "two" / "result.json").unlink()
-    assert len(rows(tmp_path)) == 1
-    assert "two has no result.json" in capsys.readouterr().out
+    write_run(tmp_path / "runs" / "one", [1.0])
+    write_run(tmp_path / "runs" / "two", [2.0])
+    (tmp_path / "runs" / "two" / "result.json").unlink()
+    text = page(tmp_path)
+    assert text.count("| bc | made |") == 1 and "two has no result.json" in text
+    assert capsys.readouterr().out.count("two has no result.json") == 1
 
 
 @pytest.mark.parametrize(
