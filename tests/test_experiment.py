@@ -387,6 +387,38 @@ def test_other_errors_are_not_taken_for_the_disk(name, tiny, monkeypatch):
         runs.start(name, [*tiny, *SEEDS])
 
 
+# --- Version of the code ------------------------------------------------------------------------
+def test_the_digest_is_of_what_the_code_does(tmp_path):
+    file = tmp_path / "one.py"
+
+    def digest(text):
+        file.write_text(text)
+        return experiment._code([file])
+
+    first = digest('"""Text."""\ndef f(x):\n    """Says."""\n    return x + 1  # because\n')
+    assert first == digest("def f(x):\n\n    return (x + 1)\n") and len(first) == 12
+    assert first != digest("def f(x):\n    return x + 2\n")
+
+
+def test_a_run_resumed_by_other_code_says_so(name, tiny, monkeypatch, capsys):
+    def log(self, step, *args):
+        original(self, step, *args)
+        if step == 8 and versions[0] == "first":
+            self.signal = signal.SIGTERM  # as if it had come
+
+    original, versions = experiment.Run.log, ["first"]
+    monkeypatch.setattr(experiment, "_code", lambda paths: versions[0])
+    monkeypatch.setattr(experiment.Run, "log", log)
+    folder = run(name, tiny, expected=128 + signal.SIGTERM)
+    versions[0] = "second"
+    run(name, [*tiny, "--resume"])
+    assert "WARNING: resumed by another version" in capsys.readouterr().err
+    versions[0] = "third"
+    run(name, [*tiny, "--resume"])  # nothing is left to train
+    result = json.loads((folder / "result.json").read_text())
+    assert result["code"] == dict.fromkeys(("algorithm", "common"), "first+second")
+
+
 # --- Signals ------------------------------------------------------------------------------------
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2])
 def test_signal_saves_and_leaves_at_the_next_border(
