@@ -112,7 +112,7 @@ def command(name, argv, die=None, code=None):
 def environment(cache, **variables):
     """Variables of a subprocess: one CPU device, no debug modes, its own compilation cache."""
     keep = {key: value for key, value in os.environ.items() if not key.startswith("WANDB")}
-    keep |= {"JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(cache), "XLA_FLAGS": ""}
+    keep |= {"JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(cache)}
     return keep | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"} | variables
 
 

@@ -183,7 +183,8 @@ def compiled_chunk(module_chunk):
     def chunk(state, key, start, data, numbers, cfg):
         return module_chunk(state, key, start, data, dataclasses.replace(cfg, **numbers))
 
-    return jax.jit(chunk, static_argnums=5, donate_argnums=0)
+    fast = {"xla_backend_optimization_level": 3}  # thousands of updates pay for it
+    return jax.jit(chunk, static_argnums=5, donate_argnums=0, compiler_options=fast)
 
 
 def train(module, data, updates, seed=0, **overrides):

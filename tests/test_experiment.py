@@ -220,7 +220,7 @@ def test_simulated_devices(name, tiny, base, tmp_path):
     """Four devices give the metrics of one, also when the run dies and is resumed there."""
     seeds = ["--seeds", "0", "1", "2", "3"]
     one = run(name, [*tiny, *seeds, "--runs-dir", "one"])
-    four = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    four = {"XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=4"}
     environment = runs.environment(base / "cache", **four)
     argv = [*tiny, *seeds, "--runs-dir", "four"]
     die = runs.command(name, argv, die="after save 8")
