@@ -6,9 +6,8 @@ Reference   https://github.com/sfujim/BCQ (continuous_BCQ)
 Run         python algorithms/bcq.py --config configs/bcq/mujoco.yaml
 Parent      td3_bc.py (0 lines)
 Results     benchmarks/results
-Deviations  as the code does, not the paper: both terms of the VAE's loss are means over their
-            dimensions. Data with recorded next observations keep the rows at a truncation, which
-            D4RL's loader drops.
+Deviations  none known from the code. Data with recorded next observations keep the rows at a
+            truncation, which D4RL's loader drops.
 
 Shapes: S seeds, K critics, N samples, B batch, E episodes, O observation, A action. All float32.
 """

@@ -7,9 +7,10 @@ Run         python algorithms/idql.py --config configs/idql/antmaze.yaml
 Parent      iql.py (0 lines)
 Results     benchmarks/results
 Deviations  as the released code does, not the paper: one batch and one step per update for all
-            networks, the best sample acts. All rows train (code: 95 %), those at a truncation too
-            where their next observation is known. IFQL: the target critics choose the action
-            (reference: the online ones), losses are summed over actions and follow one another.
+            networks, the best of the samples acts. All rows train (code: 95 %), those at a
+            truncation too where their next observation is known. IFQL: the reference has one
+            Adam on losses of the state before, online critics that choose, no dropout, decay
+            or average of the actor, whose loss is a mean over actions, not a sum.
 
 Shapes: S seeds, K critics, N samples, B batch, E episodes, O observation, A action. All float32.
 """
@@ -81,13 +82,15 @@ class NoiseNet(nn.Module):
         frequency = self.param("frequency", nn.initializers.normal(0.2), (64,))
         angle = 2 * jnp.pi * time * jnp.broadcast_to(frequency, (*time.shape[:-1], 64))
         waves = jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)
-        context = glorot(256)(nn.swish(glorot(256)(waves)))  # [..., 256] or, at one time, [256]
+        context = nn.swish(glorot(256)(waves))
+        context = glorot(256)(context)  # [..., 256] or, at one time, [256]
         context = jnp.broadcast_to(context, (*action.shape[:-1], 256))
         x = jnp.concatenate([action, observation, context], axis=-1)
         x = glorot(self.hidden[0])(x)
         for width, key in zip(self.hidden, keys, strict=True):
             y = nn.LayerNorm()(drop(x, dropout, key))
-            y = nn.Dense(width)(nn.swish(nn.Dense(4 * width)(y)))
+            y = nn.swish(nn.Dense(4 * width)(y))
+            y = nn.Dense(width)(y)
             x = y + (x if x.shape == y.shape else nn.Dense(width)(x))
         head = nn.Dense(self.action_dim, kernel_init=nn.initializers.xavier_uniform(), name="head")
         return head(nn.swish(x))
