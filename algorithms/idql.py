@@ -4,7 +4,7 @@
 Paper       https://arxiv.org/abs/2304.10573, IFQL (generator=flow) https://arxiv.org/abs/2502.02538
 Reference   https://github.com/philippe-eecs/IDQL, https://github.com/seohongpark/fql
 Run         python algorithms/idql.py --config configs/idql/antmaze.yaml
-Parent      iql.py (0 lines)
+Parent      iql.py (170 lines)
 Results     benchmarks/results
 Deviations  as the released code does, not the paper: one batch and one step per update for all
             networks, the best of the samples acts. All rows train (code: 95 %), those at a

@@ -96,7 +96,7 @@ def test_losses_and_gradients_equal_numpy(name, overrides):
 # --- By hand ------------------------------------------------------------------------------------
 def linear_state(actor=(0, 0), critic=(1, -1), critic_target=(9, 9)):
     """Sampled actions are 0.5, 0 and -1 (of one state 0.5), Q_k(s, a) = critic_k a, or the same
-    plus 1 for k = 2 and the targets, and xi = Phi tanh(actor)."""
+    plus 1 for k = 2 and the targets, and xi = Phi actor."""
     net = functools.partial(nets.linear_net, bcq.TrainState.create)
 
     def vae(params, observation, key, method):
@@ -110,7 +110,7 @@ def linear_state(actor=(0, 0), critic=(1, -1), critic_target=(9, 9)):
         return params[0].reshape(shape) * action[..., 0][None] + params[1].reshape(shape)
 
     return bcq.State(
-        net(lambda p, x: np.tanh(p) + 0 * x[..., :1], actor[0], actor[1]),
+        net(lambda p, x: p + 0 * x[..., :1], actor[0], actor[1]),
         net(critics, [critic, (0, 0)], [critic_target, (0, 1)]),
         nets.linear_net(train_state.TrainState.create, vae, 0.0),
     )
@@ -139,7 +139,7 @@ def test_critic_loss_by_hand():
 
 
 def test_actor_loss_by_hand():
-    state = linear_state(actor=(np.arctanh(0.5), 9), critic=(3, -9))
+    state = linear_state(actor=(0.5, 9), critic=(3, -9))
     batch = probes.random_transitions(3, 1, 1)
     # sampled 0.5, moved by 0.2 times 0.5; Q_1 = 3 a
     cfg, key = bcq.Config(perturbation=0.2), jax.random.key(0)
