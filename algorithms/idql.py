@@ -6,11 +6,11 @@ Reference   https://github.com/philippe-eecs/IDQL, https://github.com/seohongpar
 Run         python algorithms/idql.py --config configs/idql/antmaze.yaml
 Parent      iql.py (170 lines)
 Results     benchmarks/results
-Deviations  as the released code does, not the paper: one batch and one step per update for all
-            networks, the best of the samples acts. All rows train (code: 95 %), those at a
-            truncation too where their next observation is known. IFQL: the reference has one
-            Adam on losses of the state before, online critics that choose, no dropout, decay
-            or average of the actor, whose loss is a mean over actions, not a sum.
+Deviations  as the code has it since 7582571, not before: one batch and one step per update for all
+            networks. The best sample acts (paper: also one drawn by its weight). All rows train
+            (code: 95 %), those at a truncation too where their next observation is known. IFQL:
+            the reference has one Adam on losses of the state before, online critics choose,
+            the actor's loss is a mean over actions; configs turn off what its actor lacks.
 
 Shapes: S seeds, K critics, N samples, B batch, E episodes, O observation, A action. All float32.
 """
