@@ -144,7 +144,7 @@ def setup(module, num_actions=None, **overrides):
     unseen = {
         field.name: field.default
         for field in dataclasses.fields(cfg)
-        if "float" in str(field.type) and not field.name.endswith("learning_rate")
+        if "float" in str(field.type) and not field.name.endswith(("learning_rate", "weight_decay"))
     }
     state = shapes(module, dataclasses.replace(cfg, **unseen), num_actions)
     state = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), state)

@@ -6,6 +6,7 @@ Every data set is a `Transitions` of float32 arrays, drawn from a fixed NumPy se
 
 import dataclasses
 import functools
+import inspect
 
 import jax
 import numpy as np
@@ -154,8 +155,15 @@ SMALL = {  # what makes an algorithm file small and fast; data sets and claims s
     "awac": NET | FAST,
     "awr": NET | FAST | {"optimiser": "adam", "actor_updates": 5, "critic_updates": 2},
     "bc": NET | FAST,
+    "bcq": NET
+    | FAST
+    | {"vae_learning_rate": 1e-3, "vae_hidden": (64, 64), "num_samples": 4, "num_choices": 50},
     "cql": NET | FAST | {"critic_hidden": (64, 64), "num_samples": 4},
     "cql_discrete": NET | FAST,
+    "idql": NET
+    | FAST
+    | {"cosine": False, "actor_hidden": (32,), "dropout": None, "actor_target_rate": 0.01}
+    | {"layer_norm": "none"},  # of one number it leaves none
     "iql": NET | FAST | {"cosine": False},
     "rebrac": NET | FAST,
     "td3_bc": NET | FAST,
@@ -201,17 +209,23 @@ def train(module, data, updates, seed=0, **overrides):
     return state
 
 
-def policy(module, state):
-    """The compiled policy with its parameters: observations [..., O] -> actions [..., A]."""
+def policy(module, state, **overrides):
+    """The compiled policy with its parameters: observations [..., O] -> actions [..., A].
+
+    `overrides` are those of the training, for a policy that reads the Config.
+    """
     params, key = module.policy_params(state), jax.random.key(0)
+    wanted = list(inspect.signature(module.policy).parameters)[4:]  # beside those of every file
+    facts = {name: getattr(state, name).apply_fn for name in wanted if name in state._fields}
+    facts |= {"cfg": config(module, **overrides)} if "cfg" in wanted else {}
     return jax.jit(
-        lambda observation: module.policy(state.actor.apply_fn, params, observation, key)
+        lambda observation: module.policy(state.actor.apply_fn, params, observation, key, **facts)
     )
 
 
-def act(module, state, observation):
+def act(module, state, observation, **overrides):
     """Action [A] in one observation."""
-    return np.asarray(policy(module, state)(np.atleast_1d(np.float32(observation))))
+    return np.asarray(policy(module, state, **overrides)(np.atleast_1d(np.float32(observation))))
 
 
 def q(state, observation, action):
