@@ -22,13 +22,15 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
 ALGORITHMS = ["rebrac"]  # every test of runs goes through these files
-CONTINUOUS = ["rebrac", "td3_bc", "iql", "awr", "awac", "cql"]  # these refuse integer actions
+CONTINUOUS = ["rebrac", "td3_bc", "iql", "awr", "awac", "cql", "atac", "odice"]  # no integers
 DISCRETE = ["cql_discrete"]  # these refuse others
 TINY = ["--num-updates", "24", "--log-every", "4", "--eval-every", "8", "--eval-episodes", "2"]
 TINY += ["--batch-size", "4", "--hidden", "8", "--wandb", "disabled"]
 ALSO_TINY = {  # by algorithm
+    "atac": ["--warm-start", "10"],
     "awr": ["--actor-updates", "2", "--critic-updates", "1"],
     "cql": ["--critic-hidden", "8", "--num-samples", "2"],
+    "odice": ["--value-hidden", "8"],
 }
 
 
