@@ -32,14 +32,17 @@ CONTINUOUS = [
     "idql",
     "bcq",
 ]  # these refuse integer actions
+CONTINUOUS = ["rebrac", "td3_bc", "iql", "awr", "awac", "cql", "atac", "odice"]  # no integers
 DISCRETE = ["cql_discrete"]  # these refuse others
 TINY = ["--num-updates", "24", "--log-every", "4", "--eval-every", "8", "--eval-episodes", "2"]
 TINY += ["--batch-size", "4", "--hidden", "8", "--wandb", "disabled"]
 ALSO_TINY = {  # by algorithm
+    "atac": ["--warm-start", "10"],
     "awr": ["--actor-updates", "2", "--critic-updates", "1"],
     "bcq": ["--vae-hidden", "8", "--num-samples", "2", "--num-choices", "2"],
     "cql": ["--critic-hidden", "8", "--num-samples", "2"],
     "idql": ["--actor-hidden", "8", "--num-samples", "2"],
+    "odice": ["--value-hidden", "8"],
 }
 
 

@@ -152,6 +152,7 @@ CHUNK = 1000  # updates per compiled program
 FAST = {"actor_learning_rate": 1e-3, "critic_learning_rate": 1e-3}
 NET = {"hidden": (64, 64), "batch_size": 64}
 SMALL = {  # what makes an algorithm file small and fast; data sets and claims set the rest
+    "atac": NET | FAST | {"warm_start": 20},
     "awac": NET | FAST,
     "awr": NET | FAST | {"optimiser": "adam", "actor_updates": 5, "critic_updates": 2},
     "bc": NET | FAST,
@@ -165,6 +166,7 @@ SMALL = {  # what makes an algorithm file small and fast; data sets and claims s
     | {"cosine": False, "actor_hidden": (32,), "dropout": None, "actor_target_rate": 0.01}
     | {"layer_norm": "none"},  # of one number it leaves none
     "iql": NET | FAST | {"cosine": False},
+    "odice": NET | FAST | {"value_hidden": (64, 64), "value_learning_rate": 1e-3},
     "rebrac": NET | FAST,
     "td3_bc": NET | FAST,
 }
@@ -237,10 +239,11 @@ def q(state, observation, action):
 
 
 def value(state, observation):
-    """V(observation), for one; AWR's network gives (1 - discount) V with the probes' 0.9."""
-    scale = 1.0 if "critic" in state._fields else 1 / (1 - 0.9)
+    """min over K of V(observation), for one; AWR's gives (1 - discount) V, the probes' is 0.9."""
+    scaled = "critic" in state._fields or hasattr(state.value_net, "target_params")
     observation = np.atleast_2d(np.float32(observation))
-    return scale * float(state.value_net.apply_fn(state.value_net.params, observation)[0])
+    found = state.value_net.apply_fn(state.value_net.params, observation).min()
+    return float(found) * (1.0 if scaled else 1 / (1 - 0.9))
 
 
 def leaves(tree):

@@ -25,12 +25,14 @@ from common import datasets, views
 
 # Ordinary settings; what a file does not name here is its Config's.
 CAUTIOUS = {
+    "atac": {"beta": 1.0, "warm_start": 1000, "actor_learning_rate": 1e-4},
     "awac": {},
     "bc": {},
     "bcq": {},
     "cql": {"alpha": 5.0},
     "idql": {},
     "iql": {},
+    "odice": {"lam": 0.5, "alpha": 0.1},  # with alpha 1 the weights vanish next to such rewards
     "rebrac": {"actor_penalty": 1.0, "critic_penalty": 1.0},
     "td3_bc": {},
 }
@@ -39,6 +41,7 @@ STITCHING = {
     "cql": {"alpha": 1.0},
     "idql": {"expectile": 0.9},
     "iql": {"expectile": 0.9, "inverse_temperature": 10.0},
+    "odice": {"alpha": 0.1},
     "rebrac": {"actor_penalty": 1.0, "critic_penalty": 0.1},
     "td3_bc": {},
 }

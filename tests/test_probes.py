@@ -9,12 +9,14 @@ import pytest
 
 SHARED = {"discount": 0.9, "target_rate": 0.05}
 FREE = {  # no pull towards the data, or as little as the method can have
+    "atac": {"beta": 1e3, "warm_start": 500},
     "awac": {"inverse_temperature": 100.0},
     "awr": {"inverse_temperature": 6.0, "max_weight": 1e3, "fixed_std": None},
     "bcq": {"kl_weight": 0.01, "perturbation": 1.0},
     "cql": {"alpha": 0.0},
     "idql": {"expectile": 0.5},
     "iql": {"inverse_temperature": 10.0},
+    "odice": {"gradient": "semi", "lam": 0.5, "alpha": 0.01},
     "rebrac": {"actor_penalty": 0.0, "critic_penalty": 0.0},
     "td3_bc": {"alpha": 1e4},
 }
