@@ -8,8 +8,8 @@ Parent      bc.py (195 lines)
 Results     benchmarks/results
 Deviations  windows are padded at their end in training, at their start in evaluation; the reference
             pads both at the start (masked: no difference). 1e-3 is added to the std, there 1e-6.
-            One target return per run, there two. Heads for observations and returns, unused there,
-            are left out. Rows at a truncation are kept where their next observation is known.
+            One target return per run, there two. Left out, since without effect: heads for
+            observations and returns, the keys' bias. Rows at a truncation are kept where their next observation is known.
 
 Shapes: S seeds, N data, B batch, K context, T = 3 K tokens, D embedding, O observation, A action.
 """
@@ -69,8 +69,8 @@ def linear(fan_in, width):  # PyTorch's default
     return nn.Dense(width, kernel_init=fan_in_uniform(), bias_init=uniform(fan_in**-0.5))
 
 
-def gpt_dense(width):
-    return nn.Dense(width, kernel_init=nn.initializers.normal(0.02))
+def gpt_dense(width, use_bias=True):
+    return nn.Dense(width, use_bias=use_bias, kernel_init=nn.initializers.normal(0.02))
 
 
 def layer_norm():
@@ -84,15 +84,18 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x, visible, train):  # [B, T, D], [B, T, T] -> [B, T, D]
         width, drop = x.shape[-1], partial(nn.Dropout(self.dropout), deterministic=not train)
-        parts = jnp.split(gpt_dense(3 * width)(layer_norm()(x)), 3, axis=-1)
+        y = layer_norm()(x)
+        query, value = jnp.split(gpt_dense(2 * width)(y), 2, axis=-1)
+        key = gpt_dense(width, use_bias=False)(y)  # it would cancel in the softmax
         heads = (*x.shape[:2], self.num_heads, width // self.num_heads)
-        query, key, value = (part.reshape(heads) for part in parts)
+        query, key, value = (y.reshape(heads) for y in (query, key, value))
         logits = jnp.einsum("bqhd,bkhd->bhqk", query, key) / heads[-1] ** 0.5
         # A row per query, a column per key; those that must not be seen get a weight of exactly 0.
         weight = nn.softmax(jnp.where(visible[:, None], logits, jnp.finfo(logits.dtype).min))
         seen = jnp.einsum("bhqk,bkhd->bqhd", drop(weight), value).reshape(x.shape)
         x = x + drop(gpt_dense(width)(seen))
-        return x + drop(gpt_dense(width)(nn.relu(gpt_dense(4 * width)(layer_norm()(x)))))
+        y = nn.relu(gpt_dense(4 * width)(layer_norm()(x)))
+        return x + drop(gpt_dense(width)(y))
 
 
 class DecisionTransformer(nn.Module):

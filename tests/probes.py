@@ -10,7 +10,7 @@ import functools
 import jax
 import numpy as np
 
-from common.datasets import Transitions
+from common.datasets import Dataset, Transitions
 
 DISCRETE = ("cql_discrete",)  # files that take integer actions only
 NUMBER = 3  # of integer actions
@@ -150,12 +150,14 @@ CHUNK = 1000  # updates per compiled program
 
 FAST = {"actor_learning_rate": 1e-3, "critic_learning_rate": 1e-3}
 NET = {"hidden": (64, 64), "batch_size": 64}
+SEQUENCE = {"embedding": 16, "num_layers": 1, "batch_size": 64}
 SMALL = {  # what makes an algorithm file small and fast; data sets and claims set the rest
     "awac": NET | FAST,
     "awr": NET | FAST | {"optimiser": "adam", "actor_updates": 5, "critic_updates": 2},
     "bc": NET | FAST,
     "cql": NET | FAST | {"critic_hidden": (64, 64), "num_samples": 4},
     "cql_discrete": NET | FAST,
+    "dt": SEQUENCE | FAST | {"context": 3, "warm_up": 10},
     "iql": NET | FAST | {"cosine": False},
     "rebrac": NET | FAST,
     "td3_bc": NET | FAST,
@@ -169,9 +171,18 @@ def config(module, **overrides):
     return module.Config(**{name: value for name, value in values.items() if name in known})
 
 
+def prepared(module, data, cfg):
+    """Rows as the chunks of updates take them: some files make more of a data set than rows."""
+    if not hasattr(module, "episode_steps"):
+        return data
+    ends = np.flatnonzero(data.termination + data.truncation) + 1
+    ends = np.union1d(ends, len(data.reward))
+    return module.episode_steps(Dataset("rows", data, ends, np.zeros(len(ends))), data)
+
+
 def start(module, data, cfg, seed=0):
     """State, train key and data on the device, for one seed."""
-    data = jax.device_put(data)
+    data = jax.device_put(prepared(module, data, cfg))
     key_init, key_train = jax.random.split(jax.random.key(seed))
     facts = {"num_actions": NUMBER} if data.action.ndim == 1 else {}
     create = functools.partial(module.create_state, cfg=cfg, **facts)
