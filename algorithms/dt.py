@@ -4,12 +4,13 @@
 Paper       https://arxiv.org/abs/2106.01345
 Reference   https://github.com/kzl/decision-transformer (gym)
 Run         python algorithms/dt.py --config configs/dt/mujoco.yaml
-Parent      bc.py (195 lines)
+Parent      bc.py (200 lines)
 Results     benchmarks/results
 Deviations  windows are padded at their end in training, at their start in evaluation; the reference
             pads both at the start (masked: no difference). 1e-3 is added to the std, there 1e-6.
             One target return per run, there two. Left out, since without effect: heads for
-            observations and returns, the keys' bias. Rows at a truncation are kept where their next observation is known.
+            observations and returns, the keys' bias. Rows at a truncation are kept where their
+            next observation is known.
 
 Shapes: S seeds, N data, B batch, K context, T = 3 K tokens, D embedding, O observation, A action.
 """
