@@ -157,7 +157,7 @@ SMALL = {  # what makes an algorithm file small and fast; data sets and claims s
     "bc": NET | FAST,
     "cql": NET | FAST | {"critic_hidden": (64, 64), "num_samples": 4},
     "cql_discrete": NET | FAST,
-    "dt": SEQUENCE | FAST | {"context": 3, "warm_up": 10},
+    "dt": SEQUENCE | FAST | {"context": 3, "warm_up": 10, "episode_length": 20},
     "iql": NET | FAST | {"cosine": False},
     "rebrac": NET | FAST,
     "td3_bc": NET | FAST,
