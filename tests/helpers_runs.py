@@ -33,9 +33,12 @@ CONTINUOUS = [
     "bcq",
 ]  # these refuse integer actions
 CONTINUOUS = ["rebrac", "td3_bc", "iql", "awr", "awac", "cql", "atac", "odice"]  # no integers
+CONTINUOUS = ["rebrac", "td3_bc", "iql", "awr", "awac", "cql", "dt"]  # these refuse integer actions
 DISCRETE = ["cql_discrete"]  # these refuse others
-TINY = ["--num-updates", "24", "--log-every", "4", "--eval-every", "8", "--eval-episodes", "2"]
-TINY += ["--batch-size", "4", "--hidden", "8", "--wandb", "disabled"]
+SHORT = ["--num-updates", "24", "--log-every", "4", "--eval-every", "8", "--eval-episodes", "2"]
+SHORT += ["--batch-size", "4", "--wandb", "disabled"]
+NARROW = ["--hidden", "8"]
+TINY = [*SHORT, *NARROW]
 ALSO_TINY = {  # by algorithm
     "atac": ["--warm-start", "10"],
     "awr": ["--actor-updates", "2", "--critic-updates", "1"],
@@ -44,6 +47,19 @@ ALSO_TINY = {  # by algorithm
     "idql": ["--actor-hidden", "8", "--num-samples", "2"],
     "odice": ["--value-hidden", "8"],
 }
+SEQUENCE = {  # by algorithm, in place of hidden layers
+    "dt": ["--context", "3", "--embedding", "8", "--num-layers", "1"],
+}
+
+
+def nets(name):
+    """The flags that make an algorithm's networks small."""
+    return SEQUENCE.get(name, [*NARROW, *ALSO_TINY.get(name, [])])
+
+
+def tiny(name):
+    """The flags of a run of any algorithm that takes seconds."""
+    return [*SHORT, *nets(name)]
 
 
 class Endless(gymnasium.Env):

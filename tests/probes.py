@@ -11,7 +11,7 @@ import inspect
 import jax
 import numpy as np
 
-from common.datasets import Transitions
+from common.datasets import Dataset, Transitions
 
 DISCRETE = ("cql_discrete",)  # files that take integer actions only
 NUMBER = 3  # of integer actions
@@ -151,6 +151,7 @@ CHUNK = 1000  # updates per compiled program
 
 FAST = {"actor_learning_rate": 1e-3, "critic_learning_rate": 1e-3}
 NET = {"hidden": (64, 64), "batch_size": 64}
+SEQUENCE = {"embedding": 16, "num_layers": 1, "batch_size": 64}
 SMALL = {  # what makes an algorithm file small and fast; data sets and claims set the rest
     "atac": NET | FAST | {"warm_start": 20},
     "awac": NET | FAST,
@@ -165,6 +166,7 @@ SMALL = {  # what makes an algorithm file small and fast; data sets and claims s
     | FAST
     | {"cosine": False, "actor_hidden": (32,), "dropout": None, "actor_target_rate": 0.01}
     | {"layer_norm": "none"},  # of one number it leaves none
+    "dt": SEQUENCE | FAST | {"context": 3, "warm_up": 10, "episode_length": 20},
     "iql": NET | FAST | {"cosine": False},
     "odice": NET | FAST | {"value_hidden": (64, 64), "value_learning_rate": 1e-3},
     "rebrac": NET | FAST,
@@ -179,9 +181,18 @@ def config(module, **overrides):
     return module.Config(**{name: value for name, value in values.items() if name in known})
 
 
+def prepared(module, data, cfg):
+    """Rows as the chunks of updates take them: some files make more of a data set than rows."""
+    if not hasattr(module, "episode_steps"):
+        return data
+    ends = np.flatnonzero(data.termination + data.truncation) + 1
+    ends = np.union1d(ends, len(data.reward))
+    return module.episode_steps(Dataset("rows", data, ends, np.zeros(len(ends))), data)
+
+
 def start(module, data, cfg, seed=0):
     """State, train key and data on the device, for one seed."""
-    data = jax.device_put(data)
+    data = jax.device_put(prepared(module, data, cfg))
     key_init, key_train = jax.random.split(jax.random.key(seed))
     facts = {"num_actions": NUMBER} if data.action.ndim == 1 else {}
     create = functools.partial(module.create_state, cfg=cfg, **facts)
