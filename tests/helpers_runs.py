@@ -23,12 +23,15 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 ALGORITHMS = ["rebrac"]  # every test of runs goes through these files
 CONTINUOUS = ["rebrac", "td3_bc", "iql", "awr", "awac", "cql"]  # these refuse integer actions
+CONTINUOUS += ["fql", "qc"]
 DISCRETE = ["cql_discrete"]  # these refuse others
 TINY = ["--num-updates", "24", "--log-every", "4", "--eval-every", "8", "--eval-episodes", "2"]
 TINY += ["--batch-size", "4", "--hidden", "8", "--wandb", "disabled"]
 ALSO_TINY = {  # by algorithm
     "awr": ["--actor-updates", "2", "--critic-updates", "1"],
     "cql": ["--critic-hidden", "8", "--num-samples", "2"],
+    "fql": ["--flow-steps", "2"],
+    "qc": ["--flow-steps", "2", "--num-samples", "2", "--horizon", "3"],
 }
 
 

@@ -117,6 +117,8 @@ def shaken(state, seed=3):
         return jax.device_put(jax.tree.map(lambda x: 0.5 * x, draws))
 
     def one(net):
+        if net is None:
+            return None
         if isinstance(net, tuple):
             size = net[0].shape
             mean, std = rng.standard_normal(size), rng.uniform(0.5, 2, size)
@@ -131,7 +133,8 @@ def shaken(state, seed=3):
 def shapes(module, cfg, num_actions):
     facts = {} if num_actions is None else {"num_actions": num_actions}
     create = functools.partial(module.create_state, cfg=cfg, **facts)
-    return jax.eval_shape(create, jax.random.key(0), probes.random_transitions())
+    data = probes.prepared(module, probes.random_transitions(), cfg)
+    return jax.eval_shape(create, jax.random.key(0), data)
 
 
 def setup(module, num_actions=None, **overrides):
@@ -141,6 +144,7 @@ def setup(module, num_actions=None, **overrides):
     """
     cfg, data = probes.config(module, **(CFG | overrides)), probes.random_transitions()
     data = data if num_actions is None else probes.integer_actions(data)
+    data = probes.prepared(module, data, cfg)
     unseen = {
         field.name: field.default
         for field in dataclasses.fields(cfg)

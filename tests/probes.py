@@ -6,11 +6,13 @@ Every data set is a `Transitions` of float32 arrays, drawn from a fixed NumPy se
 
 import dataclasses
 import functools
+import inspect
+import itertools
 
 import jax
 import numpy as np
 
-from common.datasets import Transitions
+from common.datasets import Dataset, Transitions
 
 DISCRETE = ("cql_discrete",)  # files that take integer actions only
 NUMBER = 3  # of integer actions
@@ -156,7 +158,9 @@ SMALL = {  # what makes an algorithm file small and fast; data sets and claims s
     "bc": NET | FAST,
     "cql": NET | FAST | {"critic_hidden": (64, 64), "num_samples": 4},
     "cql_discrete": NET | FAST,
+    "fql": NET | FAST | {"flow_steps": 5},
     "iql": NET | FAST | {"cosine": False},
+    "qc": NET | FAST | {"flow_steps": 5, "num_samples": 4, "horizon": 3},
     "rebrac": NET | FAST,
     "td3_bc": NET | FAST,
 }
@@ -169,9 +173,18 @@ def config(module, **overrides):
     return module.Config(**{name: value for name, value in values.items() if name in known})
 
 
+def prepared(module, data, cfg):
+    """Rows as the chunks of updates take them: some files make more of a data set than rows."""
+    if not hasattr(module, "chunked"):
+        return data
+    ends = np.flatnonzero(data.termination + data.truncation) + 1
+    ends = np.union1d(ends, len(data.reward))
+    return module.chunked(Dataset("rows", data, ends, np.zeros(len(ends))), cfg)
+
+
 def start(module, data, cfg, seed=0):
     """State, train key and data on the device, for one seed."""
-    data = jax.device_put(data)
+    data = jax.device_put(prepared(module, data, cfg))
     key_init, key_train = jax.random.split(jax.random.key(seed))
     facts = {"num_actions": NUMBER} if data.action.ndim == 1 else {}
     create = functools.partial(module.create_state, cfg=cfg, **facts)
@@ -200,17 +213,33 @@ def train(module, data, updates, seed=0, **overrides):
     return state
 
 
-def policy(module, state):
-    """The compiled policy with its parameters: observations [..., O] -> actions [..., A]."""
-    params, key = module.policy_params(state), jax.random.key(0)
-    return jax.jit(
-        lambda observation: module.policy(state.actor.apply_fn, params, observation, key)
-    )
+def policy(module, state, **overrides):
+    """The compiled policy with its parameters: observations [..., O] -> actions [..., A].
+
+    Every call has its own key. `overrides` are those of the training, for a policy that reads the
+    Config. One of chunks begins a new one at every call.
+    """
+    params, keys = module.policy_params(state), map(jax.random.key, itertools.count())
+    wanted = list(inspect.signature(module.policy).parameters)[4:]  # beside those of every file
+    facts = {name: getattr(state, name).apply_fn for name in wanted if name in state._fields}
+    cfg = config(module, **overrides)
+    facts |= {"cfg": cfg} if "cfg" in wanted else {}
+    apply_fn = (state.actor or state.flow).apply_fn
+
+    @jax.jit
+    def act(params, observation, key):
+        if "memory" not in wanted:
+            return module.policy(apply_fn, params, observation, key, **facts)
+        size = params[0]["params"]["head"]["bias"].size // cfg.horizon
+        memory = np.zeros((*observation.shape[:-1], cfg.horizon, size), np.float32), 0
+        return module.policy(apply_fn, params, observation, key, memory, None, **facts)[0]
+
+    return lambda observation: act(params, observation, next(keys))
 
 
-def act(module, state, observation):
+def act(module, state, observation, **overrides):
     """Action [A] in one observation."""
-    return np.asarray(policy(module, state)(np.atleast_1d(np.float32(observation))))
+    return np.asarray(policy(module, state, **overrides)(np.atleast_1d(np.float32(observation))))
 
 
 def q(state, observation, action):
