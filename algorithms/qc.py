@@ -4,14 +4,15 @@
 Paper       https://arxiv.org/abs/2507.07969
 Reference   https://github.com/ColinQiyangLi/qc
 Run         python algorithms/qc.py --config configs/qc/ogbench.yaml
-Parent      fql.py (0 lines)
+Parent      fql.py (119 lines)
 Results     benchmarks/results
 Deviations  those of fql.py; offline only, the paper goes on online. Rewards after a termination
             inside a chunk do not count (reference: they do, the bootstrap stops). The critics also
             learn from chunks that a termination cuts at an episode's end (reference: dropped;
             OGBench has none); such a chunk goes on with the actions of the rows behind it.
 
-Shapes: S seeds, K critics, N samples, h steps, B batch, E episodes, O observation, A action.
+Shapes: S seeds, K critics, N samples, h steps of a chunk, B batch or rows, E episodes,
+        O observation, A action. Arrays are float32.
 """
 
 from dataclasses import dataclass, replace
@@ -88,14 +89,14 @@ class GeluCritic(nn.Module):
 
 # --- State --------------------------------------------------------------------------------------
 class Chunks(NamedTuple):
-    """A row of the data with the h - 1 behind it, or a batch of such."""
+    """Rows of the data, each with the h - 1 behind it."""
 
-    observation: Any  # [N, O] before the first action
-    action: Any  # [N, h A]
-    reward: Any  # [N] sum of gamma^k r_k
-    next_observation: Any  # [N, O] after the last action
-    termination: Any  # [N] 1 where an action of the chunk ends the episode
-    valid: Any  # [N, h] 1 where an action is of the first one's episode
+    observation: Any  # [B, O] before the first action
+    action: Any  # [B, h A]
+    reward: Any  # [B] sum of gamma^k r_k up to a termination
+    next_observation: Any  # [B, O] after the last action
+    termination: Any  # [B] 1 where one of the actions ends the episode
+    valid: Any  # [B, h] 1 where an action is of the first one's episode
 
 
 class TrainState(train_state.TrainState):
@@ -279,7 +280,7 @@ def policy_params(state):
 
 # --- Training -----------------------------------------------------------------------------------
 def chunked(dataset, cfg):
-    """Chunks [N] of a data set, one from each row on."""
+    """Chunks of a data set, one from each row on."""
     rows = dataset.transitions
     # They go on past a termination inside an episode, as OGBench's data do after a success.
     endless = replace(dataset, transitions=rows._replace(termination=0 * rows.termination))

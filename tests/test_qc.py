@@ -173,11 +173,8 @@ def test_policy_loss_is_that_of_fql_on_the_flat_chunk():
 # --- By hand ------------------------------------------------------------------------------------
 def linear_state(critic, critic_target):
     """v = z / 2 and 2 steps: F = 1.5625 z, clipped. Q_k(s, A) = critic_k * sum of A."""
-    params = {"params": {"head": {"bias": np.zeros(2)}}}
-    flow = nets.linear_net(
-        train_state.TrainState.create, lambda p, s, x, t: x / 2 + p["params"]["head"]["bias"], 0.0
-    )
-    flow = flow.replace(params=jax.tree.map(jnp.float32, params))
+    size = {"params": {"head": {"bias": np.zeros(2)}}}
+    flow = nets.linear_net(train_state.TrainState.create, lambda p, s, x, t: x / 2, size)
     net = nets.linear_net(
         qc.TrainState.create,
         lambda p, s, a: p.reshape(-1, *([1] * (a.ndim - 1))) * a.sum(axis=-1)[None],
@@ -358,22 +355,20 @@ def test_what_acting_needs():
 
 
 # --- Data ---------------------------------------------------------------------------------------
-def test_training_sees_chunks_of_shifted_or_sparse_rewards(monkeypatch, tmp_path):
+@pytest.mark.parametrize("overrides", [{"reward_shift": -1.0}, {"sparse_reward": True}], ids=str)
+def test_training_sees_chunks_of_changed_rewards(overrides, monkeypatch, tmp_path):
     raw = probes.random_transitions(20, termination=0, truncation=0)
     raw.reward[::2] = 0
     raw.action[0] = 1
-    for overrides, reward in (
-        ({"reward_shift": -1.0}, raw.reward - 1),
-        ({"sparse_reward": True}, -np.float32(raw.reward != 0)),
-    ):
-        settings = {"horizon": 2, "discount": 0.5} | overrides
-        state, data = nets.handed_over(qc, monkeypatch, tmp_path, raw, (2, 2), **settings)
-        expected = reward + 0.5 * np.append(reward[1:], 0)
-        expected[[9, 19]] = reward[[9, 19]]
-        np.testing.assert_allclose(data.reward, expected, rtol=1e-6, atol=1e-6)
-        assert data.action.shape == (20, 4) and np.abs(data.action).max() < 1
-        assert data.valid[:, 1].sum() == 18
-        assert state.flow.params["params"]["head"]["bias"].shape[-1] == 4
+    settings = {"horizon": 2, "discount": 0.5} | overrides
+    state, data = nets.handed_over(qc, monkeypatch, tmp_path, raw, (2, 2), **settings)
+    reward = raw.reward - 1 if "reward_shift" in overrides else -np.float32(raw.reward != 0)
+    expected = reward + 0.5 * np.append(reward[1:], 0)
+    expected[[9, 19]] = reward[[9, 19]]
+    np.testing.assert_allclose(data.reward, expected, rtol=1e-6, atol=1e-6)
+    assert data.action.shape == (20, 4) and np.abs(data.action).max() < 1
+    assert data.valid[:, 1].sum() == 18
+    assert state.flow.params["params"]["head"]["bias"].shape[-1] == 4
 
 
 # --- Known answers ------------------------------------------------------------------------------
