@@ -34,6 +34,8 @@ CONTINUOUS = [
 ]  # these refuse integer actions
 CONTINUOUS = ["rebrac", "td3_bc", "iql", "awr", "awac", "cql", "atac", "odice"]  # no integers
 CONTINUOUS = ["rebrac", "td3_bc", "iql", "awr", "awac", "cql", "dt"]  # these refuse integer actions
+CONTINUOUS = ["rebrac", "td3_bc", "iql", "awr", "awac", "cql"]  # these refuse integer actions
+CONTINUOUS += ["fql", "qc"]
 DISCRETE = ["cql_discrete"]  # these refuse others
 SHORT = ["--num-updates", "24", "--log-every", "4", "--eval-every", "8", "--eval-episodes", "2"]
 SHORT += ["--batch-size", "4", "--wandb", "disabled"]
@@ -46,6 +48,8 @@ ALSO_TINY = {  # by algorithm
     "cql": ["--critic-hidden", "8", "--num-samples", "2"],
     "idql": ["--actor-hidden", "8", "--num-samples", "2"],
     "odice": ["--value-hidden", "8"],
+    "fql": ["--flow-steps", "2"],
+    "qc": ["--flow-steps", "2", "--num-samples", "2", "--horizon", "3"],
 }
 SEQUENCE = {  # by algorithm, in place of hidden layers
     "dt": ["--context", "3", "--embedding", "8", "--num-layers", "1"],

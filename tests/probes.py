@@ -7,6 +7,7 @@ Every data set is a `Transitions` of float32 arrays, drawn from a fixed NumPy se
 import dataclasses
 import functools
 import inspect
+import itertools
 
 import jax
 import numpy as np
@@ -169,6 +170,9 @@ SMALL = {  # what makes an algorithm file small and fast; data sets and claims s
     "dt": SEQUENCE | FAST | {"context": 3, "warm_up": 10, "episode_length": 20},
     "iql": NET | FAST | {"cosine": False},
     "odice": NET | FAST | {"value_hidden": (64, 64), "value_learning_rate": 1e-3},
+    "fql": NET | FAST | {"flow_steps": 5},
+    "iql": NET | FAST | {"cosine": False},
+    "qc": NET | FAST | {"flow_steps": 5, "num_samples": 4, "horizon": 3},
     "rebrac": NET | FAST,
     "td3_bc": NET | FAST,
 }
@@ -188,6 +192,11 @@ def prepared(module, data, cfg):
     ends = np.flatnonzero(data.termination + data.truncation) + 1
     ends = np.union1d(ends, len(data.reward))
     return module.episode_steps(Dataset("rows", data, ends, np.zeros(len(ends))), data)
+    if not hasattr(module, "chunked"):
+        return data
+    ends = np.flatnonzero(data.termination + data.truncation) + 1
+    ends = np.union1d(ends, len(data.reward))
+    return module.chunked(Dataset("rows", data, ends, np.zeros(len(ends))), cfg)
 
 
 def start(module, data, cfg, seed=0):
@@ -234,6 +243,25 @@ def policy(module, state, **overrides):
     return jax.jit(
         lambda observation: module.policy(state.actor.apply_fn, params, observation, key, **facts)
     )
+    Every call has its own key. `overrides` are those of the training, for a policy that reads the
+    Config. One of chunks begins a new one at every call.
+    """
+    params, keys = module.policy_params(state), map(jax.random.key, itertools.count())
+    wanted = list(inspect.signature(module.policy).parameters)[4:]  # beside those of every file
+    facts = {name: getattr(state, name).apply_fn for name in wanted if name in state._fields}
+    cfg = config(module, **overrides)
+    facts |= {"cfg": cfg} if "cfg" in wanted else {}
+    apply_fn = (state.actor or state.flow).apply_fn
+
+    @jax.jit
+    def act(params, observation, key):
+        if "memory" not in wanted:
+            return module.policy(apply_fn, params, observation, key, **facts)
+        size = params[0]["params"]["head"]["bias"].size // cfg.horizon
+        memory = np.zeros((*observation.shape[:-1], cfg.horizon, size), np.float32), 0
+        return module.policy(apply_fn, params, observation, key, memory, None, **facts)[0]
+
+    return lambda observation: act(params, observation, next(keys))
 
 
 def act(module, state, observation, **overrides):

@@ -33,6 +33,9 @@ CAUTIOUS = {
     "idql": {},
     "iql": {},
     "odice": {"lam": 0.5, "alpha": 0.1},  # with alpha 1 the weights vanish next to such rewards
+    "fql": {},
+    "iql": {},
+    "qc": {"horizon": 1},
     "rebrac": {"actor_penalty": 1.0, "critic_penalty": 1.0},
     "td3_bc": {},
 }
@@ -42,6 +45,7 @@ STITCHING = {
     "idql": {"expectile": 0.9},
     "iql": {"expectile": 0.9, "inverse_temperature": 10.0},
     "odice": {"alpha": 0.1},
+    "qc": {"horizon": 1},
     "rebrac": {"actor_penalty": 1.0, "critic_penalty": 0.1},
     "td3_bc": {},
 }

@@ -17,6 +17,9 @@ FREE = {  # no pull towards the data, or as little as the method can have
     "idql": {"expectile": 0.5},
     "iql": {"inverse_temperature": 10.0},
     "odice": {"gradient": "semi", "lam": 0.5, "alpha": 0.01},
+    "fql": {"alpha": 0.01},
+    "iql": {"inverse_temperature": 10.0},
+    "qc": {"horizon": 1},
     "rebrac": {"actor_penalty": 0.0, "critic_penalty": 0.0},
     "td3_bc": {"alpha": 1e4},
 }
@@ -36,6 +39,8 @@ def free(request):
 
 def act(module, state, observation):
     return probes.act(module, state, observation, **FREE[module.__name__.split(".")[-1]])
+    settings = FREE[module.__name__.split(".")[-1]] | {"num_samples": 256}  # to choose from
+    return probes.act(module, state, observation, **settings)
 
 
 def values(state, observation):
