@@ -22,7 +22,7 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
 ALGORITHMS = ["rebrac"]  # every test of runs goes through these files
-CONTINUOUS = ["rebrac", "td3_bc", "iql", "awr", "awac", "cql"]  # these refuse integer actions
+CONTINUOUS = ["rebrac", "td3_bc", "iql", "awr", "awac", "cql", "ivr", "xql"]  # no integer actions
 DISCRETE = ["cql_discrete"]  # these refuse others
 TINY = ["--num-updates", "24", "--log-every", "4", "--eval-every", "8", "--eval-episodes", "2"]
 TINY += ["--batch-size", "4", "--hidden", "8", "--wandb", "disabled"]

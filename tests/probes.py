@@ -157,8 +157,10 @@ SMALL = {  # what makes an algorithm file small and fast; data sets and claims s
     "cql": NET | FAST | {"critic_hidden": (64, 64), "num_samples": 4},
     "cql_discrete": NET | FAST,
     "iql": NET | FAST | {"cosine": False},
+    "ivr": NET | FAST | {"cosine": False},
     "rebrac": NET | FAST,
     "td3_bc": NET | FAST,
+    "xql": NET | FAST | {"cosine": False},
 }
 
 

@@ -29,14 +29,18 @@ CAUTIOUS = {
     "bc": {},
     "cql": {"alpha": 5.0},
     "iql": {},
+    "ivr": {},
     "rebrac": {"actor_penalty": 1.0, "critic_penalty": 1.0},
     "td3_bc": {},
+    "xql": {},
 }
 STITCHING = {
     "cql": {"alpha": 1.0},
     "iql": {"expectile": 0.9, "inverse_temperature": 10.0},
+    "ivr": {"sql_alpha": 0.05},
     "rebrac": {"actor_penalty": 1.0, "critic_penalty": 0.1},
     "td3_bc": {},
+    "xql": {"beta": 0.1, "inverse_temperature": 10.0},
 }
 
 
