@@ -36,6 +36,7 @@ CONTINUOUS = ["rebrac", "td3_bc", "iql", "awr", "awac", "cql", "atac", "odice"] 
 CONTINUOUS = ["rebrac", "td3_bc", "iql", "awr", "awac", "cql", "dt"]  # these refuse integer actions
 CONTINUOUS = ["rebrac", "td3_bc", "iql", "awr", "awac", "cql"]  # these refuse integer actions
 CONTINUOUS += ["fql", "qc"]
+CONTINUOUS = ["rebrac", "td3_bc", "iql", "awr", "awac", "cql", "ivr", "xql"]  # no integer actions
 DISCRETE = ["cql_discrete"]  # these refuse others
 SHORT = ["--num-updates", "24", "--log-every", "4", "--eval-every", "8", "--eval-episodes", "2"]
 SHORT += ["--batch-size", "4", "--wandb", "disabled"]

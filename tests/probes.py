@@ -173,8 +173,10 @@ SMALL = {  # what makes an algorithm file small and fast; data sets and claims s
     "fql": NET | FAST | {"flow_steps": 5},
     "iql": NET | FAST | {"cosine": False},
     "qc": NET | FAST | {"flow_steps": 5, "num_samples": 4, "horizon": 3},
+    "ivr": NET | FAST | {"cosine": False},
     "rebrac": NET | FAST,
     "td3_bc": NET | FAST,
+    "xql": NET | FAST | {"cosine": False},
 }
 
 

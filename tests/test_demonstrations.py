@@ -36,8 +36,10 @@ CAUTIOUS = {
     "fql": {},
     "iql": {},
     "qc": {"horizon": 1},
+    "ivr": {},
     "rebrac": {"actor_penalty": 1.0, "critic_penalty": 1.0},
     "td3_bc": {},
+    "xql": {},
 }
 STITCHING = {
     "bcq": {},
@@ -46,8 +48,10 @@ STITCHING = {
     "iql": {"expectile": 0.9, "inverse_temperature": 10.0},
     "odice": {"alpha": 0.1},
     "qc": {"horizon": 1},
+    "ivr": {"sql_alpha": 0.05},
     "rebrac": {"actor_penalty": 1.0, "critic_penalty": 0.1},
     "td3_bc": {},
+    "xql": {"beta": 0.1, "inverse_temperature": 10.0},
 }
 
 
