@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every test runs on the CPU with JAX's debug modes on, so that silent mistakes become errors."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -28,6 +29,16 @@ def compilation_cache(tmp_path_factory, worker_id):
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     return folder
+
+
+@pytest.fixture(autouse=True)
+def few_programs():
+    """Compiled programs are forgotten before Linux's limit of 65,530 memory maps per process."""
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > 25_000:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture
