@@ -218,12 +218,13 @@ class Progress:
     """One line per cell once its end is known; on a terminal a last line for those at work."""
 
     def __init__(self, cells):
-        self.cells, self.failed, self.count = cells, [], 0
+        self.cells, self.failed, self.count, self.last = cells, [], 0, ""
 
     def line(self, cell, text):
         self.count += 1
         clear = "\r\033[K" if sys.stdout.isatty() else ""
         place = f"{self.count:{len(str(len(self.cells)))}}/{len(self.cells)}"
+        self.last = ""
         print(f"{clear}[{place}] {cell.title}: {text}", flush=True)
 
     def end(self, cell, how, seconds=None):
@@ -243,7 +244,9 @@ class Progress:
     def working(self, cells):
         if sys.stdout.isatty():
             at = ", ".join(f"{cell.title} at {updates(cell)}" for cell in cells)
-            print(f"\r\033[K{at[: shutil.get_terminal_size().columns - 1]}", end="", flush=True)
+            if at != self.last:
+                print(f"\r\033[K{at[: shutil.get_terminal_size().columns - 1]}", end="", flush=True)
+            self.last = at
 
 
 def updates(cell):
@@ -276,19 +279,16 @@ def work(cells, arguments, progress):
     workers = min(arguments.workers or most, len(cells))
     size = max(1, len(cores) // workers)  # the same for all
     print(f"{workers} at a time" + (f", {size} of {len(cores)} cores each" if cores else ""))
-    waiting, running, stopped = list(cells), {}, []
-
-    def stop(number, _):
-        stopped.append(number)
-        for _, process, _ in running.values():  # once: save at the next border; twice: leave
-            process.send_signal(signal.SIGINT)
-
-    before = {number: signal.signal(number, stop) for number in STOPS}
+    waiting, running, stops, told = list(cells), {}, [], False
+    before = {number: signal.signal(number, lambda n, _: stops.append(n)) for number in STOPS}
     try:
-        while running or (waiting and not stopped):
-            for worker in sorted(set(range(workers)) - set(running)) if not stopped else ():
+        while running or (waiting and not stops):
+            for worker in set(range(workers)) - set(running) if not stops else ():
                 cell = next((cell for cell in waiting if not locked(cell)), None)
-                if cell is None:  # other processes train in all that are left: wait for them
+                if cell is None:
+                    if waiting and not told:
+                        print(f"waiting for {len(waiting)} cells that other processes train")
+                    told = told or bool(waiting)
                     break
                 waiting.remove(cell)
                 if cell.result is not None:  # another process finished it
@@ -296,21 +296,24 @@ def work(cells, arguments, progress):
                     continue
                 share = [cores[(worker * size + i) % len(cores)] for i in range(size) if cores]
                 device = devices[worker % len(devices)] if devices else None
-                running[worker] = (cell, start(cell, cores, share, device), time.monotonic())
+                running[worker] = [cell, start(cell, cores, share, device), time.monotonic(), 0]
             time.sleep(0.1)
-            for worker, (cell, process, began) in list(running.items()):
+            for worker, (cell, process, began, sent) in list(running.items()):
                 if process.poll() is not None:
                     del running[worker]
                     progress.end(cell, ending(process.returncode), time.monotonic() - began)
+                elif sent < len(stops):  # one signal: save at the next border; two: leave at once
+                    process.terminate()  # not SIGINT, which a process may inherit as ignored
+                    running[worker][-1] += 1
             progress.working([cell for cell, *_ in running.values()])
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    return stopped[0] if stopped else None
+    return stops[0] if stops else None
 
 
 def start(cell, cores=(), share=(), device=None):
-    """The cell's process, in a group of its own: Ctrl-C reaches it through `stop` only."""
+    """The cell's process, in a group of its own: Ctrl-C reaches it through `work` only."""
     env = dict(os.environ, PYTHONUNBUFFERED="1")
     if share:
         env.setdefault("OMP_NUM_THREADS", str(len(share)))
@@ -370,7 +373,9 @@ class Job:
         self.cell = cell
 
     def __call__(self):
-        if self.cell.result is not None:  # requeued once too often
+        while locked(self.cell):  # a worker elsewhere was faster
+            time.sleep(5)
+        if self.cell.result is not None:
             return
         # SLURM may signal every process of a job: the run is told by `checkpoint` alone, once.
         signals = {signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2}
@@ -457,8 +462,10 @@ def queued(cell, cluster):
     """The job of an earlier call that still waits or runs, else None."""
     with contextlib.suppress(OSError, ValueError):
         kind, job = cell.beside(".job").read_text().split()
-        if kind == cluster and job in (in_queue(cluster, [job]) or ()):
-            return job
+        there = in_queue(cluster, [job]) if kind == cluster else ()
+        if there is None:
+            fail("--slurm: squeue does not answer, so what is in the queue is not known; try later")
+        return job if job in there else None
     return None
 
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """benchmarks/reproduce.py: which commands it runs, and what becomes of cells that end badly.
 
-Most cells here are stand-ins: a few lines of Python in the place of a run. Real runs of bc and
-rebrac die by SIGKILL in one test and are requeued by submitit in another.
+Most cells here are stand-ins: a few lines of Python in the place of a run. Real runs of bc
+die by SIGKILL in one test and are requeued by submitit in another.
 """
 
 import fcntl
@@ -17,6 +17,7 @@ import threading
 from pathlib import Path
 
 import helpers_runs as runs
+import numpy as np
 import pytest
 
 from benchmarks import reproduce
@@ -141,9 +142,12 @@ def test_files_of_a_suite_need_their_folder(here, monkeypatch, capsys):
 
 
 # --- Cells that end badly -----------------------------------------------------------------------
-def test_a_failed_cell_is_reported_and_does_not_stop_the_others(stand_ins, capsys):
+def test_a_failed_cell_is_reported_and_does_not_stop_the_others(stand_ins, monkeypatch, capsys):
     cells = stand_ins(WRITE, "raise SystemExit('no such thing')", "os.kill(os.getpid(), 9)", WRITE)
+    tables = []
+    monkeypatch.setattr(reproduce, "report", lambda done, _: tables.append(done) or ["true"])
     assert call("--workers", "1") == 1
+    assert tables == [[cells[0], cells[3]]]
     done, failed, killed, last = lines(capsys)
     assert done.startswith("[1/4] toy0 made: score 2.0 ± 1.0, ") and "[4/4] toy3" in last
     log = cells[1].folder.with_name("name.log")
@@ -185,13 +189,13 @@ def test_workers_share_the_cores(stand_ins, capsys):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_reaches_the_runs_once_and_starts_no_other(number, stand_ins, capsys):
-    wait = "import signal, time; n = []; signal.signal(2, lambda *_: n.append(2)); "
+    wait = "import signal, time; n = []; signal.signal(15, lambda *_: n.append(15)); "
     wait += f"os.kill(os.getppid(), {int(number)}); time.sleep(0.3); time.sleep(0.3); "
     cells = stand_ins(wait + "open('signals', 'w').write(str(n)); raise SystemExit(130)", WRITE)
     handler = signal.getsignal(number)
     assert call("--workers", "1") == 128 + number
     assert signal.getsignal(number) == handler
-    assert (cells[0].folder / "signals").read_text() == "[2]"
+    assert (cells[0].folder / "signals").read_text() == "[15]"
     assert not cells[1].beside(".log").exists()
     out = capsys.readouterr().out
     assert f"{signal.Signals(number).name}: 0 of 2 cells are finished" in out
@@ -216,39 +220,40 @@ def test_a_cell_that_another_process_trains_is_waited_for(stand_ins, capsys):
 
 # --- Real runs ----------------------------------------------------------------------------------
 def test_a_killed_worker_changes_nothing_in_the_end(here, monkeypatch, capsys):
-    tiny = ["--", *runs.TINY]
+    runs.write_hdf5(here / "data" / "walker2d-tiny-v4.hdf5", rewards=np.ones(60))
+    tiny = ["--algorithms", "bc", "--workers", "1", "--output", "table", "--", *runs.TINY]
     call("--runs-dir", "undisturbed", "--dry-run", *tiny)
-    by_hand = shlex.split(capsys.readouterr().out.splitlines()[1])
+    by_hand = shlex.split(capsys.readouterr().out.splitlines()[0])
     assert subprocess.run(by_hand, stdout=subprocess.DEVNULL, check=False).returncode == 0
 
-    def dying(cell, *args):  # rebrac's first start ends by SIGKILL after its checkpoint at 8
-        script = [str(Path(runs.__file__)), "after save 8"] if cell.algorithm == "rebrac" else []
+    def dying(cell, *args):  # the first start ends by SIGKILL after its checkpoint at 8
         monkeypatch.setattr(reproduce, "start", start)
-        words = (sys.executable, *script, *cell.words[1:])
+        words = (cell.words[0], str(Path(runs.__file__)), "after save 8", *cell.words[1:])
         return start(reproduce.Cell(cell.algorithm, cell.dataset, cell.folder, words), *args)
 
     start = reproduce.start
-    order = ["--algorithms", "rebrac", "bc", "--workers", "1", "--output", "table"]
     monkeypatch.setattr(reproduce, "start", dying)
-    assert call(*order, *tiny) == 1
-    first = lines(capsys)
-    assert "rebrac hopper-tiny-v4: FAILED, killed by SIGKILL" in first[0]
-    assert "bc hopper-tiny-v4: score" in first[1]
-    assert "rebrac" not in Path("table.md").read_text().split("##")[0].split("learning curves")[0]
-    assert call(*order, *tiny) == 0
-    again = lines(capsys)
-    assert again[0].endswith("finished before") and "rebrac hopper-tiny-v4: score" in again[1]
-    assert "rebrac" in Path("table.md").read_text() and Path("table.png").exists()
-    log = next(Path("runs/rebrac").rglob("*.log")).read_text()
+    with monkeypatch.context() as patch:
+        patch.setattr(reproduce, "report", lambda cells, _: ["true"])
+        assert call(*tiny) == 1
+    killed, other = lines(capsys)
+    assert "[1/2] bc hopper-tiny-v4: FAILED, killed by SIGKILL" in killed
+    assert "[2/2] bc walker2d-tiny-v4: score" in other
+    assert call(*tiny) == 0
+    other, mended = lines(capsys)
+    assert other.endswith("finished before") and "bc hopper-tiny-v4: score" in mended
+    table = Path("table.md").read_text()
+    assert "hopper-tiny-v4" in table and "walker2d-tiny-v4" in table and Path("table.png").exists()
+    (ours,) = (path.parent for path in Path("runs/bc/hopper-tiny-v4").rglob("result.json"))
+    theirs, log = runs.only_run("undisturbed/bc"), ours.with_name(f"{ours.name}.log").read_text()
     assert log.count("$ ") == 2 and "resuming at update 8" in log
-    ours, theirs = runs.only_run("runs/rebrac"), runs.only_run("undisturbed/rebrac")
     assert (ours / "metrics.csv").read_bytes() == (theirs / "metrics.csv").read_bytes()
     results = [json.loads((folder / "result.json").read_text()) for folder in (ours, theirs)]
     for key in ("score", "best_score", "return", "num_updates"):
         assert results[0][key] == results[1][key]
 
 
-def test_a_job_is_requeued_and_goes_on(here, capfd):
+def test_a_job_is_requeued_and_goes_on(here, monkeypatch, capsys):
     """submitit's local executor; its signal before a time limit and at a preemption is SIGUSR2."""
     pytest.importorskip("submitit")
 
@@ -262,12 +267,13 @@ def test_a_job_is_requeued_and_goes_on(here, capfd):
     thread.start()
     longer = [*runs.TINY, "--num-updates", "160", "--eval-every", "160"]
     words = ["--algorithms", "bc", "--slurm", "--slurm-cluster", "local"]
-    assert call(*words, "--output", "table", "--", *longer) == 0
+    monkeypatch.setattr(reproduce, "report", lambda *_: ["true"])
+    assert call(*words, "--", *longer) == 0
     thread.join()
     log = next(Path("runs/bc").rglob("*.log")).read_text()
     assert log.count("$ ") == 2 and "SIGINT: saving at the next border" in log
     assert "resuming at update" in log and not list(Path("runs").rglob("*.job"))
-    assert "[1/1] bc hopper-tiny-v4: score" in capfd.readouterr().out
+    assert "[1/1] bc hopper-tiny-v4: score" in capsys.readouterr().out
 
 
 # --- SLURM, without one -------------------------------------------------------------------------
@@ -309,6 +315,10 @@ def test_cells_become_one_array(slurm, stand_ins, monkeypatch, capsys):
     (slurm / "queue").write_text("7_1\n")
     call("--slurm")
     assert "1 jobs submitted, 1 in the queue before" in capsys.readouterr().out
+    (slurm / "queue").unlink()
+    with pytest.raises(SystemExit) as leave:
+        call("--slurm")
+    assert leave.value.code == 2 and "squeue does not answer" in capsys.readouterr().err
 
 
 def test_jobs_are_followed_until_they_leave_the_queue(slurm, stand_ins, monkeypatch, capsys):
