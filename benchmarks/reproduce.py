@@ -250,7 +250,8 @@ class Progress:
 
 
 def updates(cell):
-    with contextlib.suppress(OSError, ValueError):
+    """How far a cell is, by the last line of its timings; they are empty at a new start."""
+    with contextlib.suppress(OSError, ValueError, IndexError):
         return f"{int((cell.folder / 'timing.csv').read_text().split()[-1].split(',')[0]):,}"
     return "0"
 
