@@ -177,17 +177,12 @@ def raw_read(path):
 
 
 def speed(folder):
+    """One dict per layout of a million transitions: seconds to load them, beside a raw read."""
     import h5py
     import minari
     from gymnasium.spaces import Box
     from minari.data_collector import EpisodeBuffer
 
-    yield "## A million transitions, 1000-step episodes, 11 + 3 numbers\n"
-    yield (
-        "| layout | load, s | of CPU | target, s | raw read, s | of CPU | arrays, MB | "
-        "memory / arrays |"
-    )
-    yield "|---|---|---|---|---|---|---|---|"
     rows, cases = million(), []
     with_next = rows | {"next_observations": rows["observations"]}
     for name, columns, options in (
@@ -231,11 +226,25 @@ def speed(folder):
             (run(dataset_id, **here)[0] for _ in range(3)), key=lambda facts: facts["seconds"]
         )
         raw = min(raw_read(path) for _ in range(3))
-        yield (
-            f"| {name} | {best['seconds']:.2f} | {best['cpu']:.2f} | {target} | {raw[0]:.2f} | "
-            f"{raw[1]:.2f} | "
-            f"{best['bytes'] / 1e6:.0f} | {best['memory'] / best['bytes']:.2f} |"
-        )
+        yield {
+            "layout": name,
+            "load, s": best["seconds"],
+            "of CPU": best["cpu"],
+            "target, s": target,
+            "raw read, s": raw[0],
+            "raw, of CPU": raw[1],
+            "arrays, MB": best["bytes"] / 1e6,
+            "memory / arrays": best["memory"] / best["bytes"],
+        }
+
+
+def speed_table(folder):
+    yield "## A million transitions, 1000-step episodes, 11 + 3 numbers\n"
+    for number, case in enumerate(speed(folder)):
+        if number == 0:
+            yield "| " + " | ".join(case) + " |\n" + "|---" * len(case) + "|"
+        cells = (f"{x:.2f}" if isinstance(x, float) else str(x) for x in case.values())
+        yield "| " + " | ".join(cells) + " |"
 
 
 def main():
@@ -257,7 +266,7 @@ def main():
         f"Machine: {os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}"
     )
     say("(busy with other work: read the seconds of CPU, which a quiet machine needs).\n")
-    for part in (speed, served, lambda folder: families(args.episodes, folder)):
+    for part in (speed_table, served, lambda folder: families(args.episodes, folder)):
         with tempfile.TemporaryDirectory() as folder:
             for text in part(Path(folder)):
                 say(text)

@@ -1,155 +1,69 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run folders -> a table and learning curves.
+"""Run folders -> tables, learning curves, intervals: a Markdown page, an HTML page, README's part.
 
     python benchmarks/report.py runs/rebrac --output benchmarks/results/rebrac_v4
 
-writes rebrac_v4.md and rebrac_v4.png. Every folder below the given ones that holds a result.json
-is a row; one without (unfinished, half-written) is named and left out. The score is the last
-policy's: mean over the evaluation's episodes, then mean ± std (ddof 0) over seeds. The best over
-training stands beside it: it was selected on the evaluation itself and is not a score.
+writes rebrac_v4.md, rebrac_v4.png (learning curves) and rebrac_v4_1.png, ... (intervals, where
+there are methods to compare); --html adds rebrac_v4.html with all of it in one file, --readme
+README.md rewrites what stands there between `<!-- rebrac_v4 -->` and `<!-- /rebrac_v4 -->`.
+
+The score is the last policy's: mean over the evaluation's episodes, then mean ± std (ddof 0) over
+seeds. The best over training stands beside it: it was selected on the evaluation itself and is not
+a score. Data of different origin are never in one table, and what is not finished, not whole or
+not comparable is named and left out of every mean.
 """
 
 import collections
-import csv
+import contextlib
+import importlib
+import io
 import json
-from dataclasses import dataclass
+import re
+import shlex
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import tyro
-import yaml
 
-from common import datasets, fail
+import figures
+import intervals
+import published
+import readers
+from common import config, fail
+from pages import Figure, Folded, Heading, Table, Text, markdown, page
 
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")  # Okabe and Ito
-COLOURS += ("#e69f00", "#56b4e9", "#000000", "#f0e442")
+UNITS = {"normalised": "score", "success": "success", "return": "return"}
+WORDS = {"normalised": "normalised score", "success": "success in %", "return": "plain return"}
+FEW = 5  # seeds below which an interval is said to be too narrow
+EXPLAINED = """
+Score: last policy, mean ± std over seeds (ddof 0): normalised (0 to 100 by the reference pair),
+success rate in percent for OGBench, plain return where there is no pair. Best: highest evaluation
+during training, selected after the fact. Data mean and best: returns of the recorded episodes on
+the same scale. Updates/s: of all seeds of a process together. Wall-clock: training and evaluation.
+"""
+INTERVALS = """
+IQM: interquartile mean over seeds and data sets. In brackets: 95 % intervals of a bootstrap
+stratified by data set. Probability: that a seed of the row scores higher than one of the column on
+the same data set, mean over data sets.
+"""
 
 
 @dataclass
 class Arguments:
     """Where to read and to write."""
 
-    folders: tyro.conf.Positional[tuple[Path, ...]]  # run folders, or folders above them
+    folders: tyro.conf.Positional[tuple[Path, ...]] = ()  # run folders, or folders above them
+    wandb: str | None = None  # "entity/project" to read instead of folders
     output: Path = Path("benchmarks/results/table")  # stem of the .md and .png to write
     title: str = "Results"
     note: Path | None = None  # markdown put below the title: where data come from, commands
+    html: bool = False  # also one self-contained page, the stem with .html
+    readme: Path | None = None  # file whose part between the marks is rewritten
+    reference: Path = published.FILE  # published scores
 
 
-@dataclass
-class Result:
-    """One finished run folder."""
-
-    folder: Path
-    config: dict
-    result: dict
-    curves: dict  # seed -> ([T] updates, [T] scores) at evaluation borders
-    variant: str = ""  # where two runs are of one algorithm and data set: what sets this one apart
-
-    @property
-    def label(self):
-        return f"{self.result['algorithm']} {self.variant}".strip()
-
-    @property
-    def dataset(self):
-        return datasets.slug(self.config["dataset"])
-
-
-def read(folder):
-    """The run in a folder, or None with a printed line where it is not finished or not whole."""
-    try:
-        config = yaml.safe_load((folder / "config.yaml").read_text())
-        result = json.loads((folder / "result.json").read_text())
-        with (folder / "metrics.csv").open() as file:
-            rows = [row for row in csv.DictReader(file) if row["score"]]
-        curves = collections.defaultdict(list)
-        for row in rows:
-            curves[int(row["seed"])].append((int(row["update"]), float(row["score"])))
-        curves = {seed: np.array(points).T for seed, points in curves.items()}
-        return Result(folder, config, result, curves)
-    except FileNotFoundError as error:
-        print(f"left out: {folder} has no {Path(error.filename).name}, so it is not finished")
-    except (ValueError, KeyError, TypeError, yaml.YAMLError) as error:
-        print(f"left out: {folder} is damaged ({str(error).splitlines()[0]})")
-    return None
-
-
-def find(folders):
-    """All finished runs below the folders, in order of algorithm and data set."""
-    found = sorted({path.parent for folder in folders for path in folder.rglob("config.yaml")})
-    runs = [run for run in map(read, found) if run is not None]
-    if not runs:
-        fail(f"{' '.join(map(str, folders))}: no finished run (a folder with result.json) in there")
-    groups = collections.defaultdict(list)
-    for run in runs:
-        groups[run.result["algorithm"], run.dataset].append(run)
-    for group in groups.values():
-        common = [json.dumps(run.config, sort_keys=True) for run in group]
-        for run in group if len(set(common)) > 1 else ():
-            run.variant = " ".join(
-                f"{key}={value}"
-                for key, value in run.config.items()
-                if key not in ("record", "seeds")
-                and any(other.config.get(key) != value for other in group)
-            )
-    return runs
-
-
-def table(runs):
-    """Markdown: one row per run."""
-    head = "algorithm | data set | data mean | data best | score | best | return | seeds | updates"
-    head += " | episodes | updates/s | evaluation"
-    lines = [f"| {head} |", "|" + " --- |" * (head.count("|") + 1)]
-    for run in runs:
-        low, high = run.config["record"]["reference"]
-        data = [run.config["record"]["data_return"][key] for key in ("mean", "max")]
-        if low is not None:
-            data = [100 * (x - low) / (high - low) for x in data]
-        score = numbers(run.result["score"])
-        cells = [
-            run.label,
-            run.dataset,
-            *(f"{x:.1f}" for x in data),
-            spread(score),
-            spread(numbers(run.result["best_score"])),
-            spread(numbers(run.result.get("return", {}))),
-            " ".join(run.result["score"]) + lost(run),
-            f"{run.result['num_updates']:,}",
-            run.result["eval_episodes"],
-            run.result["updates_per_second"],
-            f"{100 * run.result['eval_share']:.0f} %",
-        ]
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return "\n".join(lines)
-
-
-def evaluations(runs):
-    """Markdown: the score of every seed at every evaluation."""
-    lines = []
-    for run in runs:
-        updates = sorted({int(update) for curve in run.curves.values() for update in curve[0]})
-        if not updates:
-            continue
-        lines += ["", f"{run.label} on {run.dataset}, score after updates:", ""]
-        lines += ["| seed | " + " | ".join(f"{update:,}" for update in updates) + " |"]
-        lines += ["| --- " * (len(updates) + 1) + "|"]
-        for seed, curve in run.curves.items():
-            at = {int(update): f"{score:.1f}" for update, score in curve.T}
-            lines.append(
-                f"| {seed} | " + " | ".join(at.get(update, "") for update in updates) + " |"
-            )
-    return lines
-
-
-def numbers(each):
-    return np.array([np.nan if x is None else x for x in each.values()])
-
-
-def lost(run):
-    """Marks seeds that diverged: the means are over the others only."""
-    gone = " ".join(run.result["diverged"])
-    return f" (diverged, not in the means: {gone})" if gone else ""
-
-
+# --- Cells --------------------------------------------------------------------------------------
 def spread(x):
     """Mean ± std (ddof 0) over the seeds that have the number; empty where none has."""
     x = x[~np.isnan(x)]
@@ -158,74 +72,424 @@ def spread(x):
     return f"{x.mean():.1f} ± {x.std():.1f}" if len(x) > 1 else f"{x.mean():.1f}"
 
 
-def curves(runs, path):
-    """One panel per data set: a thin line per seed, a thick one for the mean; data as dashes."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    names = list(dict.fromkeys(run.dataset for run in runs))
-    labels = list(dict.fromkeys(run.label for run in runs))
-    columns = min(3, len(names))
-    rows = -(-len(names) // columns)
-    size = (4.2 * columns, 3.2 * rows)
-    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
-    for axis, name in zip(axes.flat, names, strict=False):
-        for run in (run for run in runs if run.dataset == name):
-            colour = COLOURS[labels.index(run.label) % len(COLOURS)]
-            for updates, scores in run.curves.values():
-                axis.plot(updates, scores, color=colour, alpha=0.35, linewidth=1)
-            points = collections.defaultdict(list)  # a seed that diverged has fewer of them
-            for curve in run.curves.values():
-                for update, score in curve.T:
-                    points[update].append(score)
-            mean = [np.mean(scores) for scores in points.values()]
-            axis.plot(list(points), mean, color=colour, linewidth=2, label=run.label)
-            low, high = run.config["record"]["reference"]
-            for key, style in (("mean", "--"), ("max", ":")):
-                level = run.config["record"]["data_return"][key]
-                level = level if low is None else 100 * (level - low) / (high - low)
-                axis.axhline(level, color="0.4", linestyle=style, linewidth=1, label=f"data {key}")
-        axis.set(title=name, xlabel="updates", ylabel="score" if low is not None else "return")
-        axis.grid(alpha=0.25)
-        handles = dict(zip(*axis.get_legend_handles_labels()[::-1], strict=True))
-        axis.legend(handles.values(), handles.keys(), fontsize=8, loc="lower right")
-    for axis in axes.flat[len(names) :]:
-        axis.set_visible(False)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+def lost(row):
+    """Marks seeds that diverged: the means are over the others only."""
+    gone = " ".join(row.result["diverged"])
+    return f" (diverged, not in the means: {gone})" if gone else ""
 
 
-def page(runs, arguments):
-    """The markdown page around the table: note, versions and hardware, what was left out."""
-    versions = {json.dumps(run.result["versions"], sort_keys=True) for run in runs}
-    lines = [f"# {arguments.title}", ""]
-    if arguments.note:
-        lines += [arguments.note.read_text().strip(), ""]
-    lines += [table(runs), "", f"![learning curves]({arguments.output.name}.png)", ""]
-    lines.append("Score: last policy, normalised (0 to 100 by the reference pair), mean ± std over")
-    lines.append(
-        "seeds (ddof 0). Best: highest evaluation during training, selected after the fact."
-    )
-    lines.append("Data mean and best: returns of the recorded episodes on the same scale.")
-    lines += evaluations(runs)
-    for hardware in dict.fromkeys(run.result["hardware"] for run in runs):
-        lines += ["", f"Hardware: {hardware}."]
-    for record in sorted(versions):
-        lines += ["", "Versions: " + ", ".join(f"{k} {v}" for k, v in json.loads(record).items())]
+def clock(seconds):
+    return "" if seconds is None else f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02}"
+
+
+def within(point, low, high, digits=1):
+    """A number and its interval, which is missing where there is one seed."""
+    if np.isnan(low):
+        return f"{point:.{digits}f}"
+    return f"{point:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+
+
+def joined(words):
+    return ", ".join(dict.fromkeys(map(str, words)))
+
+
+# --- Tables -------------------------------------------------------------------------------------
+HEAD = ["algorithm", "data set", "data mean", "data best", "score", "best", "return", "seeds"]
+HEAD += ["updates", "episodes", "updates/s", "wall-clock, h:mm", "evaluation"]
+
+
+def table(rows):
+    """Every row of the report: score, best beside it, cost."""
+    return Table(HEAD, [_cells(row) for row in rows])
+
+
+def _cells(row):
+    result = row.result
+    data = [row.level(key) for key in ("mean", "max")]
+    seconds = [result.get("train_seconds"), result.get("eval_seconds")]
+    speed, share = result.get("updates_per_second"), result.get("eval_share")
+    return [
+        row.label,
+        row.dataset,
+        *("" if np.isnan(x) else f"{x:.1f}" for x in data),
+        spread(row.scores),
+        spread(readers.numbers(result["best_score"])),
+        spread(readers.numbers(result.get("return", {}))),
+        " ".join(result["score"]) + lost(row),
+        f"{result['num_updates']:,}",
+        result["eval_episodes"],
+        "" if speed is None else round(speed, 1),
+        "" if None in seconds else clock(sum(seconds)),
+        "" if share is None else f"{100 * share:.0f} %",
+    ]
+
+
+def by_family(rows):
+    families = collections.defaultdict(list)
+    for row in rows:
+        families[row.family].append(row)
+    return families
+
+
+def by_method(rows):
+    """label -> data set -> row, of one family."""
+    methods = collections.defaultdict(dict)
+    for row in rows:
+        methods[row.label][row.dataset] = row
+    return methods
+
+
+def why_no_mean(found, names):
+    """Why a method has no mean over the data sets of its family; empty where it has one."""
+    if len({row.scale for row in found.values()}) > 1 or next(iter(found.values())).scale == (
+        "return"
+    ):
+        return "returns are on different scales"
+    if missing := [name for name in names if name not in found]:
+        return f"{len(names) - len(missing)} of {len(names)} data sets"
+    for name, row in found.items():
+        if np.isnan(row.scores).any():
+            return f"a seed without a score on {name}"
+    return ""
+
+
+def matrix(rows, best=False):
+    """Methods by data sets, as papers print them, and the mean over the data sets."""
+    names, methods = list(dict.fromkeys(row.dataset for row in rows)), by_method(rows)
+    lines = []
+    for label, found in methods.items():
+        line = [label]
+        for name in names:
+            row = found.get(name)
+            each = row and (readers.numbers(row.result["best_score"]) if best else row.scores)
+            gone = row and len(row.result["diverged"])
+            line.append("" if row is None else spread(each) + (f" ({gone} diverged)" * bool(gone)))
+        if len(names) > 1:
+            reason = why_no_mean(found, names)
+            means = [row.scores.mean() for row in found.values()]
+            line.append(f"none: {reason}" if reason else f"{np.mean(means):.1f}")
+        lines.append(line)
+    return Table(["algorithm", *names, *(["mean"] if len(names) > 1 else [])], lines)
+
+
+def evaluations(row):
+    """The score of every seed at every evaluation; of many seeds mean ± std."""
+    updates = sorted({int(update) for curve in row.curves.values() for update in curve[0]})
+    lines = []
+    if len(row.curves) >= FEW:
+        at = [dict(curve.T) for curve in row.curves.values()]
+        found = [[scores[update] for scores in at if update in scores] for update in updates]
+        line = [f"{len(at)} seeds", *(spread(np.array(scores)) for scores in found)]
+        return Table(["", *(f"{update:,}" for update in updates)], [line])
+    for seed, curve in row.curves.items():
+        at = {int(update): f"{score:.1f}" for update, score in curve.T}
+        lines.append([seed, *(at.get(update, "") for update in updates)])
+    return Table(["seed", *(f"{update:,}" for update in updates)], lines)
+
+
+# --- Statistics over data sets ------------------------------------------------------------------
+@dataclass
+class Summary:
+    """What can be said of several methods over all data sets of a family."""
+
+    scores: dict = field(default_factory=dict)  # label -> [R, T]
+    words: list = field(default_factory=list)  # on methods that are not in it
+    iqm: dict = field(default_factory=dict)  # label -> point, low, high
+    improvement: dict = field(default_factory=dict)  # (label, label) -> point, low, high
+    profile: dict = field(default_factory=dict)  # label -> [L], [L], [L]
+    levels: np.ndarray | None = None  # [L]
+
+
+def estimate(statistic, *scores, draws=intervals.DRAWS):
+    """Point, low, high; low and high NaN where there is one seed."""
+    point = statistic(*scores)
+    if min(map(len, scores)) < 2:
+        return point, *(np.full(np.shape(point), np.nan) for _ in range(2))
+    return point, *intervals.interval(statistic, *scores, draws=draws)
+
+
+def summarise(rows):
+    """Statistics of the methods that have every data set, every score and as many seeds on each."""
+    names, summary = list(dict.fromkeys(row.dataset for row in rows)), Summary()
+    if len(names) < 2:
+        return summary
+    for label, found in by_method(rows).items():
+        reason = why_no_mean(found, names)
+        counts = [len(found[name].scores) for name in names if name in found]
+        if not reason and len({*counts}) > 1:
+            reason = f"{joined(sorted(counts))} seeds"
+        if reason:
+            summary.words.append(f"{label} ({reason})")
+        else:
+            summary.scores[label] = np.stack([found[name].scores for name in names], axis=1)
+    if not summary.scores:
+        return summary
+    every = np.concatenate([x.ravel() for x in summary.scores.values()])
+    summary.levels = np.linspace(min(0, every.min()), every.max(), figures.LEVELS)
+    for label, scores in summary.scores.items():
+        summary.iqm[label] = estimate(intervals.iqm, scores)
+        summary.profile[label] = estimate(
+            lambda x: intervals.profile(x, summary.levels), scores, draws=2000
+        )
+    for x in summary.scores:
+        for y in summary.scores:
+            if (y, x) in summary.improvement:  # ties count half, so the two add up to one
+                point, low, high = summary.improvement[y, x]
+                summary.improvement[x, y] = 1 - point, 1 - high, 1 - low
+            elif x != y:
+                both = summary.scores[x], summary.scores[y]
+                summary.improvement[x, y] = estimate(intervals.improvement, *both, draws=2000)
+    return summary
+
+
+def statistics(rows, summary):
+    """Blocks on the methods that can be compared over the data sets of a family."""
+    if not summary.scores:
+        return []
+    methods, lines = by_method(rows), []
+    for label, scores in summary.scores.items():
+        updates = sorted({row.result["num_updates"] for row in methods[label].values()})
+        low, high = estimate(intervals.mean, scores)[1:]
+        line = [label, within(*summary.iqm[label]), within(scores.mean(), low, high)]
+        lines.append([*line, len(scores), scores.shape[1], joined(f"{x:,}" for x in updates)])
+    blocks = [Table(["algorithm", "IQM", "mean", "seeds", "data sets", "updates"], lines)]
+    if len(summary.scores) > 1:
+        lines = [
+            [x, *(within(*summary.improvement[x, y], 2) if x != y else "" for y in summary.scores)]
+            for x in summary.scores
+        ]
+        blocks.append(Table(["row beats column", *summary.scores], lines))
+    words = INTERVALS.strip()
+    fewest = min(map(len, summary.scores.values()))
+    if fewest == 1:
+        words += "\nOne seed has no interval."
+    elif fewest < FEW:
+        words += f"\nFrom {fewest} seeds an interval is too narrow: read it as a lower bound."
+    if summary.words:
+        words += f"\nNot compared here: {'; '.join(summary.words)}."
+    return [*blocks, Text(words)]
+
+
+# --- Published scores ---------------------------------------------------------------------------
+def beside(rows, reference):
+    """Blocks: our scores with the published ones of the same data set and protocol."""
+    columns, lines, used, other = [], [], {}, collections.Counter()
+    for row in rows:
+        groups, words = published.beside(row, reference)
+        other.update(f"{row.label}, {word}" for word in words)
+        for group in groups:
+            lines.append((row, group))
+            for entry in group.rows:
+                columns.append(entry["column"])
+                used.setdefault(entry["column"], []).append(entry)
+    columns, blocks = list(dict.fromkeys(columns)), []
+    if lines:
+        head = ["algorithm", "data set", "score is", "updates", "here", *columns]
+        table = []
+        for row, group in lines:
+            at = {x["column"]: f"{x['mean']} ± {x['std']} ({x['seeds']})" for x in group.rows}
+            ours = f"{spread(group.ours)} ({len(group.ours)})"
+            cells = [row.label, row.dataset, group.selection, f"{row.result['num_updates']:,}"]
+            table.append([*cells, ours, *(at.get(column, "") for column in columns)])
+        blocks.append(Table(head, table, "Published scores, same data and protocol (seeds)"))
+    for column, entries in used.items():
+        ddof = joined(x["ddof"] or "not stated" for x in entries)
+        notes = joined(x["note"] for x in entries if x["note"] and len(entries) > 3)
+        text = f"- {column}: {joined(x['source'] for x in entries)}; ddof {ddof}"
+        blocks.append(Text(text + (f"; {notes}" if notes and len(notes) < 120 else "")))
+    if other:
+        each = [f"{word} ({count})" for word, count in other.items()]
+        words = "Published under another protocol, so not shown (on how many data sets)"
+        blocks.append(Text(f"{words}: {'; '.join(each)}."))
+    return blocks
+
+
+# --- Commands -----------------------------------------------------------------------------------
+def command(row):
+    """The command line of a row: what differs from today's defaults and suite file.
+
+    Where that does not lead to the row's config, its own file is named, with the reason where
+    today's code does not take it either.
+    """
+    start = f"python algorithms/{row.algorithm}.py"
+    values = {key: x for key, x in row.config.items() if key != "record"}
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        try:
+            module = importlib.import_module(f"algorithms.{row.algorithm}")
+            # A name of its own: a run folder of the same config may be here.
+            extra = ["--runs-dir", "/nonexistent"]
+            flags = ["--dataset", values["dataset"]]
+            have = config.resolved(*config.parse(module.Config, [*flags, *extra]))
+            changed = {key: x for key, x in values.items() if have.get(key) != x}
+            for key, value in changed.items():
+                flags += [f"--{key.replace('_', '-')}"]
+                flags += map(str, value if isinstance(value, list) else [value])
+            if config.resolved(*config.parse(module.Config, [*flags, *extra])) == values:
+                return f"{start} {shlex.join(flags)}"
+            config.read_run(row.folder, module.Config)
+        except (ImportError, AttributeError, SystemExit):
+            return f"# {row.folder}/config.yaml: of another version of {row.algorithm}.py"
+    return f"{start} --config {row.folder / 'config.yaml'}"
+
+
+def commands(rows):
+    return Text("```\n" + "\n".join(dict.fromkeys(map(command, rows))) + "\n```")
+
+
+def own_command(arguments):
+    """The command that makes the page again."""
+    words = ["python", "benchmarks/report.py", *map(str, arguments.folders)]
+    default = Arguments()
+    for name in ("wandb", "output", "title", "note", "readme", "reference"):
+        if (value := getattr(arguments, name)) != getattr(default, name):
+            words += [f"--{name}", str(value)]
+    return shlex.join([*words, *(["--html"] if arguments.html else [])])
+
+
+# --- Page ---------------------------------------------------------------------------------------
+def blocks_of(rows, notes, arguments, draw):
+    """The report: note, tables of every family, figures, commands, every evaluation, versions."""
+    reference = published.load(arguments.reference)
+    blocks = [Heading(arguments.title, 1)]
+    blocks += [Text(arguments.note.read_text())] if arguments.note else []
+    families, counts = by_family(rows), collections.Counter(row.label for row in rows)
+    labels = [label for label, _ in counts.most_common()]  # the first have the plainest looks
+    for family, group in families.items():
+        summary = summarise(group)
+        blocks += [Heading(family)] if len(families) > 1 else []
+        blocks.append(table(group))
+        if len({row.dataset for row in group}) > 1 and len(group) > 1:
+            scale = joined(WORDS[row.scale] for row in group)
+            blocks += [Text(f"Last score by data set ({scale}):"), matrix(group)]
+        blocks += statistics(group, summary)
+        if len(summary.scores) > 1:
+            unit = UNITS[group[0].scale]
+            with figures.aggregates(family, summary, labels, unit) as figure:
+                blocks.append(draw(figure, f"{family}: intervals, profiles, improvement"))
+        blocks += beside(group, reference)
+    blocks += [Text(EXPLAINED), Heading("Learning curves")] if len(families) > 1 else []
+    with figures.curves(rows, labels) as figure:
+        blocks.append(draw(figure, "learning curves", main=True))
+    words = f"Line: mean over seeds. Band: 95 % bootstrap interval, from {figures.BAND_SEEDS} seeds"
+    blocks.append(Text(f"{words} on; with fewer, thin lines are the seeds."))
+    blocks += [Text(EXPLAINED)] if len(families) == 1 else []
+    blocks += problems(rows, notes)
+    inner = [Text("The runs:"), commands(rows), Text("This page:")]
+    inner.append(Text(f"```\n{own_command(arguments)}\n```"))
+    blocks += [Heading("Commands"), *inner, Heading("Every evaluation")]
+    for row in rows:
+        if row.curves:
+            title = f"{row.label} on {row.dataset}, score after updates"
+            blocks.append(Folded(title, [evaluations(row)]))
+    return [*blocks, *environment(rows)]
+
+
+def problems(rows, notes):
+    """Blocks: what a reader must know before comparing rows."""
+    notes = list(notes)
+    old = [row for row in rows if not row.code]
+    if old:
+        notes.append(f"version of the code not recorded: {len(old)} of {len(rows)} rows")
+    mixed = [f"{row.label} on {row.dataset}" for row in rows if "+" in row.code]
+    if mixed:
+        notes.append(f"resumed by another version of the code: {joined(mixed)}")
+    shared = {(row.result.get("code") or {}).get("common") for row in rows} - {None}
+    if len(shared) > 1:
+        notes.append(f"the code in common/ was not the same for all rows: {joined(sorted(shared))}")
+    lines = "\n".join(f"- {note}" for note in notes)
+    return [Heading("To know"), Text(lines)] if notes else []
+
+
+def environment(rows):
+    """Blocks: hardware and versions."""
+    blocks = [Heading("Made with")]
+    hardware = joined(row.result["hardware"] for row in rows if "hardware" in row.result)
+    blocks += [Text(f"Hardware: {hardware}.")] if hardware else []
+    found = [row.result["versions"] for row in rows if "versions" in row.result]
+    versions = sorted({json.dumps(x, sort_keys=True) for x in found})
+    for record in versions:
+        each = joined(f"{name} {version}" for name, version in json.loads(record).items())
+        blocks.append(Text(f"Versions: {each}"))
     if len(versions) > 1:
-        lines += ["", "The runs above were made with different versions, listed one after another."]
-    return "\n".join(lines) + "\n"
+        words = "The runs above were made with different versions, listed one after another."
+        blocks.append(Text(words))
+    return blocks
+
+
+def readme(rows, arguments):
+    """README's part: scores by data set, published ones, the commands of every table."""
+    reference = published.load(arguments.reference)
+    blocks = [Text("Last policy's score, mean ± std over seeds (ddof 0).")]
+    for family, group in by_family(rows).items():
+        seeds = {len(row.scores) for row in group}
+        updates = sorted({row.result["num_updates"] for row in group})
+        scale = joined(WORDS[row.scale] for row in group)
+        size = f"{joined(f'{x:,}' for x in updates)} updates, {joined(sorted(seeds))} seed"
+        blocks.append(Text(f"**{family}** ({scale}; {size}{'s' * (seeds != {1})}):"))
+        blocks += [matrix(group), *beside(group, reference)]
+        blocks.append(Folded("commands of this table", [commands(group)]))
+    blocks.append(
+        Text(
+            f"Made by `{own_command(arguments)}`, which also writes [{_page(arguments)}]"
+            f"({_page(arguments)}) with best scores, intervals, curves and speed."
+        )
+    )
+    return markdown(blocks)
+
+
+def _page(arguments):
+    return arguments.output.with_suffix(".md").as_posix()
+
+
+def around(path, name):
+    """What a file has before and after the part of a name.
+
+    Raises:
+        SystemExit: code 2 after one line, where the file has not both marks once, in their order.
+    """
+    text = path.read_text() if path.is_file() else ""
+    marks = f"<!-- {name} -->", f"<!-- /{name} -->"
+    parts = re.split("|".join(map(re.escape, marks)), text)
+    if len(parts) != 3 or text.index(marks[0]) > text.index(marks[-1]):
+        fail(f"{path}: {marks[0]} and {marks[1]} are wanted in it, once each and in this order")
+    return f"{parts[0]}{marks[0]}\n", f"\n{marks[1]}{parts[2]}"
 
 
 def main(arguments):
-    runs = find(arguments.folders)
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    curves(runs, arguments.output.with_suffix(".png"))
-    arguments.output.with_suffix(".md").write_text(page(runs, arguments))
-    print(table(runs))
-    print(f"written: {arguments.output}.md and {arguments.output}.png")
+    if bool(arguments.folders) == bool(arguments.wandb):
+        fail("give run folders or --wandb entity/project, one of the two")
+    for path in (arguments.note, arguments.reference):
+        if path is not None and not path.is_file():
+            fail(f"{path}: no such file")
+    if arguments.readme:
+        before, after = around(arguments.readme, arguments.output.name)
+    if arguments.wandb:
+        rows, notes = readers.from_wandb(arguments.wandb)
+    else:
+        rows, notes = readers.find(arguments.folders)
+    stem, count = arguments.output, 0
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    written = [f"{stem}.md"]
+
+    def draw(figure, alt, main=False):
+        nonlocal count
+        count += not main
+        path = stem.with_name(f"{stem.name}{'' if main else f'_{count}'}.png")
+        figures.png(figure, path)
+        written.append(str(path))
+        return Figure(path.name, alt, figures.svg(figure) if arguments.html else "")
+
+    blocks = blocks_of(rows, notes, arguments, draw)
+    stem.with_name(f"{stem.name}.md").write_text(markdown(blocks))
+    if arguments.html:
+        stem.with_name(f"{stem.name}.html").write_text(page(arguments.title, blocks))
+        written.append(f"{stem}.html")
+    if arguments.readme:
+        arguments.readme.write_text(before + readme(rows, arguments).strip() + after)
+        written.append(str(arguments.readme))
+    print(*notes, sep="\n", end="\n\n" if notes else "")
+    print(markdown([table(rows)]))
+    print(f"written: {' '.join(written)}")
 
 
 if __name__ == "__main__":

@@ -60,7 +60,7 @@ class Arguments:
     datasets: tuple[str, ...] = ()  # instead of those that the suite's files list
     name: str | None = None  # run name of every cell (default: a hash of its resolved config)
     runs_dir: str = "runs"  # where run folders go
-    output: Path | None = None  # stem of the table and picture (default: benchmarks/results/SUITE)
+    output: Path | None = None  # stem of table and pictures (default: benchmarks/results/SUITE)
     workers: int | None = None  # runs at a time (default: one per core, or per GPU)
     dry_run: bool = False  # print the commands and stop
     slurm: bool = False  # submit the cells as an array, one job each, and wait for them
@@ -519,7 +519,11 @@ def report(cells, arguments):
     words = [sys.executable, short(ROOT / "benchmarks" / "report.py")]
     words += [str(cell.folder) for cell in cells]
     words += ["--output", short(output), "--title", arguments.suite]
-    return words + (["--note", short(note)] if note.exists() else [])
+    words += ["--note", short(note)] if note.exists() else []
+    readme = ROOT / "README.md"
+    if arguments.output is None and f"<!-- {output.name} -->" in readme.read_text():
+        words += ["--readme", short(readme)]
+    return words
 
 
 def main(argv):

@@ -16,6 +16,8 @@ Bound     Stricter: the matrix products of that chunk and nothing else: every do
 Peak      The rate of a chain of large square products, in GFLOP/s.
 Peer      With --peer PYTHON, the python of a virtual environment with d3rlpy: its updates/s at the
           same widths, batch size and data sizes, measured right after each row of one seed.
+Loading   With --loading, seconds to load a million transitions of each layout, see data_table.py.
+Rollouts  With --rollouts ENV, steps/s of evaluations there: 10 episodes per seed, ReBRAC's actor.
 
 A figure is the best of `repeats`; measured, floor and bound take turns in one process. GFLOP are
 those of the matrix products, 2 b m k n each. Compile is what the first two calls of the chunk take
@@ -31,9 +33,11 @@ import math
 import os
 import platform
 import re
+import runpy
 import subprocess
+import tempfile
 import time
-from functools import reduce
+from functools import partial, reduce
 from importlib import metadata
 from itertools import product
 from pathlib import Path
@@ -62,6 +66,8 @@ class Arguments:
     repeats: int = 5  # of every timing, the best counts
     output: str | None = None  # file to write, .md or .json; without a suffix both
     peer: str | None = None  # python of an environment with d3rlpy, to compare with
+    loading: bool = False  # also how long a million transitions take to load
+    rollouts: tuple[str, ...] = ()  # also evaluation steps/s in these Gymnasium envs
 
 
 # --- Chunk --------------------------------------------------------------------------------------
@@ -307,6 +313,42 @@ def peer(name, arguments):
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def load():
+    """Rows of the loading table; needs h5py and minari."""
+    script = runpy.run_path(str(Path(__file__).with_name("data_table.py")))
+    with tempfile.TemporaryDirectory() as folder:
+        return [*script["speed"](Path(folder))]
+
+
+def roll_out(env_id, seeds):
+    """One row of the rollout table: 10 episodes per seed with an untrained actor."""
+    import gymnasium
+
+    from algorithms import rebrac
+
+    cfg = rebrac.Config(seeds=tuple(range(seeds)), eval_episodes=10)
+    try:
+        env = gymnasium.make(env_id)
+    except gymnasium.error.Error as error:
+        fail(f"--rollouts {env_id}: {' '.join(str(error).split())}")
+    observation = np.zeros((1, *env.observation_space.shape), np.float32)
+    action = np.zeros((1, *env.action_space.shape), np.float32)
+    batch = datasets.Transitions(
+        observation, action, *[None] * (len(datasets.Transitions._fields) - 2)
+    )
+    init_keys, policy_keys = experiment.streams(cfg.seeds, 2)
+    state = jax.vmap(lambda key: rebrac.create_state(key, batch, cfg))(init_keys)
+    made = mock.MagicMock(
+        make_env=partial(gymnasium.make, env_id), horizon=env.spec.max_episode_steps
+    )
+    act = partial(rebrac.policy, state.actor.apply_fn)
+    with evaluation.Rollouts(made, act, policy_keys, cfg) as rollouts:
+        found = [rollouts.run(rebrac.policy_params(state), update) for update in range(3)][1:]
+    best = min(found, key=lambda x: x["seconds"] / x["length"].sum())
+    steps = cfg.eval_episodes * best["length"].sum()
+    return {"env": env_id, "seeds": seeds, "steps": int(steps), "steps/s": steps / best["seconds"]}
+
+
 def command(arguments):
     """The command line that measures the same again; defaults are left out."""
     words = ["python benchmarks/throughput.py"]
@@ -314,7 +356,8 @@ def command(arguments):
         value = getattr(arguments, field.name)
         if value != field.default:
             value = " ".join(map(str, value)) if isinstance(value, tuple) else value
-            words.append(f"--{field.name.replace('_', '-')} {value}")
+            flag = f"--{field.name.replace('_', '-')}"
+            words.append(flag if value is True else f"{flag} {value}")
     return " ".join(words)
 
 
@@ -335,13 +378,15 @@ def conditions(arguments):
     }
 
 
-def markdown(facts, rows):
+def markdown(facts, tables):
     lines = ["# Throughput", "", "The columns are explained in `benchmarks/throughput.py`.", ""]
     lines += [f"- {key}: {value}" for key, value in facts.items()]
-    lines += ["", "| " + " | ".join(rows[0]) + " |", "| --- " * len(rows[0]) + "|"]
-    for row in rows:
-        cells = (f"{x:,.3f}" if isinstance(x, float) else str(x or "") for x in row.values())
-        lines.append("| " + " | ".join(cells) + " |")
+    for name, rows in tables.items():
+        lines += ["", f"## {name.capitalize()}"] if name != "rows" else []
+        lines += ["", "| " + " | ".join(rows[0]) + " |", "| --- " * len(rows[0]) + "|"]
+        for row in rows:
+            cells = (f"{x:,.3f}" if isinstance(x, float) else str(x or "") for x in row.values())
+            lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -371,7 +416,13 @@ def main(arguments):
                 row["times d3rlpy"] = row["updates/s"] / found["updates/s"]
                 facts["peer"] = ", ".join(f"{k} {v}" for k, v in found["versions"].items())
         rows.append(row)
-    texts = {".md": markdown(facts, rows), ".json": json.dumps(facts | {"rows": rows}, indent=2)}
+    tables = {"rows": rows}
+    if arguments.loading:
+        tables["loading"] = load()
+    if arguments.rollouts:
+        pairs = product(arguments.rollouts, arguments.seeds)
+        tables["rollouts"] = [roll_out(env_id, seeds) for env_id, seeds in pairs]
+    texts = {".md": markdown(facts, tables), ".json": json.dumps(facts | tables, indent=2)}
     print(texts[".md"])
     for suffix in texts if arguments.output else ():
         if output.suffix in ("", suffix):

@@ -7,13 +7,18 @@ A run folder `<runs-dir>/<algorithm>/<data set>/<name>/` holds
                   (empty at 0) and, at evaluation borders, the scores of the policy at t
     timing.csv    seconds; the first chunk of every start includes compiling
     checkpoints/  orbax, the newest two
-    result.json   written last: final and best score per seed, versions, hardware, speed
+    result.json   written last: final and best score per seed, versions, code, hardware, speed
     wandb/        offline runs, one per seed
 """
 
+import ast
 import contextlib
+import errno
 import fcntl
+import hashlib
+import inspect
 import json
+import logging
 import math
 import os
 import platform
@@ -74,6 +79,11 @@ class Run:
         self.cfg, self.options, self.dataset = cfg, options, dataset
         self.folder = config.run_folder(cfg, options)
         self.algorithm = self.folder.relative_to(options.runs_dir).parts[0]
+        script, common = (
+            Path(inspect.getfile(type(cfg))),
+            sorted(Path(__file__).parent.glob("*.py")),
+        )
+        self.code = {"algorithm": _code([script]), "common": _code(common)}  # which version ran
         self.scores = np.full(len(cfg.seeds), np.nan)  # [S] of the last evaluation
         self.last = {}  # name -> [S], all numbers of the last evaluation
         self.best = np.full(len(cfg.seeds), np.nan)  # [S] over training; never called the score
@@ -94,6 +104,15 @@ class Run:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             fail(f"{self.folder}: another process trains in it; wait for it or choose a --name")
+        try:
+            with _storage(self.folder):
+                self._open()
+        except BaseException:
+            self.lock.close()
+            raise
+        return self
+
+    def _open(self):
         import yaml
 
         returns = self.dataset.episode_returns
@@ -108,19 +127,20 @@ class Run:
             )
         print(f"run {self.folder}")
         self.manager = _manager(self.folder)
-        self.wandb = Mirror(self)
+        self.wandb = Mirror(self, record)
         self._listen()
-        return self
 
     def __exit__(self, kind, error, trace):
-        if self.bar is not None:
-            self.bar.close()
-        self._unlisten()
-        self.manager.close()
-        self.wandb.close()
-        if kind is None:
-            self._finish()
-        self.lock.close()
+        with self.lock, _storage(self.folder):
+            if self.bar is not None:
+                self.bar.close()
+            self._unlisten()
+            if isinstance(error, OSError | ValueError):
+                raise error  # looked at by _storage
+            self.manager.close()
+            self.wandb.close()
+            if kind is None:
+                self._finish()
         if kind is None and self.diverged:
             raise SystemExit(1)
 
@@ -132,6 +152,13 @@ class Run:
             state, start, metrics = saved, meta["update"], meta["metrics"]
             self.seconds, self.waiting = meta["seconds"], meta["waiting"]
             self.best = np.array(meta["best"], float)
+            before = meta.get("code") or dict.fromkeys(self.code, "unrecorded")
+            for part, now in self.code.items():
+                same = start == self.cfg.num_updates or now in before[part].split("+")
+                self.code[part] = before[part] if same else f"{before[part]}+{now}"
+                if not same:
+                    what = f"resumed by another version of the {part} code, {self.code[part]}"
+                    print(f"WARNING: {what}", file=sys.stderr)
             self.diverged = {int(index): border for index, border in meta["diverged"].items()}
             print(f"resuming at update {start:,}")
         elif self.options.resume:
@@ -172,6 +199,7 @@ class Run:
 
             meta = {"update": step, "metrics": metrics, "seconds": self.seconds}
             meta |= {"waiting": self.waiting, "best": self.best.tolist(), "diverged": self.diverged}
+            meta |= {"code": self.code}
             items = {"state": ocp.args.StandardSave(host), "meta": ocp.args.JsonSave(meta)}
             self.manager.save(step, args=ocp.args.Composite(**items))
         if self.signal is not None:
@@ -268,6 +296,7 @@ class Run:
             "eval_share": round(evaluation / max(train + evaluation, 1e-9), 3),
             "hardware": f"{len(jax.devices())} x {jax.devices()[0].device_kind}; {_processor()}",
             "matmul_precision": jax.config.jax_default_matmul_precision or "default",
+            "code": self.code,
             "versions": {"python": platform.python_version()} | dict(_versions()),
         }
         _write(self.folder / "result.json", json.dumps(result, indent=2) + "\n")
@@ -323,9 +352,26 @@ class Run:
 
 
 # --- Files --------------------------------------------------------------------------------------
+@contextlib.contextmanager
+def _storage(folder):
+    """A full, read-only or failing disk, whichever library met it, is one line and exit code 2."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        code = re.search(r"os_error_code='(\d+)'", str(error))  # of tensorstore
+        number = int(code[1]) if code else getattr(error, "errno", None)
+        if number not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO):
+            raise
+        fail(
+            f"{folder}: cannot be written ({os.strerror(number)}); once it can, go on with the "
+            "same command and --resume"
+        )
+
+
 def _manager(folder):
     import orbax.checkpoint as ocp
 
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax raises what it logs as well
     options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
     return ocp.CheckpointManager((folder / "checkpoints").resolve(), options=options)
 
@@ -387,6 +433,19 @@ def _versions():
     for name in VERSIONS:
         with contextlib.suppress(metadata.PackageNotFoundError):
             yield name, metadata.version(name)
+
+
+def _code(paths):
+    """Digest of what the files do: comments, docstrings and layout do not count."""
+    digest = hashlib.sha256()
+    for path in paths:
+        tree = ast.parse(path.read_text())
+        for node in ast.walk(tree):
+            documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+            if isinstance(node, documented) and ast.get_docstring(node, clean=False) is not None:
+                node.body = node.body[1:]
+        digest.update(ast.unparse(tree).encode())
+    return digest.hexdigest()[:12]
 
 
 def _processor():

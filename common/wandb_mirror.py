@@ -11,8 +11,8 @@ from common import config, datasets, one_line
 class Mirror:
     """Mirror of metrics.csv, one wandb run per seed; the first failure turns all offline."""
 
-    def __init__(self, run):
-        self.runs = {}
+    def __init__(self, run, record):
+        self.runs, self.record = {}, record
         modes = {"online": ("online", "offline"), "offline": ("offline",), "disabled": ()}
         for mode in modes[run.options.wandb]:
             try:
@@ -29,6 +29,7 @@ class Mirror:
         settings |= {"save_code": False, "x_disable_stats": True, "x_disable_meta": True}
         group = f"{run.algorithm}/{datasets.slug(run.cfg.dataset)}/{run.folder.name}"
         values = config.resolved(run.cfg, run.options) | {"algorithm": run.algorithm}
+        values |= {"record": self.record, "code": run.code}
         for seed in run.cfg.seeds:
             name = f"{group}/{seed}"
             self.runs[seed] = wandb.init(

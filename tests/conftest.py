@@ -5,6 +5,8 @@ import os
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
+# Half the time to compile; what trains for thousands of updates asks for more, see probes.py.
+os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
 
 import jax
 import probes
@@ -18,9 +20,10 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="session", autouse=True)
-def compilation_cache(tmp_path_factory):
-    """Programs that several tests compile are compiled once."""
-    folder = tmp_path_factory.mktemp("xla")
+def compilation_cache(tmp_path_factory, worker_id):
+    """Programs that several tests compile are compiled once, by any of pytest-xdist's workers."""
+    folder = tmp_path_factory.getbasetemp()
+    folder = (folder if worker_id == "master" else folder.parent) / "xla"
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

@@ -22,14 +22,49 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
 ALGORITHMS = ["rebrac"]  # every test of runs goes through these files
+CONTINUOUS = [
+    "rebrac",
+    "td3_bc",
+    "iql",
+    "awr",
+    "awac",
+    "cql",
+    "idql",
+    "bcq",
+]  # these refuse integer actions
+CONTINUOUS = ["rebrac", "td3_bc", "iql", "awr", "awac", "cql", "atac", "odice"]  # no integers
+CONTINUOUS = ["rebrac", "td3_bc", "iql", "awr", "awac", "cql", "dt"]  # these refuse integer actions
 CONTINUOUS = ["rebrac", "td3_bc", "iql", "awr", "awac", "cql"]  # these refuse integer actions
+CONTINUOUS += ["fql", "qc"]
+CONTINUOUS = ["rebrac", "td3_bc", "iql", "awr", "awac", "cql", "ivr", "xql"]  # no integer actions
 DISCRETE = ["cql_discrete"]  # these refuse others
-TINY = ["--num-updates", "24", "--log-every", "4", "--eval-every", "8", "--eval-episodes", "2"]
-TINY += ["--batch-size", "4", "--hidden", "8", "--wandb", "disabled"]
+SHORT = ["--num-updates", "24", "--log-every", "4", "--eval-every", "8", "--eval-episodes", "2"]
+SHORT += ["--batch-size", "4", "--wandb", "disabled"]
+NARROW = ["--hidden", "8"]
+TINY = [*SHORT, *NARROW]
 ALSO_TINY = {  # by algorithm
+    "atac": ["--warm-start", "10"],
     "awr": ["--actor-updates", "2", "--critic-updates", "1"],
+    "bcq": ["--vae-hidden", "8", "--num-samples", "2", "--num-choices", "2"],
     "cql": ["--critic-hidden", "8", "--num-samples", "2"],
+    "idql": ["--actor-hidden", "8", "--num-samples", "2"],
+    "odice": ["--value-hidden", "8"],
+    "fql": ["--flow-steps", "2"],
+    "qc": ["--flow-steps", "2", "--num-samples", "2", "--horizon", "3"],
 }
+SEQUENCE = {  # by algorithm, in place of hidden layers
+    "dt": ["--context", "3", "--embedding", "8", "--num-layers", "1"],
+}
+
+
+def nets(name):
+    """The flags that make an algorithm's networks small."""
+    return SEQUENCE.get(name, [*NARROW, *ALSO_TINY.get(name, [])])
+
+
+def tiny(name):
+    """The flags of a run of any algorithm that takes seconds."""
+    return [*SHORT, *nets(name)]
 
 
 class Endless(gymnasium.Env):
@@ -112,7 +147,7 @@ def command(name, argv, die=None, code=None):
 def environment(cache, **variables):
     """Variables of a subprocess: one CPU device, no debug modes, its own compilation cache."""
     keep = {key: value for key, value in os.environ.items() if not key.startswith("WANDB")}
-    keep |= {"JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(cache), "XLA_FLAGS": ""}
+    keep |= {"JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(cache)}
     return keep | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"} | variables
 
 

@@ -61,6 +61,36 @@ def critics(params, *inputs):
     )
 
 
+def gelu(x):
+    """The approximation by tanh."""
+    return x * (1 + np.tanh((2 / np.pi) ** 0.5 * (x + 0.044715 * x**3))) / 2
+
+
+def gelu_net(params, *inputs):
+    """Dense, gelu, where there is one a layer norm; ...; Dense, "head" or the last one."""
+    layers, x = dict(params["params"]), np.concatenate(inputs, axis=-1)
+    hidden = sum(name.startswith("Dense") for name in layers) - ("head" not in layers)
+    for i in range(hidden):
+        x = gelu(dense(layers[f"Dense_{i}"], x))
+        x = layer_norm(layers[f"LayerNorm_{i}"], x) if f"LayerNorm_{i}" in layers else x
+    return dense(layers.get("head", layers.get(f"Dense_{hidden}")), x)
+
+
+def gelu_critics(params, *inputs):
+    """[K, ...]"""
+    members = len(params["params"]["Dense_0"]["bias"])
+    one = [jax.tree.map(lambda x, k=k: x[k], params) for k in range(members)]
+    return np.stack([gelu_net(member, *inputs)[..., 0] for member in one])
+
+
+def flow(params, observation, noise, steps):
+    """Where a velocity net carries the noise in `steps` Euler steps, clipped."""
+    x = noise
+    for i in range(steps):
+        x = x + gelu_net(params, observation, x, np.full((*x.shape[:-1], 1), i / steps)) / steps
+    return np.clip(x, -1, 1)
+
+
 def log_normal(x, mean, log_std):
     """log of the density of independent normal numbers, summed over the last axis."""
     std = np.exp(log_std)
@@ -117,6 +147,8 @@ def shaken(state, seed=3):
         return jax.device_put(jax.tree.map(lambda x: 0.5 * x, draws))
 
     def one(net):
+        if net is None:
+            return None
         if isinstance(net, tuple):
             size = net[0].shape
             mean, std = rng.standard_normal(size), rng.uniform(0.5, 2, size)
@@ -131,7 +163,8 @@ def shaken(state, seed=3):
 def shapes(module, cfg, num_actions):
     facts = {} if num_actions is None else {"num_actions": num_actions}
     create = functools.partial(module.create_state, cfg=cfg, **facts)
-    return jax.eval_shape(create, jax.random.key(0), probes.random_transitions())
+    data = probes.prepared(module, probes.random_transitions(), cfg)
+    return jax.eval_shape(create, jax.random.key(0), data)
 
 
 def setup(module, num_actions=None, **overrides):
@@ -141,10 +174,11 @@ def setup(module, num_actions=None, **overrides):
     """
     cfg, data = probes.config(module, **(CFG | overrides)), probes.random_transitions()
     data = data if num_actions is None else probes.integer_actions(data)
+    data = probes.prepared(module, data, cfg)
     unseen = {
         field.name: field.default
         for field in dataclasses.fields(cfg)
-        if "float" in str(field.type) and not field.name.endswith("learning_rate")
+        if "float" in str(field.type) and not field.name.endswith(("learning_rate", "weight_decay"))
     }
     state = shapes(module, dataclasses.replace(cfg, **unseen), num_actions)
     state = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), state)
@@ -201,6 +235,7 @@ def fresh(module, num_actions=None, **facts):
     if num_actions is not None:
         data, facts = probes.integer_actions(data), facts | {"num_actions": num_actions}
     create = functools.partial(module.create_state, cfg=cfg, **facts)
+    data = probes.prepared(module, data, cfg)
     return jax.jit(create, compiler_options=QUICK)(jax.random.key(0), data)
 
 

@@ -6,11 +6,13 @@ Every data set is a `Transitions` of float32 arrays, drawn from a fixed NumPy se
 
 import dataclasses
 import functools
+import inspect
+import itertools
 
 import jax
 import numpy as np
 
-from common.datasets import Transitions
+from common.datasets import Dataset, Transitions
 
 DISCRETE = ("cql_discrete",)  # files that take integer actions only
 NUMBER = 3  # of integer actions
@@ -150,15 +152,31 @@ CHUNK = 1000  # updates per compiled program
 
 FAST = {"actor_learning_rate": 1e-3, "critic_learning_rate": 1e-3}
 NET = {"hidden": (64, 64), "batch_size": 64}
+SEQUENCE = {"embedding": 16, "num_layers": 1, "batch_size": 64}
 SMALL = {  # what makes an algorithm file small and fast; data sets and claims set the rest
+    "atac": NET | FAST | {"warm_start": 20},
     "awac": NET | FAST,
     "awr": NET | FAST | {"optimiser": "adam", "actor_updates": 5, "critic_updates": 2},
     "bc": NET | FAST,
+    "bcq": NET
+    | FAST
+    | {"vae_learning_rate": 1e-3, "vae_hidden": (64, 64), "num_samples": 4, "num_choices": 50},
     "cql": NET | FAST | {"critic_hidden": (64, 64), "num_samples": 4},
     "cql_discrete": NET | FAST,
+    "idql": NET
+    | FAST
+    | {"cosine": False, "actor_hidden": (32,), "dropout": None, "actor_target_rate": 0.01}
+    | {"layer_norm": "none"},  # of one number it leaves none
+    "dt": SEQUENCE | FAST | {"context": 3, "warm_up": 10, "episode_length": 20},
     "iql": NET | FAST | {"cosine": False},
+    "odice": NET | FAST | {"value_hidden": (64, 64), "value_learning_rate": 1e-3},
+    "fql": NET | FAST | {"flow_steps": 5},
+    "iql": NET | FAST | {"cosine": False},
+    "qc": NET | FAST | {"flow_steps": 5, "num_samples": 4, "horizon": 3},
+    "ivr": NET | FAST | {"cosine": False},
     "rebrac": NET | FAST,
     "td3_bc": NET | FAST,
+    "xql": NET | FAST | {"cosine": False},
 }
 
 
@@ -169,9 +187,23 @@ def config(module, **overrides):
     return module.Config(**{name: value for name, value in values.items() if name in known})
 
 
+def prepared(module, data, cfg):
+    """Rows as the chunks of updates take them: some files make more of a data set than rows."""
+    if not hasattr(module, "episode_steps"):
+        return data
+    ends = np.flatnonzero(data.termination + data.truncation) + 1
+    ends = np.union1d(ends, len(data.reward))
+    return module.episode_steps(Dataset("rows", data, ends, np.zeros(len(ends))), data)
+    if not hasattr(module, "chunked"):
+        return data
+    ends = np.flatnonzero(data.termination + data.truncation) + 1
+    ends = np.union1d(ends, len(data.reward))
+    return module.chunked(Dataset("rows", data, ends, np.zeros(len(ends))), cfg)
+
+
 def start(module, data, cfg, seed=0):
     """State, train key and data on the device, for one seed."""
-    data = jax.device_put(data)
+    data = jax.device_put(prepared(module, data, cfg))
     key_init, key_train = jax.random.split(jax.random.key(seed))
     facts = {"num_actions": NUMBER} if data.action.ndim == 1 else {}
     create = functools.partial(module.create_state, cfg=cfg, **facts)
@@ -183,7 +215,8 @@ def compiled_chunk(module_chunk):
     def chunk(state, key, start, data, numbers, cfg):
         return module_chunk(state, key, start, data, dataclasses.replace(cfg, **numbers))
 
-    return jax.jit(chunk, static_argnums=5, donate_argnums=0)
+    fast = {"xla_backend_optimization_level": 3}  # thousands of updates pay for it
+    return jax.jit(chunk, static_argnums=5, donate_argnums=0, compiler_options=fast)
 
 
 def train(module, data, updates, seed=0, **overrides):
@@ -200,17 +233,42 @@ def train(module, data, updates, seed=0, **overrides):
     return state
 
 
-def policy(module, state):
-    """The compiled policy with its parameters: observations [..., O] -> actions [..., A]."""
+def policy(module, state, **overrides):
+    """The compiled policy with its parameters: observations [..., O] -> actions [..., A].
+
+    `overrides` are those of the training, for a policy that reads the Config.
+    """
     params, key = module.policy_params(state), jax.random.key(0)
+    wanted = list(inspect.signature(module.policy).parameters)[4:]  # beside those of every file
+    facts = {name: getattr(state, name).apply_fn for name in wanted if name in state._fields}
+    facts |= {"cfg": config(module, **overrides)} if "cfg" in wanted else {}
     return jax.jit(
-        lambda observation: module.policy(state.actor.apply_fn, params, observation, key)
+        lambda observation: module.policy(state.actor.apply_fn, params, observation, key, **facts)
     )
+    Every call has its own key. `overrides` are those of the training, for a policy that reads the
+    Config. One of chunks begins a new one at every call.
+    """
+    params, keys = module.policy_params(state), map(jax.random.key, itertools.count())
+    wanted = list(inspect.signature(module.policy).parameters)[4:]  # beside those of every file
+    facts = {name: getattr(state, name).apply_fn for name in wanted if name in state._fields}
+    cfg = config(module, **overrides)
+    facts |= {"cfg": cfg} if "cfg" in wanted else {}
+    apply_fn = (state.actor or state.flow).apply_fn
+
+    @jax.jit
+    def act(params, observation, key):
+        if "memory" not in wanted:
+            return module.policy(apply_fn, params, observation, key, **facts)
+        size = params[0]["params"]["head"]["bias"].size // cfg.horizon
+        memory = np.zeros((*observation.shape[:-1], cfg.horizon, size), np.float32), 0
+        return module.policy(apply_fn, params, observation, key, memory, None, **facts)[0]
+
+    return lambda observation: act(params, observation, next(keys))
 
 
-def act(module, state, observation):
+def act(module, state, observation, **overrides):
     """Action [A] in one observation."""
-    return np.asarray(policy(module, state)(np.atleast_1d(np.float32(observation))))
+    return np.asarray(policy(module, state, **overrides)(np.atleast_1d(np.float32(observation))))
 
 
 def q(state, observation, action):
@@ -222,10 +280,11 @@ def q(state, observation, action):
 
 
 def value(state, observation):
-    """V(observation), for one; AWR's network gives (1 - discount) V with the probes' 0.9."""
-    scale = 1.0 if "critic" in state._fields else 1 / (1 - 0.9)
+    """min over K of V(observation), for one; AWR's gives (1 - discount) V, the probes' is 0.9."""
+    scaled = "critic" in state._fields or hasattr(state.value_net, "target_params")
     observation = np.atleast_2d(np.float32(observation))
-    return scale * float(state.value_net.apply_fn(state.value_net.params, observation)[0])
+    found = state.value_net.apply_fn(state.value_net.params, observation).min()
+    return float(found) * (1.0 if scaled else 1 / (1 - 0.9))
 
 
 def leaves(tree):

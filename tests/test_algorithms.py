@@ -34,8 +34,8 @@ def test_every_algorithm_is_known_to_the_tests():
 def run(module, seeds, lengths):
     """Arrays of states and metrics, [S] each, after chunks of these lengths."""
     init_keys, train_keys = experiment.streams(seeds, 2)
-    data = jax.device_put(probes.rows_for(module.__name__.split(".")[-1]))
-    cfg = probes.config(module, **TINY)
+    data, cfg = probes.rows_for(module.__name__.split(".")[-1]), probes.config(module, **TINY)
+    data = jax.device_put(probes.prepared(module, data, cfg))
     facts = {"num_actions": probes.NUMBER} if data.action.ndim == 1 else {}
     create = functools.partial(module.create_state, batch=data, cfg=cfg, **facts)
     state, chunks, start = jax.jit(jax.vmap(create))(init_keys), {}, 0
@@ -95,7 +95,7 @@ def test_a_resumed_run_equals_an_undisturbed_one(name, discrete, tmp_path, monke
     """The rest of what runs do is tested on one file, see test_experiment.py."""
     monkeypatch.chdir(tmp_path)
     write = runs.write_cartpole if discrete else runs.write_hdf5
-    argv = ["--dataset", write("data.hdf5"), *runs.TINY, *runs.ALSO_TINY.get(name, [])]
+    argv = ["--dataset", write("data.hdf5"), *runs.tiny(name)]
     argv += ["--seeds", "0", "1"]
     runs.start(name, [*argv, "--name", "whole"])
     original = experiment.Run.log
@@ -155,8 +155,8 @@ def test_smoke_the_file_and_common_are_enough(tmp_path, compilation_cache, name)
     shutil.copytree(ROOT / "common", tmp_path / "common", ignore=lambda *_: ["__pycache__"])
     write_hdf5(tmp_path / "tiny.hdf5", probes.rows_for(name, 64))
     command = f"{name}.py --dataset tiny.hdf5 --num-updates 4 --log-every 2 --eval-every 2"
-    command += " --batch-size 8 --hidden 16 16 --wandb disabled --runs-dir made --name smoke "
-    command += " ".join(runs.ALSO_TINY.get(name, []))
+    command += " --batch-size 8 --wandb disabled --runs-dir made --name smoke "
+    command += " ".join(runs.nets(name))
     with (tmp_path / "common" / "__init__.py").open("a") as file:
         file.write('\nprint("this is the copy")\n')
     paths = {"JAX_COMPILATION_CACHE_DIR": str(compilation_cache), "PYTHONPATH": str(tmp_path)}

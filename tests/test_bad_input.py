@@ -294,7 +294,7 @@ def test_integer_actions_for_a_method_of_continuous_ones(folder, capsys, name):
     runs.write_hdf5(OTHER, attributes={}, actions=np.zeros(60, int))
     before = runs.tree(folder)
     with pytest.raises(SystemExit) as leave:
-        runs.start(name, [*LEARN, *runs.ALSO_TINY.get(name, [])])
+        runs.start(name, ["--dataset", OTHER, *runs.tiny(name)])
     words = [OTHER, "integer actions", "continuous ones only"]
     refused(folder, leave.value.code, before, capsys.readouterr().err, words)
 

@@ -25,18 +25,33 @@ from common import datasets, views
 
 # Ordinary settings; what a file does not name here is its Config's.
 CAUTIOUS = {
+    "atac": {"beta": 1.0, "warm_start": 1000, "actor_learning_rate": 1e-4},
     "awac": {},
     "bc": {},
+    "bcq": {},
     "cql": {"alpha": 5.0},
+    "idql": {},
     "iql": {},
+    "odice": {"lam": 0.5, "alpha": 0.1},  # with alpha 1 the weights vanish next to such rewards
+    "fql": {},
+    "iql": {},
+    "qc": {"horizon": 1},
+    "ivr": {},
     "rebrac": {"actor_penalty": 1.0, "critic_penalty": 1.0},
     "td3_bc": {},
+    "xql": {},
 }
 STITCHING = {
+    "bcq": {},
     "cql": {"alpha": 1.0},
+    "idql": {"expectile": 0.9},
     "iql": {"expectile": 0.9, "inverse_temperature": 10.0},
+    "odice": {"alpha": 0.1},
+    "qc": {"horizon": 1},
+    "ivr": {"sql_alpha": 0.05},
     "rebrac": {"actor_penalty": 1.0, "critic_penalty": 0.1},
     "td3_bc": {},
+    "xql": {"beta": 0.1, "inverse_temperature": 10.0},
 }
 
 
@@ -71,7 +86,7 @@ def after_overestimation(module, seed, **overrides):
     """(greedy action, Q of it)"""
     settings = {"discount": 0.9, "target_rate": 0.05} | overrides
     state = probes.train(module, probes.rewarding_left(), 10_000, seed, **settings)
-    action = probes.act(module, state, 1)
+    action = probes.act(module, state, 1, **settings)
     return action.item(), probes.q(state, 1, action) if "critic" in state._fields else 0.0
 
 
@@ -94,7 +109,7 @@ def success(module, seed, data=None, **overrides):
     settings = {"discount": 0.9, "target_rate": 0.02} | overrides
     data = probes.crossing() if data is None else data
     state = probes.train(module, data, 4000, seed, **settings)
-    policy = probes.policy(module, state)
+    policy = probes.policy(module, state, **settings)
     position = probes.starts(np.random.default_rng(seed), 50)
     there = np.zeros(50, bool)
     for _ in range(30):

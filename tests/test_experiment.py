@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs: what they leave behind, and that neither death nor company changes a number."""
 
+import errno
 import json
 import os
 import shutil
@@ -219,7 +220,7 @@ def test_simulated_devices(name, tiny, base, tmp_path):
     """Four devices give the metrics of one, also when the run dies and is resumed there."""
     seeds = ["--seeds", "0", "1", "2", "3"]
     one = run(name, [*tiny, *seeds, "--runs-dir", "one"])
-    four = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    four = {"XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=4"}
     environment = runs.environment(base / "cache", **four)
     argv = [*tiny, *seeds, "--runs-dir", "four"]
     die = runs.command(name, argv, die="after save 8")
@@ -337,6 +338,85 @@ def test_every_checkpoint_damaged(name, tiny, reference, capsys):
     assert error.count("cannot be read") == 2 and "no checkpoint can be read" in error
     assert "resuming" not in out
     assert runs.tree(folder) == before
+
+
+# --- Disks --------------------------------------------------------------------------------------
+FULL = OSError(errno.ENOSPC, "No space left on device", "metrics.csv")
+READ_ONLY = OSError(errno.EROFS, "Read-only file system")
+TENSORSTORE = ValueError("RESOURCE_EXHAUSTED: Failed to write 9 bytes [os_error_code='28']")
+
+
+@pytest.mark.parametrize(
+    ("where", "problem", "said"),
+    [
+        ("_append", FULL, "No space left on device"),
+        ("save", TENSORSTORE, "No space left on device"),
+        ("_finish", READ_ONLY, "Read-only file system"),
+        ("_open", FULL, "No space left on device"),
+    ],
+)
+def test_a_disk_that_takes_no_more(
+    name, tiny, reference, monkeypatch, capsys, where, problem, said
+):
+    original, calls = getattr(experiment.Run, where), []
+
+    def failing(*args):
+        calls.append(args)
+        if len(calls) == 5 or where.startswith(("_f", "_o")):
+            raise problem
+        return original(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(experiment.Run, where, failing)
+        with pytest.raises(SystemExit) as stop:
+            runs.start(name, [*tiny, *SEEDS])
+    assert stop.value.code == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ") and f"cannot be written ({said})" in error
+    assert "--resume" in error
+    folder = run(name, [*tiny, *SEEDS, "--resume"])
+    assert metrics(folder) == metrics(reference(name))
+
+
+def test_other_errors_are_not_taken_for_the_disk(name, tiny, monkeypatch):
+    def failing(*args):
+        raise ValueError("shapes do not match")
+
+    monkeypatch.setattr(experiment.Run, "log", failing)
+    with pytest.raises(ValueError, match="shapes do not match"):
+        runs.start(name, [*tiny, *SEEDS])
+
+
+# --- Version of the code ------------------------------------------------------------------------
+def test_the_digest_is_of_what_the_code_does(tmp_path):
+    file = tmp_path / "one.py"
+
+    def digest(text):
+        file.write_text(text)
+        return experiment._code([file])
+
+    first = digest('"""Text."""\ndef f(x):\n    """Says."""\n    return x + 1  # because\n')
+    assert first == digest("def f(x):\n\n    return (x + 1)\n") and len(first) == 12
+    assert first != digest("def f(x):\n    return x + 2\n")
+
+
+def test_a_run_resumed_by_other_code_says_so(name, tiny, monkeypatch, capsys):
+    def log(self, step, *args):
+        original(self, step, *args)
+        if step == 8 and versions[0] == "first":
+            self.signal = signal.SIGTERM  # as if it had come
+
+    original, versions = experiment.Run.log, ["first"]
+    monkeypatch.setattr(experiment, "_code", lambda paths: versions[0])
+    monkeypatch.setattr(experiment.Run, "log", log)
+    folder = run(name, tiny, expected=128 + signal.SIGTERM)
+    versions[0] = "second"
+    run(name, [*tiny, "--resume"])
+    assert "WARNING: resumed by another version" in capsys.readouterr().err
+    versions[0] = "third"
+    run(name, [*tiny, "--resume"])  # nothing is left to train
+    result = json.loads((folder / "result.json").read_text())
+    assert result["code"] == dict.fromkeys(("algorithm", "common"), "first+second")
 
 
 # --- Signals ------------------------------------------------------------------------------------

@@ -9,12 +9,21 @@ import pytest
 
 SHARED = {"discount": 0.9, "target_rate": 0.05}
 FREE = {  # no pull towards the data, or as little as the method can have
+    "atac": {"beta": 1e3, "warm_start": 500},
     "awac": {"inverse_temperature": 100.0},
     "awr": {"inverse_temperature": 6.0, "max_weight": 1e3, "fixed_std": None},
+    "bcq": {"kl_weight": 0.01, "perturbation": 1.0},
     "cql": {"alpha": 0.0},
+    "idql": {"expectile": 0.5},
     "iql": {"inverse_temperature": 10.0},
+    "odice": {"gradient": "semi", "lam": 0.5, "alpha": 0.01},
+    "fql": {"alpha": 0.01},
+    "iql": {"inverse_temperature": 10.0},
+    "qc": {"horizon": 1},
+    "ivr": {"sql_alpha": 0.01},
     "rebrac": {"actor_penalty": 0.0, "critic_penalty": 0.0},
     "td3_bc": {"alpha": 1e4},
+    "xql": {"beta": 0.5, "inverse_temperature": 10.0},
 }
 TIED = {  # a strong one
     "rebrac": {"actor_penalty": 10.0, "critic_penalty": 1.0, "target_noise": 0.0},
@@ -28,6 +37,12 @@ def free(request):
     module = importlib.import_module(f"algorithms.{request.param}")
     settings = SHARED | FREE[request.param]
     return module, lambda data: probes.train(module, data, 3000, **settings)
+
+
+def act(module, state, observation):
+    return probes.act(module, state, observation, **FREE[module.__name__.split(".")[-1]])
+    settings = FREE[module.__name__.split(".")[-1]] | {"num_samples": 256}  # to choose from
+    return probes.act(module, state, observation, **settings)
 
 
 def values(state, observation):
@@ -58,7 +73,7 @@ def test_two_steps(free):
 def test_best_action(free):
     module, train = free
     state = train(probes.best_action())
-    np.testing.assert_allclose(probes.act(module, state, 1), [0.5], atol=0.05)
+    np.testing.assert_allclose(act(module, state, 1), [0.5], atol=0.05)
     if "critic" in state._fields:
         expected = [1 - (action - 0.5) ** 2 for action in (-0.9, -0.5, 0.0, 0.5, 0.9)]
         np.testing.assert_allclose(values(state, 1), expected, atol=0.05)
@@ -67,8 +82,8 @@ def test_best_action(free):
 def test_best_action_by_state(free):
     module, train = free
     state = train(probes.best_action_by_state())
-    np.testing.assert_allclose(probes.act(module, state, 1), [0.5], atol=0.05)
-    np.testing.assert_allclose(probes.act(module, state, -1), [-0.5], atol=0.05)
+    np.testing.assert_allclose(act(module, state, 1), [0.5], atol=0.05)
+    np.testing.assert_allclose(act(module, state, -1), [-0.5], atol=0.05)
 
 
 # --- Closed forms with the method's own coefficients --------------------------------------------
@@ -127,6 +142,44 @@ def test_iql_extraction(settings, expected):
     data = data._replace(reward=data.action[:, 0])
     state = probes.train(iql, data, 3000, **SHARED, **settings)
     np.testing.assert_allclose(probes.act(iql, state, 1), [expected], atol=0.06)
+
+
+@pytest.mark.parametrize(
+    ("settings", "value", "action"),
+    [
+        ({"variant": "sql", "sql_alpha": 0.125}, 0.25, 0.75),
+        (
+            {"variant": "eql", "eql_alpha": 1.0, "inverse_temperature": 3.0},
+            np.log(np.sinh(1)),
+            1 / np.tanh(3) - 1 / 3,
+        ),
+    ],
+    ids=["sql", "eql"],
+)
+def test_ivr_value_and_extraction(settings, value, action):
+    """Actions a uniform in [-1, 1] with rewards a, then the end, so Q = a.
+
+    sql: E[(2 alpha + a - V)+] = 2 alpha, so (1 - V + 2 alpha)^2 = 8 alpha; the weight (a - V)+.
+    eql: V = alpha log E[exp(a / alpha)]; the weight exp(3 a / alpha).
+    """
+    from algorithms import ivr
+
+    data = probes.best_action()
+    data = data._replace(reward=data.action[:, 0])
+    state = probes.train(ivr, data, 3000, **SHARED, **settings)
+    np.testing.assert_allclose(probes.value(state, 1), value, atol=0.05)
+    np.testing.assert_allclose(probes.act(ivr, state, 1), [action], atol=0.06)
+
+
+def test_xql_value_and_extraction():
+    """The same Q = a: V = beta log E[exp(a / beta)], the weight exp(3 a)."""
+    from algorithms import xql
+
+    data = probes.best_action()
+    data = data._replace(reward=data.action[:, 0])
+    state = probes.train(xql, data, 3000, **SHARED, beta=1.0, inverse_temperature=3.0)
+    np.testing.assert_allclose(probes.value(state, 1), np.log(np.sinh(1)), atol=0.05)
+    np.testing.assert_allclose(probes.act(xql, state, 1), [1 / np.tanh(3) - 1 / 3], atol=0.06)
 
 
 @pytest.mark.parametrize("discrete", [False, True])

@@ -1,58 +1,81 @@
 # SPDX-License-Identifier: Apache-2.0
-"""benchmarks/report.py: what the table says of made-up run folders."""
+"""benchmarks/report.py: what the page says of made-up run folders."""
 
 import json
+import re
+import shutil
+import subprocess
+import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import yaml
 
+import published
+import readers
 from benchmarks import report
 
+ROOT = Path(__file__).resolve().parents[1]
+CODE = {"algorithm": "aaa", "common": "ccc"}
 
-def write_run(folder, scores, algorithm="bc", best=None, **config):
-    """A finished run with these final scores by seed, all of them 5 after 10 updates."""
+
+def write_run(folder, scores, algorithm="bc", best=None, updates=20, code=CODE, **config):
+    """A finished run with these final scores by seed, all of them 5 halfway."""
     folder.mkdir(parents=True)
-    record = {"reference": [0.0, 200.0], "data_return": {"mean": 50.0, "max": 150.0}}
-    config = {"dataset": "made.hdf5", "seeds": [*range(len(scores))]} | config
+    reference = config.pop("reference", [0.0, 200.0])
+    record = {"reference": reference, "data_return": {"mean": 50.0, "max": 150.0}}
+    scores = scores if isinstance(scores, dict) else dict(enumerate(scores))
+    config = {"dataset": "made.hdf5", "seeds": [*scores]} | config
     (folder / "config.yaml").write_text(yaml.safe_dump(config | {"record": record}))
-    by_seed = {str(seed): score for seed, score in enumerate(scores)}
+    by_seed = {str(seed): score for seed, score in scores.items()}
     result = {
         "algorithm": algorithm,
-        "num_updates": 20,
+        "num_updates": updates,
         "eval_episodes": 3,
         "score": by_seed,
         "best_score": by_seed if best is None else dict.fromkeys(by_seed, best),
         "return": {seed: None if x is None else 2 * x for seed, x in by_seed.items()},
-        "diverged": {seed: 10 for seed, x in by_seed.items() if x is None},
+        "diverged": {seed: updates // 2 for seed, x in by_seed.items() if x is None},
         "updates_per_second": 1.5,
+        "train_seconds": 3000.0,
+        "eval_seconds": 1000.0,
         "eval_share": 0.25,
         "hardware": "none",
+        "code": code,
         "versions": {"python": "3"},
     }
     (folder / "result.json").write_text(json.dumps(result))
     rows = ["update,seed,actor_loss,score"]
-    for update in (10, 20):
-        for seed, score in enumerate(scores):
-            rows.append(
-                f"{update},{seed},0.1,{'' if score is None else 5 if update < 20 else score}"
-            )
+    for update in (updates // 2, updates):
+        for seed, score in scores.items():
+            shown = "" if score is None else 5 if update < updates else score
+            rows.append(f"{update},{seed},0.1,{shown}")
     (folder / "metrics.csv").write_text("\n".join(rows) + "\n")
 
 
+def cells(found):
+    return [[str(x) for x in row] for row in found.rows]
+
+
 def rows(tmp_path):
-    runs = report.find((tmp_path,))
-    return [
-        [cell.strip() for cell in line.strip("|").split("|")]
-        for line in report.table(runs).splitlines()[2:]
-    ]
+    return cells(report.table(readers.find((tmp_path,))[0]))
 
 
+def page(tmp_path, *folders, **options):
+    """The Markdown page."""
+    folders = folders or (tmp_path / "runs",)
+    report.main(report.Arguments(folders, output=tmp_path / "out" / "page", **options))
+    return (tmp_path / "out" / "page.md").read_text()
+
+
+# --- Rows ---------------------------------------------------------------------------------------
 def test_a_row_by_hand(tmp_path):
     write_run(tmp_path / "one", [10.0, 20.0], best=30.0)
     (row,) = rows(tmp_path)
     assert row[:7] == ["bc", "made", "25.0", "75.0", "15.0 ± 5.0", "30.0 ± 0.0", "30.0 ± 10.0"]
-    assert row[7:] == ["0 1", "20", "3", "1.5", "25 %"]
+    assert row[7:] == ["0 1", "20", "3", "1.5", "1:06", "25 %"]
 
 
 def test_a_seed_that_diverged_is_named_and_not_in_the_mean(tmp_path):
@@ -68,29 +91,452 @@ def test_runs_of_one_algorithm_are_told_apart(tmp_path):
     assert [row[0] for row in rows(tmp_path)] == ["bc fraction=1.0", "bc fraction=0.1", "iql"]
 
 
+def test_values_tuned_per_data_set_are_one_method(tmp_path):
+    write_run(tmp_path / "a", [1.0], dataset="a.hdf5", alpha=1.0)
+    write_run(tmp_path / "b", [2.0], dataset="b.hdf5", alpha=2.0)
+    assert [row[0] for row in rows(tmp_path)] == ["bc", "bc"]
+
+
+def test_further_seeds_are_joined(tmp_path):
+    write_run(tmp_path / "a", {0: 10.0, 1: 20.0})
+    write_run(tmp_path / "b", {2: 60.0})
+    (row,) = rows(tmp_path)
+    assert row[4] == "30.0 ± 21.6" and row[7] == "0 1 2" and row[11] == "2:13"
+
+
+def test_a_seed_that_is_there_twice_is_in_no_mean_twice(tmp_path):
+    write_run(tmp_path / "a", {0: 10.0, 1: 20.0})
+    write_run(tmp_path / "b", {1: 30.0})
+    found, notes = readers.find((tmp_path,))
+    assert [row.label for row in found] == ["bc run=a", "bc run=b"]
+    assert "have a seed twice" in notes[0] and "not joined" in notes[0]
+
+
+def test_a_copy_is_left_out(tmp_path):
+    write_run(tmp_path / "a", [10.0])
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    found, notes = readers.find((tmp_path,))
+    assert len(found) == 1 and "b is a copy of" in notes[0]
+
+
+def test_two_versions_of_the_code_share_no_mean(tmp_path):
+    other = CODE | {"algorithm": "bbb"}
+    for name in "xyz":
+        write_run(tmp_path / name, [10.0, 20.0], dataset=f"{name}.hdf5", code=CODE)
+    write_run(tmp_path / "new", {2: 99.0, 3: 99.0}, dataset="x.hdf5", code=other)
+    found, notes = readers.find((tmp_path,))
+    assert "bc ran in 2 versions of its code (aaa, bbb)" in notes[0]
+    lines = cells(report.matrix(found))
+    assert lines == [
+        ["bc code=bbb", "99.0 ± 0.0", "", "", "none: 1 of 3 data sets"],
+        ["bc code=aaa", *["15.0 ± 5.0"] * 3, "15.0"],
+    ]
+    assert [*report.summarise(found).scores] == ["bc code=aaa"]
+
+
+def test_versions_that_differ_between_data_sets_only_share_no_mean_either(tmp_path):
+    write_run(tmp_path / "a", [10.0], dataset="x.hdf5")
+    write_run(tmp_path / "b", [20.0], dataset="y.hdf5", code=CODE | {"algorithm": "bbb"})
+    found, _ = readers.find((tmp_path,))
+    assert {row[-1] for row in cells(report.matrix(found))} == {"none: 1 of 2 data sets"}
+
+
+def test_code_that_is_not_recorded_is_said_and_never_joined(tmp_path):
+    write_run(tmp_path / "runs" / "a", {0: 1.0}, code=None)
+    write_run(tmp_path / "runs" / "b", {1: 2.0}, code=None)
+    text = page(tmp_path)
+    assert "bc run=a" in text and "do not say which code made them" in text
+    assert "version of the code not recorded: 2 of 2 rows" in text
+
+
+def test_other_code_in_common_and_resumed_runs_are_said(tmp_path):
+    write_run(tmp_path / "runs" / "a", [1.0], dataset="x.hdf5", code=CODE | {"common": "ddd"})
+    write_run(tmp_path / "runs" / "b", [1.0], "iql", code=CODE | {"algorithm": "a+b"})
+    text = page(tmp_path)
+    assert "the code in common/ was not the same for all rows: ccc, ddd" in text
+    assert "resumed by another version of the code: iql on made" in text
+
+
+def test_different_data_of_one_name_are_told_apart(tmp_path):
+    write_run(tmp_path / "a", [10.0])
+    write_run(tmp_path / "b", [20.0], "iql")
+    file = tmp_path / "b" / "config.yaml"
+    file.write_text(file.read_text().replace("mean: 50.0", "mean: 51.0"))
+    found, notes = readers.find((tmp_path,))
+    assert "made is the name of different data" in notes[0]
+    assert len({row.dataset for row in found}) == 2
+
+
+# --- What cannot be read ------------------------------------------------------------------------
 def test_an_unfinished_run_is_left_out(tmp_path, capsys):
+    write_run(tmp_path / "runs" / "one", [1.0])
+    write_run(tmp_path / "runs" / "two", [2.0])
+    (tmp_path / "runs" / "two" / "result.json").unlink()
+    text = page(tmp_path)
+    assert text.count("| bc | made |") == 1 and "two has no result.json" in text
+    assert capsys.readouterr().out.count("two has no result.json") == 1
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "words"),
+    [
+        ("result.json", r"\Z", "{", "damaged"),
+        ("result.json", r"(?s)..\Z", "", "damaged"),
+        ("result.json", '"20": 2', '"20": 2', None),
+        ("result.json", r'"score": \{"0": 2\.0', '"score": {"0": 3.0', "says 3.0, metrics.csv 2.0"),
+        ("result.json", r'"0": 2\.0', '"0": NaN', "score nan"),
+        ("result.json", '"num_updates": 20', '"num_updates": 10', "metrics.csv 5.0"),
+        ("result.json", '"eval_share"', '"share"', "no 'eval_share'"),
+        ("metrics.csv", r"20,0,0\.1,2\.0\n", "", "says 2.0, metrics.csv None"),
+        ("metrics.csv", r"2\.0\n\Z", "2", "metrics.csv breaks off"),
+        ("metrics.csv", "(?s).+", "", "metrics.csv breaks off"),
+        ("config.yaml", r"- 0\n", "- 1\n", "config.yaml has seeds"),
+        ("config.yaml", r"(?s)record:.*", "", "no 'record'"),
+        ("config.yaml", "(?s).+", "", "damaged"),
+        ("config.yaml", "seeds:", "seeds: [", "damaged"),
+    ],
+)
+def test_a_half_written_run_is_left_out(tmp_path, file, old, new, words):
     write_run(tmp_path / "one", [1.0])
-    write_run(tmp_path / "two", [2.0])
-    (tmp_path / "two" / "result.json").unlink()
-    assert len(rows(tmp_path)) == 1
-    assert "two has no result.json" in capsys.readouterr().out
+    write_run(tmp_path / "two", [2.0], dataset="other.hdf5")
+    path = tmp_path / "two" / file
+    path.write_text(re.sub(old, new, path.read_text(), count=1))
+    found, notes = readers.find((tmp_path,))
+    if words is None:
+        assert len(found) == 2 and notes == []
+    else:
+        assert [row.dataset for row in found] == ["made"]
+        assert len(notes) == 1 and "two is damaged" in notes[0] and words in notes[0]
 
 
-def test_no_run_is_one_line_and_exit_code_2(tmp_path, capsys):
-    with pytest.raises(SystemExit) as leave:
-        report.find((tmp_path,))
-    assert leave.value.code == 2
-    assert str(tmp_path) in capsys.readouterr().err
+def test_a_folder_without_any_run_is_one_line_and_exit_code_2(tmp_path, capsys):
+    for folder in (tmp_path, tmp_path / "absent"):
+        with pytest.raises(SystemExit) as leave:
+            readers.find((folder,))
+        assert leave.value.code == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert str(folder) in line
 
 
+def test_wandbs_own_files_are_no_runs(tmp_path):
+    write_run(tmp_path / "one", [1.0])
+    inner = tmp_path / "one" / "wandb" / "run-x" / "files"
+    inner.mkdir(parents=True)
+    (inner / "config.yaml").write_text("a: 1\n")
+    assert readers.find((tmp_path,))[1] == []
+
+
+# --- Means over data sets -----------------------------------------------------------------------
+def several(tmp_path):
+    """Two methods on two data sets, another on one of them, another that lost a seed."""
+    for name, add in (("x", 0.0), ("y", 10.0)):
+        write_run(tmp_path / f"bc-{name}", [10 + add, 20 + add], dataset=f"{name}.hdf5")
+        write_run(tmp_path / f"iql-{name}", [40 + add, 15 + add], "iql", dataset=f"{name}.hdf5")
+        lost = [50.0, None if name == "x" else 60.0]
+        write_run(tmp_path / f"awr-{name}", lost, "awr", dataset=f"{name}.hdf5")
+    write_run(tmp_path / "cql-x", [90.0, 90.0], "cql", dataset="x.hdf5")
+    return readers.find((tmp_path,))[0]
+
+
+def test_means_are_over_all_data_sets_or_missing(tmp_path):
+    found = several(tmp_path)
+    assert {row[0]: row[-1] for row in cells(report.matrix(found))} == {
+        "awr": "none: a seed without a score on x",
+        "bc": "20.0",
+        "cql": "none: 1 of 2 data sets",
+        "iql": "32.5",
+    }
+    summary = report.summarise(found)
+    assert [*summary.scores] == ["bc", "iql"]
+    assert summary.iqm["bc"][0] == pytest.approx(20.0)  # of 10 20 20 30 the middle half
+    assert summary.improvement["iql", "bc"][0] == pytest.approx(0.75)
+    assert summary.improvement["bc", "iql"][0] == pytest.approx(0.25)
+    assert summary.words == ["awr (a seed without a score on x)", "cql (1 of 2 data sets)"]
+
+
+def test_other_numbers_of_seeds_are_not_compared(tmp_path):
+    write_run(tmp_path / "a", [10.0, 20.0], dataset="x.hdf5")
+    write_run(tmp_path / "b", [20.0], dataset="y.hdf5")
+    summary = report.summarise(readers.find((tmp_path,))[0])
+    assert summary.scores == {} and summary.words == ["bc (1, 2 seeds)"]
+
+
+def test_returns_of_two_envs_have_no_mean(tmp_path):
+    for name in "xy":
+        write_run(tmp_path / name, [10.0], dataset=f"{name}.hdf5", reference=[None, None])
+    (line,) = cells(report.matrix(readers.find((tmp_path,))[0]))
+    assert line[-1] == "none: returns are on different scales"
+
+
+def test_one_seed_has_no_interval(tmp_path):
+    for name in "xy":
+        write_run(tmp_path / "runs" / name, [10.0], dataset=f"{name}.hdf5")
+        write_run(tmp_path / "runs" / f"i{name}", [15.0], "iql", dataset=f"{name}.hdf5")
+    text = page(tmp_path)
+    assert "| bc | 10.0 | 10.0 | 1 | 2 | 20 |" in text and "One seed has no interval." in text
+
+
+def test_data_of_other_origin_are_in_other_tables(tmp_path):
+    ids = ["hopper-medium-v2", "mujoco/hopper/medium-v0", "hopper-medium-v4.hdf5"]
+    ids += ["D4RL/antmaze/umaze-v1", "antmaze-umaze-v2", "antmaze-large-navigate-singletask-v0"]
+    ids += [
+        "local/pointmaze/umaze-v0",
+        "local/ogbench/cube-single-play-v0",
+        "x/hopper-medium-v2.h5",
+    ]
+    for i, name in enumerate(ids):
+        write_run(tmp_path / f"{i}", [10.0], dataset=name)
+    write_run(tmp_path / "env", [10.0], dataset="hopper-medium-v2", env="Hopper-v5")
+    found, _ = readers.find((tmp_path,))
+    assert len({row.family for row in found}) == len(ids) + 1
+    families = {row.config["dataset"]: row.family for row in found if "env" not in row.config}
+    assert families["hopper-medium-v2"] == "D4RL mujoco"
+    assert families["mujoco/hopper/medium-v0"] == "Minari mujoco"
+    assert families["local/pointmaze/umaze-v0"] == "pointmaze, made locally"
+
+
+# --- Published scores ---------------------------------------------------------------------------
+NOT_D4RL = [
+    *("local/pointmaze/umaze-v0", "local/ogbench/cube-single-play-v0", "hopper-medium-v4.hdf5"),
+    *("local/ogbench/cube-single-play-singletask-v0", "local/cartpole/mixed-v0"),
+    *("mujoco/hopper/medium-v0", "D4RL/antmaze/umaze-v1", "D4RL/pen/human-v2"),
+    *("D4RL/kitchen/complete-v2", "D4RL/pointmaze/umaze-v2", "adroit-door-human-replay.hdf5"),
+    *("/data/hopper-medium-v2.hdf5", "hopper_medium-v2.hdf5", "hopper-medium-v2.h5"),
+]
+
+
+def every_name(dataset):
+    """A reference that knows the data set under any name it might be looked up by."""
+    entry = {"algorithm": "bc", "config": "", "mean": "1", "std": "1", "seeds": "4"}
+    entry |= {"updates": "20", "selection": "last", "column": "Paper", "source": "s"}
+    entry |= {"ddof": "", "note": ""}
+    names = [dataset, readers.datasets.slug(dataset), readers.datasets.config_name(dataset)]
+    names += [x["dataset"] for x in published.load()]
+    return [entry | {"dataset": name} for name in dict.fromkeys(names)]
+
+
+@pytest.mark.parametrize("dataset", NOT_D4RL)
+def test_what_is_not_d4rls_has_no_published_score_beside_it(tmp_path, dataset):
+    write_run(tmp_path / "one", [10.0], dataset=dataset)
+    (row,) = readers.find((tmp_path,))[0]
+    assert published.name_of(row) is None
+    assert published.beside(row, every_name(dataset)) == ([], [])
+    assert report.beside([row], every_name(dataset)) == []
+
+
+def d4rl_run(tmp_path, **options):
+    options = {"updates": 1_000_000, "dataset": "hopper-medium-v2", "algorithm": "rebrac"} | options
+    write_run(tmp_path / "one", [101.0, 103.0], **options)
+    (row,) = readers.find((tmp_path,))[0]
+    return report.beside([row], published.load())
+
+
+def test_published_scores_stand_beside_ours(tmp_path):
+    table, *sources = d4rl_run(tmp_path)
+    assert table.head[4:] == ["here", "CORL", "ReBRAC authors"]
+    (row,) = cells(table)
+    assert row[:4] == ["rebrac", "hopper-medium-v2", "last", "1,000,000"]
+    assert row[4:] == ["102.0 ± 1.0 (2)", "102.29 ± 0.17 (4)", "102.01 ± 1.01 (10)"]
+    assert "github:corl-team/CORL:README.md; ddof 0" in sources[0].markdown
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"updates": 30_000}, {"env": "Hopper-v5"}, {"algorithm": "awr"}, {"env_steps": 100}],
+)
+def test_another_protocol_has_none(tmp_path, options):
+    blocks = d4rl_run(tmp_path, **options)
+    assert all(isinstance(block, report.Text) for block in blocks)
+    if "updates" in options:
+        assert "CORL: 1,000,000 updates" in blocks[0].markdown
+    else:
+        assert blocks == []
+
+
+def test_a_part_of_the_data_is_another_method(tmp_path):
+    table, *_ = d4rl_run(tmp_path, algorithm="bc", fraction=0.1)
+    assert cells(table)[0][5] == "55.48 ± 7.30 (4)"  # 10%BC in CORL's README
+
+
+@pytest.mark.parametrize(("every", "shown"), [(100_000, True), (50_000, False)])
+def test_ogbenchs_scores_are_the_mean_of_three_evaluations(tmp_path, every, shown):
+    name = "cube-single-play-singletask-v0"  # task 2
+    write_run(tmp_path / "one", [90.0], "rebrac", updates=1_000_000, dataset=name)
+    updates = [1_000_000 - every * i for i in range(4)][::-1]
+    lines = [f"{u},0,0.1,{s}" for u, s in zip(updates, (0, 60, 75, 90), strict=True)]
+    text = "\n".join(["update,seed,actor_loss,score", *lines]) + "\n"
+    (tmp_path / "one" / "metrics.csv").write_text(text)
+    (row,) = readers.find((tmp_path,))[0]
+    blocks = report.beside([row], published.load())
+    if shown:
+        assert cells(blocks[0])[0][4:] == ["75.0 (1)", "92 ± 4 (8)"]
+    else:
+        assert "so not shown" in blocks[0].markdown
+
+
+def test_the_reference_file():
+    table = published.load()
+    assert len({(x["method"], x["dataset"], x["column"]) for x in table}) == len(table) > 600
+    for entry in table:
+        assert entry["source"] and entry["ddof"] in ("", "0", "1")
+        assert float(entry["std"]) >= 0 and int(entry["seeds"]) > 1 and int(entry["updates"]) > 0
+        assert entry["selection"] == "last" or entry["selection"].startswith("mean of the last 3")
+        origin = SimpleNamespace(config={"dataset": entry["dataset"]}, copy="")
+        assert published.name_of(origin) == entry["dataset"]  # D4RL's or OGBench's own
+
+
+# --- Page ---------------------------------------------------------------------------------------
 def test_the_page(tmp_path, monkeypatch):
     write_run(tmp_path / "runs" / "one", [10.0, 20.0])
     monkeypatch.chdir(tmp_path)
     Path("note.md").write_text("Where it comes from.\n")
-    report.main(
-        report.Arguments((Path("runs"),), Path("out/page"), title="Made", note=Path("note.md"))
+    arguments = report.Arguments(
+        (Path("runs"),), output=Path("out/page"), title="Made", note=Path("note.md")
     )
+    report.main(arguments)
     text = Path("out/page.md").read_text()
     assert text.startswith("# Made\n\nWhere it comes from.\n")
     assert "| 0 | 5.0 | 10.0 |" in text and "| 1 | 5.0 | 20.0 |" in text
+    again = "python benchmarks/report.py runs --output out/page --title Made --note note.md"
+    assert again in text
     assert Path("out/page.png").stat().st_size > 1000
+    report.main(arguments)
+    assert Path("out/page.md").read_text() == text
+
+
+def test_the_command_of_a_row_is_its_config(tmp_path):
+    """Read back it gives the config; where it does not, the words say so."""
+    from algorithms import bc
+    from common import config
+
+    argv = ["--dataset", "hopper-medium-v2", "--seeds", "3", "4", "--hidden", "8", "8"]
+    wanted = config.resolved(*config.parse(bc.Config, [*argv, "--fraction", "0.1"]))
+    row = SimpleNamespace(algorithm="bc", config=wanted | {"record": {}}, folder=tmp_path)
+    words = report.command(row).split()
+    assert words[:2] == ["python", "algorithms/bc.py"] and "--eval-every" not in words
+    assert config.resolved(*config.parse(bc.Config, words[2:])) == wanted
+    row.config["gone"] = 1
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(row.config))
+    assert report.command(row).startswith("# ")
+
+
+def test_the_part_of_a_readme(tmp_path, capsys):
+    file = tmp_path / "README.md"
+    file.write_text("before\n<!-- page -->\nold\n<!-- /page -->\nafter\n")
+    several(tmp_path / "runs")
+    page(tmp_path, readme=file)
+    text = file.read_text()
+    assert text.startswith("before\n<!-- page -->\n") and text.endswith("<!-- /page -->\nafter\n")
+    assert "| bc | 15.0 ± 5.0 | 25.0 ± 5.0 | 20.0 |" in text and "old" not in text
+    assert f"python benchmarks/report.py {tmp_path}/runs" in text
+    page(tmp_path, readme=file)
+    assert file.read_text() == text
+    for spoilt in ("", "<!-- page -->", "<!-- /page -->\n<!-- page -->", text + text):
+        file.write_text(spoilt)
+        with pytest.raises(SystemExit):
+            page(tmp_path, readme=file)
+        assert file.read_text() == spoilt
+        assert "are wanted in it" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_the_html_page_needs_no_other_file(tmp_path):
+    several(tmp_path / "runs")
+    note = tmp_path / "note.md"
+    note.write_text(
+        "See `a<b` and [c](d.md).\n\n```\nx < y\n```\n\n| h | i |\n| --- | --- |\n| 1 | 2 |\n"
+    )
+    page(tmp_path, html=True, note=note, title="A & B")
+    text = (tmp_path / "out" / "page.html").read_text()
+    assert "<title>A &amp; B</title>" in text and text.count("<svg") == 2
+    assert "<code>a&lt;b</code>" in text and '<a href="d.md">c</a>' in text and "x &lt; y" in text
+    assert not re.search(r'(src|href)="(?!d\.md|#|data:)', text) and "url(http" not in text
+    ids = re.findall(r"<table", text)
+    assert len(ids) > 8 and "currentColor" in text
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium")
+def test_columns_sort_in_a_browser(tmp_path):
+    several(tmp_path / "runs")
+    page(tmp_path, html=True)
+    file = tmp_path / "out" / "page.html"
+    click = """<script>
+      const table = document.querySelector("table"), heads = table.tHead.rows[0].cells, out = [];
+      for (const i of [4, 4, 1]) { heads[i].querySelector("button").click();
+        out.push([...table.tBodies[0].rows].map(r => r.cells[i].textContent).join(";")); }
+      document.title = out.join("|"); </script>"""
+    file.write_text(file.read_text().replace("</body>", click + "</body>"))
+    with tempfile.TemporaryDirectory() as folder:
+        words = "chromium --headless --no-sandbox --disable-gpu --disable-quic --no-first-run"
+        words += " --disable-background-networking --disable-component-update --disable-sync"
+        words = [*words.split(), f"--user-data-dir={folder}", "--dump-dom", f"file://{file}"]
+        done = subprocess.run(words, capture_output=True, text=True, timeout=60)
+    title = re.search("<title>(.*)</title>", done.stdout)[1]
+    up, down, names = [part.split(";") for part in title.split("|")]
+    scores = [float(x.split()[0]) for x in up]
+    assert scores == sorted(scores) and len(scores) == 7
+    assert sorted(down) == sorted(up)
+    assert float(down[0].split()[0]) == max(scores) and names == sorted(names)
+
+
+# --- wandb --------------------------------------------------------------------------------------
+def entry(seed, scores, state="finished", **config):
+    """A run as wandb.Api returns it."""
+    record = {"reference": [0.0, 200.0], "data_return": {"mean": 50.0, "max": 150.0}}
+    config = {"dataset": "made.hdf5", "num_updates": 20, "eval_episodes": 3} | config
+    config |= {"algorithm": "bc", "seed": seed, "record": record, "code": CODE, "_wandb": {}}
+    history = [
+        {"_step": step, "actor_loss": 0.1} | ({} if score is None else {"score": score})
+        for step, score in scores
+    ]
+    path = ["me", "atoll", f"id{seed}"]
+    return SimpleNamespace(
+        config=config,
+        state=state,
+        name=f"bc/made/x/{seed}",
+        path=path,
+        scan_history=lambda: history,
+    )
+
+
+def test_a_wandb_project_is_read_like_folders(tmp_path):
+    entries = [entry(0, [(10, 5.0), (20, 10.0)]), entry(1, [(10, 30.0), (20, 20.0)])]
+    entries += [entry(2, [(10, 5.0)], "running"), entry(3, [(10, 5.0), (20, 1.0)], "crashed")]
+    entries.append(SimpleNamespace(config={}, name="other", state="finished"))
+    rows, notes = readers.from_wandb("me/atoll", SimpleNamespace(runs=lambda project: entries))
+    (row,) = cells(report.table(rows))
+    assert row[:6] == ["bc", "made", "25.0", "75.0", "15.0 ± 5.0", "20.0 ± 10.0"]
+    assert row[7:11] == ["0 1", "20", "3", ""]
+    assert len(notes) == 3 and "running at update 10 of 20" in notes[0] and "other" in notes[2]
+
+
+def test_a_diverged_run_of_wandb(tmp_path):
+    entries = [entry(0, [(10, 5.0), (20, None)]), entry(1, [(10, 30.0), (20, 20.0)])]
+    rows, _ = readers.from_wandb("me/atoll", SimpleNamespace(runs=lambda project: entries))
+    (row,) = cells(report.table(rows))
+    assert row[4] == "20.0" and row[7] == "0 1 (diverged, not in the means: 0)"
+    assert np.isnan(rows[0].scores[0])
+
+
+def test_wandb_without_an_answer_is_one_line(tmp_path, capsys):
+    def runs(project):
+        raise ConnectionError("no route\nto host")
+
+    for api in (SimpleNamespace(runs=runs), SimpleNamespace(runs=lambda project: [])):
+        with pytest.raises(SystemExit) as leave:
+            readers.from_wandb("me/atoll", api)
+        assert leave.value.code == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("error: wandb project me/atoll: ")
+
+
+def test_folders_or_wandb(capsys):
+    for arguments in (report.Arguments(), report.Arguments((Path("runs"),), wandb="a/b")):
+        with pytest.raises(SystemExit):
+            report.main(arguments)
+        assert "one of the two" in capsys.readouterr().err
+
+
+def test_the_committed_runs_can_be_read():
+    for folder in sorted((ROOT / "benchmarks" / "runs").iterdir()):
+        found, notes = readers.find((folder,))
+        assert found and notes == []

@@ -86,7 +86,9 @@ def test_dry_run_prints_every_command_and_writes_nothing(here, capsys):
     assert [Path(word).parts[:2] for word in table[2:4]] == [("runs", "bc"), ("runs", "rebrac")]
 
 
-@pytest.mark.parametrize("name", ["awac", "awr", "bc", "cql", "iql", "rebrac", "td3_bc"])
+@pytest.mark.parametrize(
+    "name", sorted(x.parent.name for x in (runs.ROOT / "configs").glob("*/pointmaze.yaml"))
+)
 def test_the_mazes_are_listed_for(name, here, capsys):
     reproduce.main(["--suite", "pointmaze", "--algorithms", name, "--dry-run"])
     *commands, _ = capsys.readouterr().out.splitlines()

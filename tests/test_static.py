@@ -29,7 +29,7 @@ COMMON_LINES = {
     "environments.py": 150,
     "evaluation.py": 200,
     "devices.py": 100,
-    "experiment.py": 450,
+    "experiment.py": 460,
     "ogbench_recipes.py": 300,
     "recipes.py": 300,
     "sources.py": 400,

@@ -126,3 +126,17 @@ def test_a_wrong_argument_is_one_line_and_exit_code_2(wrong, capsys):
         throughput.main(throughput.Arguments(**wrong))
     assert stop.value.code == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_rollouts_are_counted_in_env_steps(capsys):
+    row = throughput.roll_out("Pendulum-v1", seeds=2)
+    assert row["steps"] == 2 * 10 * 200 and row["steps/s"] > 0
+    with pytest.raises(SystemExit):
+        throughput.roll_out("NoSuchEnv-v0", seeds=1)
+    assert capsys.readouterr().err.startswith("error: --rollouts NoSuchEnv-v0: ")
+
+
+def test_a_record_shows_every_table():
+    tables = {"rows": [{"a": 1.0}], "loading": [{"layout": "D4RL", "load, s": 0.5}]}
+    text = throughput.markdown({"command": "x"}, tables)
+    assert "| a |\n| --- |\n| 1.000 |\n\n## Loading\n\n| layout | load, s |" in text

@@ -1,0 +1,300 @@
+# SPDX-License-Identifier: Apache-2.0
+"""BCQ (Fujimoto et al., 2019): Q-learning over actions that a generative model deems likely.
+
+Paper       https://arxiv.org/abs/1812.02900
+Reference   https://github.com/sfujim/BCQ (continuous_BCQ)
+Run         python algorithms/bcq.py --config configs/bcq/mujoco.yaml
+Parent      td3_bc.py (163 lines)
+Results     benchmarks/results
+Deviations  none known from the code. Data with recorded next observations keep the rows at a
+            truncation, which D4RL's loader drops.
+
+Shapes: S seeds, K critics, N samples, B batch, E episodes, O observation, A action. All float32.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from flax.training import train_state
+
+from common import datasets, evaluation, experiment
+
+
+# --- Config -------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Config:
+    dataset: str = "local/pointmaze/umaze-v0"  # data set id or path, see common/datasets.py
+    seeds: tuple[int, ...] = (0,)  # trained side by side, one lane each
+    num_updates: int = 1_000_000  # gradient steps of every network
+    log_every: int = 1_000  # updates per compiled chunk: one row of metrics, the border to save at
+    eval_every: int = 20_000  # updates between evaluations
+    eval_episodes: int = 10  # episodes per seed and evaluation
+    batch_size: int = 100  # transitions per update
+    actor_learning_rate: float = 1e-3  # Adam
+    critic_learning_rate: float = 1e-3  # Adam
+    discount: float = 0.99  # gamma, per environment step
+    target_rate: float = 0.005  # tau, Polyak step of the target networks
+    hidden: tuple[int, ...] = (400, 300)  # widths of actor and critics
+    num_critics: int = 2  # K, see lam
+    reward_shift: float = 0.0  # added to data set rewards (AntMaze: -1)
+    # BCQ
+    vae_learning_rate: float = 1e-3  # Adam
+    vae_hidden: tuple[int, ...] = (750, 750)  # widths of encoder and decoder
+    kl_weight: float = 0.5  # of the VAE's second term
+    perturbation: float = 0.05  # Phi, how far the actor may move a sampled action
+    lam: float = 0.75  # lambda, weight of min_k Q_k in the target; that of max_k Q_k is 1 - lambda
+    num_samples: int = 10  # N, sampled actions per next observation
+    num_choices: int = 100  # sampled actions to choose from when acting
+
+
+# --- Networks -----------------------------------------------------------------------------------
+def fan_in_uniform():
+    return nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # U(±1 / sqrt(fan in))
+
+
+def uniform(bound):
+    def init(key, shape, dtype=jnp.float32):
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    return init
+
+
+def linear(fan_in, width):  # PyTorch's default
+    return nn.Dense(width, kernel_init=fan_in_uniform(), bias_init=uniform(fan_in**-0.5))
+
+
+class TanhActor(nn.Module):
+    hidden: tuple[int, ...]
+    action_dim: int
+
+    @nn.compact
+    def __call__(self, observation):  # [..., O] -> [..., A]
+        x = observation
+        for width in self.hidden:
+            x = nn.relu(linear(x.shape[-1], width)(x))
+        head = linear(x.shape[-1], self.action_dim)
+        return jnp.tanh(head(x))
+
+
+class MLP(nn.Module):
+    hidden: tuple[int, ...]
+    outputs: int
+
+    @nn.compact
+    def __call__(self, observation):  # [..., O] -> [..., outputs]
+        x = observation
+        for width in self.hidden:
+            x = nn.relu(linear(x.shape[-1], width)(x))
+        return linear(x.shape[-1], self.outputs)(x)
+
+
+class VAE(nn.Module):
+    hidden: tuple[int, ...]
+    action_dim: int
+
+    def setup(self):
+        self.encoder = MLP(self.hidden, 4 * self.action_dim)  # 2 A latents
+        self.decoder = MLP(self.hidden, self.action_dim)
+
+    def __call__(self, observation, action, key):  # -> [..., A], mean and log std [..., 2 A]
+        x = self.encoder(jnp.concatenate([observation, action], axis=-1))
+        mean, log_std = jnp.split(x, 2, axis=-1)
+        log_std = log_std.clip(-4.0, 15.0)
+        latent = mean + jnp.exp(log_std) * jax.random.normal(key, mean.shape)
+        return self.decode(observation, latent), mean, log_std
+
+    def decode(self, observation, latent):
+        return jnp.tanh(self.decoder(jnp.concatenate([observation, latent], axis=-1)))
+
+    def sample(self, observation, key):  # [..., O] -> [..., A], near the latents' mean
+        latent = jax.random.normal(key, (*observation.shape[:-1], 2 * self.action_dim))
+        return self.decode(observation, latent.clip(-0.5, 0.5))
+
+
+class Critic(nn.Module):
+    hidden: tuple[int, ...]
+
+    @nn.compact
+    def __call__(self, observation, action):  # [..., O], [..., A] -> [...]
+        x = jnp.concatenate([observation, action], axis=-1)
+        for width in self.hidden:
+            x = nn.relu(linear(x.shape[-1], width)(x))
+        return linear(x.shape[-1], 1)(x).squeeze(-1)
+
+
+# --- State --------------------------------------------------------------------------------------
+class TrainState(train_state.TrainState):
+    target_params: Any  # Polyak average of params
+
+    @classmethod
+    def create(cls, apply_fn, params, tx):
+        # The targets are a copy: params and targets are donated, so they must not share buffers.
+        target = jax.tree.map(jnp.copy, params)
+        return super().create(apply_fn=apply_fn, params=params, target_params=target, tx=tx)
+
+
+class State(NamedTuple):
+    actor: TrainState  # perturbs actions
+    critic: TrainState  # every array has a leading [K] axis
+    vae: train_state.TrainState
+
+
+def create_state(key, batch, cfg):
+    """State of one seed before the first update. `batch` supplies shapes only."""
+    key_actor, key_critic, key_vae, key_noise = jax.random.split(key, 4)
+    actor, critic = TanhActor(cfg.hidden, batch.action.shape[-1]), Critic(cfg.hidden)
+    vae = VAE(cfg.vae_hidden, batch.action.shape[-1])
+    pair = jnp.concatenate([batch.observation, batch.action], axis=-1)
+    actor_params = actor.init(key_actor, pair)
+    critic_params = jax.vmap(critic.init, (0, None, None))(
+        jax.random.split(key_critic, cfg.num_critics), batch.observation, batch.action
+    )
+    vae_params = vae.init(key_vae, batch.observation, batch.action, key_noise)
+    critics = jax.vmap(critic.apply, (0, None, None))  # -> [K, B]
+    create, adam = train_state.TrainState.create, optax.adam(cfg.vae_learning_rate)
+    return State(
+        TrainState.create(actor.apply, actor_params, optax.adam(cfg.actor_learning_rate)),
+        TrainState.create(critics, critic_params, optax.adam(cfg.critic_learning_rate)),
+        create(apply_fn=vae.apply, params=vae_params, tx=adam),
+    )
+
+
+# --- Losses -------------------------------------------------------------------------------------
+def critic_loss(params, state, batch, key, cfg):
+    """TD error to the best of N sampled, perturbed actions, mean over B, summed over K. Eq. 13."""
+    next_observation = jnp.stack([batch.next_observation] * cfg.num_samples)  # [N, B, O]
+    next_action = state.vae.apply_fn(state.vae.params, next_observation, key, method="sample")
+    actor = state.actor.apply_fn, state.actor.target_params
+    next_action = perturb(*actor, next_observation, next_action, cfg)  # [N, B, A]
+    next_q = state.critic.apply_fn(state.critic.target_params, next_observation, next_action)
+    next_q = cfg.lam * next_q.min(axis=0) + (1.0 - cfg.lam) * next_q.max(axis=0)  # [N, B]
+    next_q = next_q.max(axis=0)  # [B]
+    # Bootstrap through truncations, never through terminations.
+    target = batch.reward + cfg.reward_shift + cfg.discount * (1.0 - batch.termination) * next_q
+    q = state.critic.apply_fn(params, batch.observation, batch.action)  # [K, B]
+    chex.assert_equal_shape([*q, target])
+    loss = jnp.square(q - target[None]).mean(axis=1).sum()
+    return loss, {"critic_loss": loss, "q": q.mean()}
+
+
+def actor_loss(params, state, batch, key, cfg):
+    """-Q_1(s, a + xi(s, a)) at one sampled action a. Eq. 12."""
+    action = state.vae.apply_fn(state.vae.params, batch.observation, key, method="sample")
+    action = perturb(state.actor.apply_fn, params, batch.observation, action, cfg)
+    q = state.critic.apply_fn(state.critic.params, batch.observation, action)[0]  # [B]
+    chex.assert_equal_shape([q, batch.reward])
+    return -q.mean(), {"actor_loss": -q.mean()}
+
+
+def vae_loss(params, state, batch, key, cfg):
+    """(decoded - a)^2, mean over B and A, + kl_weight KL(N(mean, std), N(0, 1)), mean over 2 A."""
+    decoded, mean, log_std = state.vae.apply_fn(params, batch.observation, batch.action, key)
+    error = jnp.square(decoded - batch.action).mean(axis=-1)  # [B]
+    kl = 0.5 * (jnp.square(mean) + jnp.exp(2 * log_std) - 2 * log_std - 1.0).mean(axis=-1)
+    chex.assert_equal_shape([error, kl, batch.reward])
+    loss = (error + cfg.kl_weight * kl).mean()
+    return loss, {"vae_loss": loss, "behaviour_mse": error.mean(), "kl": kl.mean()}
+
+
+def perturb(apply_fn, params, observation, action, cfg):
+    """a + xi(s, a) with |xi| < Phi, clipped to [-1, 1], [..., O], [..., A] -> [..., A]."""
+    shift = apply_fn(params, jnp.concatenate([observation, action], axis=-1))
+    return (action + cfg.perturbation * shift).clip(-1.0, 1.0)
+
+
+# --- Update -------------------------------------------------------------------------------------
+def update(state, step, key, data, cfg):
+    """One step of each network in the order below, then of the targets, on one batch. One seed.
+
+    Randomness is a function of (key, step) alone, so neither the length of a chunk nor a resumed
+    run changes the result. `key` is folded with the step, never split.
+    """
+    key_batch, *keys = jax.random.split(jax.random.fold_in(key, step), 4)
+    index = jax.random.randint(key_batch, (cfg.batch_size,), 0, len(data.reward))
+    batch = jax.tree.map(lambda x: x[index], data)
+    grads, vae_metrics = jax.grad(vae_loss, has_aux=True)(
+        state.vae.params, state, batch, keys[0], cfg
+    )
+    state = state._replace(vae=state.vae.apply_gradients(grads=grads))
+    grads, critic_metrics = jax.grad(critic_loss, has_aux=True)(
+        state.critic.params, state, batch, keys[1], cfg
+    )
+    state = state._replace(critic=state.critic.apply_gradients(grads=grads))
+    grads, actor_metrics = jax.grad(actor_loss, has_aux=True)(
+        state.actor.params, state, batch, keys[2], cfg
+    )
+    state = state._replace(actor=state.actor.apply_gradients(grads=grads))
+    return update_targets(state, cfg), critic_metrics | actor_metrics | vae_metrics
+
+
+def update_targets(state, cfg):
+    """One Polyak step of both target networks."""
+    actor, critic = (
+        net.replace(
+            target_params=optax.incremental_update(net.params, net.target_params, cfg.target_rate)
+        )
+        for net in (state.actor, state.critic)
+    )
+    return state._replace(actor=actor, critic=critic)
+
+
+def train_chunk(state, key, start, data, cfg):
+    """`log_every` updates of one seed, compiled as one program. Metrics are chunk means."""
+    steps = start + jnp.arange(cfg.log_every)
+    state, metrics = jax.lax.scan(partial(update, key=key, data=data, cfg=cfg), state, steps)
+    return state, jax.tree.map(jnp.mean, metrics)
+
+
+# --- Policy -------------------------------------------------------------------------------------
+def policy(apply_fn, params, observation, key, vae, critic, cfg):
+    """The best by Q_1 of sampled, perturbed actions, [..., O] -> [..., A], random by `key`."""
+    actor_params, vae_params, critic_params = params
+    observation = jnp.broadcast_to(observation, (cfg.num_choices, *observation.shape))
+    action = vae(vae_params, observation, key, method="sample")  # [num_choices, ..., A]
+    action = perturb(apply_fn, actor_params, observation, action, cfg)
+    q = critic(critic_params, observation, action)[0]  # [num_choices, ...]
+    best = q.argmax(axis=0)[None, ..., None]
+    return jnp.take_along_axis(action, best, axis=0)[0]
+
+
+def policy_params(state):
+    return state.actor.params, state.vae.params, state.critic.params
+
+
+# --- Training -----------------------------------------------------------------------------------
+def train(cfg, options):
+    """Train every seed of `cfg` and return its final normalised scores, [S]."""
+    dataset = datasets.load(cfg.dataset, options.env, options.env_steps)
+    data = jax.device_put(dataset.transitions)
+    example = jax.tree.map(lambda x: x[:1], data)
+    init_keys, train_keys, policy_keys = experiment.streams(cfg.seeds, 3)  # [S] each
+    create = partial(create_state, batch=example, cfg=cfg)
+    state = jax.jit(jax.vmap(create))(init_keys)
+    # jit with the state donated; seeds by vmap on an accelerator, one after the other on CPU.
+    train_seeds = experiment.over_seeds(partial(train_chunk, cfg=cfg))
+    functions = {"vae": state.vae.apply_fn, "critic": state.critic.apply_fn}
+    act = partial(policy, state.actor.apply_fn, **functions, cfg=cfg)
+
+    with (
+        experiment.Run(cfg, options, dataset) as run,
+        evaluation.Rollouts(dataset, act, policy_keys, cfg) as rollouts,
+    ):
+        state, metrics, start = run.restore(state)
+        for step in run.borders(start):  # start, start + log_every, ..., num_updates
+            run.save(step, state, metrics)
+            scores = rollouts.start(policy_params(state), step) if run.evaluates(step) else None
+            row = (step, metrics, scores)
+            if step < cfg.num_updates:  # beside the evaluation where there is an accelerator
+                state, metrics = train_seeds(state, train_keys, step, data)
+            run.log(*row)
+    return run.scores
+
+
+if __name__ == "__main__":
+    train(*experiment.parse(Config))

@@ -1,0 +1,260 @@
+# SPDX-License-Identifier: Apache-2.0
+"""FQL (Park et al., 2025): a flow model clones the data, a one-step policy follows it and Q.
+
+Paper       https://arxiv.org/abs/2502.02538
+Reference   https://github.com/seohongpark/fql
+Run         python algorithms/fql.py --config configs/fql/ogbench.yaml
+Parent      none
+Results     benchmarks/results
+Deviations  one Adam per network, not one for all of them: the same steps. Rows at a truncation are
+            kept where their next observation is known. Observations are vectors, not images.
+            As in the released code the target critics follow the critics before their step.
+
+Shapes: S seeds, K critics, B batch, E episodes, O observation, A action. Arrays are float32.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from flax.training import train_state
+
+from common import datasets, evaluation, experiment
+
+
+# --- Config -------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Config:
+    dataset: str = "local/pointmaze/umaze-v0"  # data set id or path, see common/datasets.py
+    seeds: tuple[int, ...] = (0,)  # trained side by side, one lane each
+    num_updates: int = 1_000_000  # gradient steps of every network
+    log_every: int = 1_000  # updates per compiled chunk: one row of metrics, the border to save at
+    eval_every: int = 100_000  # updates between evaluations
+    eval_episodes: int = 50  # episodes per seed and evaluation
+    batch_size: int = 256  # transitions per update
+    actor_learning_rate: float = 3e-4  # Adam, for the policy and the flow
+    critic_learning_rate: float = 3e-4  # Adam
+    discount: float = 0.99  # gamma, per environment step
+    target_rate: float = 0.005  # tau, Polyak step of the target critics
+    hidden: tuple[int, ...] = (512, 512, 512, 512)  # widths of all networks
+    num_critics: int = 2  # K
+    reward_shift: float = 0.0  # added to data set rewards (AntMaze: -1)
+    # FQL
+    alpha: float = 10.0  # weight of (mu(s, z) - F(s, z))^2, in units of Q
+    q_agg: Literal["mean", "min"] = "mean"  # over K, in the TD target
+    normalize_q: bool = False  # divides Q by its mean size, alpha is then without units
+    flow_steps: int = 10  # Euler steps of F from noise to action
+
+
+# --- Networks -----------------------------------------------------------------------------------
+def glorot(width):
+    return nn.Dense(width, kernel_init=nn.initializers.xavier_uniform())
+
+
+class GeluNet(nn.Module):
+    hidden: tuple[int, ...]
+    action_dim: int
+
+    @nn.compact
+    def __call__(self, *inputs):  # [..., O], [..., A] and for the flow [..., 1] -> [..., A]
+        x = jnp.concatenate(inputs, axis=-1)
+        for width in self.hidden:
+            x = nn.gelu(glorot(width)(x))
+        head = nn.Dense(self.action_dim, kernel_init=nn.initializers.xavier_uniform(), name="head")
+        return head(x)
+
+
+class GeluCritic(nn.Module):
+    hidden: tuple[int, ...]
+
+    @nn.compact
+    def __call__(self, observation, action):  # [..., O], [..., A] -> [...]
+        x = jnp.concatenate([observation, action], axis=-1)
+        for width in self.hidden:
+            x = nn.LayerNorm()(nn.gelu(glorot(width)(x)))
+        return glorot(1)(x).squeeze(-1)
+
+
+# --- State --------------------------------------------------------------------------------------
+class TrainState(train_state.TrainState):
+    target_params: Any  # Polyak average of params
+
+    @classmethod
+    def create(cls, apply_fn, params, tx):
+        # The targets are a copy: params and targets are donated, so they must not share buffers.
+        target = jax.tree.map(jnp.copy, params)
+        return super().create(apply_fn=apply_fn, params=params, target_params=target, tx=tx)
+
+
+class State(NamedTuple):
+    actor: train_state.TrainState  # mu, the one-step policy
+    critic: TrainState  # every array has a leading [K] axis
+    flow: train_state.TrainState  # v, the velocity from noise to the data's actions
+
+
+def create_state(key, batch, cfg):
+    """State of one seed before the first update. `batch` supplies shapes only."""
+    key_actor, key_critic, key_flow = jax.random.split(key, 3)
+    actor = flow = GeluNet(cfg.hidden, batch.action.shape[-1])
+    critic, time = GeluCritic(cfg.hidden), batch.action[..., :1]
+    actor_params = actor.init(key_actor, batch.observation, batch.action)
+    critic_params = jax.vmap(critic.init, (0, None, None))(
+        jax.random.split(key_critic, cfg.num_critics), batch.observation, batch.action
+    )
+    flow_params = flow.init(key_flow, batch.observation, batch.action, time)
+    critics = jax.vmap(critic.apply, (0, None, None))  # -> [K, B]
+    create, adam = train_state.TrainState.create, optax.adam(cfg.actor_learning_rate)
+    return State(
+        create(apply_fn=actor.apply, params=actor_params, tx=adam),
+        TrainState.create(critics, critic_params, optax.adam(cfg.critic_learning_rate)),
+        create(apply_fn=flow.apply, params=flow_params, tx=adam),
+    )
+
+
+# --- Losses -------------------------------------------------------------------------------------
+def critic_loss(params, state, batch, key, cfg):
+    """TD error to r + gamma Q(s', mu(s', z)), target critics, mean over K and B. Algorithm 1."""
+    noise = jax.random.normal(key, batch.action.shape)
+    next_action = state.actor.apply_fn(state.actor.params, batch.next_observation, noise)
+    next_action = next_action.clip(-1.0, 1.0)
+    next_q = state.critic.apply_fn(state.critic.target_params, batch.next_observation, next_action)
+    next_q = aggregate(next_q, cfg)  # [B]
+    # Bootstrap through truncations, never through terminations.
+    target = batch.reward + cfg.discount * (1.0 - batch.termination) * next_q
+    q = state.critic.apply_fn(params, batch.observation, batch.action)  # [K, B]
+    chex.assert_equal_shape([*q, target])
+    loss = jnp.square(q - target[None]).mean()
+    return loss, {"critic_loss": loss, "q": q.mean()}
+
+
+def actor_loss(params, state, batch, key, cfg):
+    """alpha (mu(s, z) - F(s, z))^2 - mean_k Q_k(s, mu(s, z)), F without gradient. Algorithm 1."""
+    noise = jax.random.normal(key, batch.action.shape)
+    goal = integrate(state.flow.apply_fn, state.flow.params, batch.observation, noise, cfg)
+    action = state.actor.apply_fn(params, batch.observation, noise)
+    chex.assert_equal_shape([action, goal, batch.action])
+    distance = jnp.square(action - goal).mean(axis=-1)  # [B]
+    action = action.clip(-1.0, 1.0)
+    q = state.critic.apply_fn(state.critic.params, batch.observation, action).mean(axis=0)
+    chex.assert_equal_shape([distance, q, batch.reward])
+    scale = jax.lax.stop_gradient(jnp.abs(q).mean()) if cfg.normalize_q else 1.0
+    loss = (cfg.alpha * distance - q / scale).mean()
+    return loss, {"actor_loss": loss, "distill_loss": distance.mean()}
+
+
+def flow_loss(params, state, batch, key, cfg):
+    """(v(s, x_t, t) - (a - z))^2 at x_t = (1 - t) z + t a, t uniform in [0, 1]. Algorithm 1."""
+    key_noise, key_time = jax.random.split(key)
+    noise = jax.random.normal(key_noise, batch.action.shape)
+    time = jax.random.uniform(key_time, (len(noise), 1))
+    x = (1.0 - time) * noise + time * batch.action
+    velocity = state.flow.apply_fn(params, batch.observation, x, time)
+    chex.assert_equal_shape([velocity, noise, batch.action])
+    loss = jnp.square(velocity - (batch.action - noise)).mean()
+    return loss, {"flow_loss": loss}
+
+
+def aggregate(q, cfg):
+    """One value of K, [K, ...] -> [...]."""
+    return q.min(axis=0) if cfg.q_agg == "min" else q.mean(axis=0)
+
+
+def integrate(apply_fn, params, observation, noise, cfg):
+    """F: the action that the flow makes of noise, by Euler's method, [..., O], [..., A]."""
+    x = noise
+    for i in range(cfg.flow_steps):  # unrolled: a handful of matrix products each
+        time = jnp.full((*x.shape[:-1], 1), i / cfg.flow_steps)
+        x = x + apply_fn(params, observation, x, time) / cfg.flow_steps
+    return x.clip(-1.0, 1.0)
+
+
+# --- Update -------------------------------------------------------------------------------------
+def update(state, step, key, data, cfg):
+    """One step of each network, all of them from the state before, on one batch. One seed.
+
+    Randomness is a function of (key, step) alone, so neither the length of a chunk nor a resumed
+    run changes the result. `key` is folded with the step, never split.
+    """
+    key_batch, *keys = jax.random.split(jax.random.fold_in(key, step), 4)
+    index = jax.random.randint(key_batch, (cfg.batch_size,), 0, len(data.reward))
+    batch = jax.tree.map(lambda x: x[index], data)
+    critic_grads, critic_metrics = jax.grad(critic_loss, has_aux=True)(
+        state.critic.params, state, batch, keys[0], cfg
+    )
+    actor_grads, actor_metrics = jax.grad(actor_loss, has_aux=True)(
+        state.actor.params, state, batch, keys[1], cfg
+    )
+    flow_grads, flow_metrics = jax.grad(flow_loss, has_aux=True)(
+        state.flow.params, state, batch, keys[2], cfg
+    )
+    # Targets first: they follow the critics before their step.
+    state = state._replace(critic=update_target(state.critic, cfg))
+    state = State(
+        state.actor.apply_gradients(grads=actor_grads),
+        state.critic.apply_gradients(grads=critic_grads),
+        state.flow.apply_gradients(grads=flow_grads),
+    )
+    return state, critic_metrics | actor_metrics | flow_metrics
+
+
+def update_target(net, cfg):
+    target_params = optax.incremental_update(net.params, net.target_params, cfg.target_rate)
+    return net.replace(target_params=target_params)
+
+
+def train_chunk(state, key, start, data, cfg):
+    """`log_every` updates of one seed, compiled as one program. Metrics are chunk means."""
+    steps = start + jnp.arange(cfg.log_every)
+    state, metrics = jax.lax.scan(partial(update, key=key, data=data, cfg=cfg), state, steps)
+    return state, jax.tree.map(jnp.mean, metrics)
+
+
+# --- Policy -------------------------------------------------------------------------------------
+def policy(apply_fn, params, observation, key):
+    """Action in [-1, 1], [..., O] -> [..., A], random by `key`."""
+    action_dim = params["params"]["head"]["bias"].shape[-1]
+    noise = jax.random.normal(key, (*observation.shape[:-1], action_dim))
+    return apply_fn(params, observation, noise).clip(-1.0, 1.0)
+
+
+def policy_params(state):
+    return state.actor.params
+
+
+# --- Training -----------------------------------------------------------------------------------
+def train(cfg, options):
+    """Train every seed of `cfg` and return its final normalised scores, [S]."""
+    dataset = datasets.load(cfg.dataset, options.env, options.env_steps)
+    action = dataset.transitions.action.clip(-1 + 1e-5, 1 - 1e-5)
+    reward = dataset.transitions.reward + cfg.reward_shift
+    data = jax.device_put(dataset.transitions._replace(action=action, reward=reward))
+    example = jax.tree.map(lambda x: x[:1], data)
+    init_keys, train_keys, policy_keys = experiment.streams(cfg.seeds, 3)  # [S] each
+    create = partial(create_state, batch=example, cfg=cfg)
+    state = jax.jit(jax.vmap(create))(init_keys)
+    # jit with the state donated; seeds by vmap on an accelerator, one after the other on CPU.
+    train_seeds = experiment.over_seeds(partial(train_chunk, cfg=cfg))
+    act = partial(policy, state.actor.apply_fn)
+
+    with (
+        experiment.Run(cfg, options, dataset) as run,
+        evaluation.Rollouts(dataset, act, policy_keys, cfg) as rollouts,
+    ):
+        state, metrics, start = run.restore(state)
+        for step in run.borders(start):  # start, start + log_every, ..., num_updates
+            run.save(step, state, metrics)
+            scores = rollouts.start(policy_params(state), step) if run.evaluates(step) else None
+            row = (step, metrics, scores)
+            if step < cfg.num_updates:  # beside the evaluation where there is an accelerator
+                state, metrics = train_seeds(state, train_keys, step, data)
+            run.log(*row)
+    return run.scores
+
+
+if __name__ == "__main__":
+    train(*experiment.parse(Config))

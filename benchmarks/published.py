@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Published scores beside ours: benchmarks/reference/scores.csv, one row per number.
+
+Columns: `algorithm` is our file and `config` a value its run must have; `column` the heading here;
+`updates`, `episodes` and `selection` ("last", or the mean of the last 3 evaluations so far apart)
+the protocol; `ddof` that of the std, empty where the source does not say; `source` where the number
+is printed. Only rows whose source states seeds, updates and selection are in the file, none that a
+source quotes from elsewhere, and none selected by looking at the scores.
+
+A number is shown only where the protocol is the same: the data set has D4RL's or OGBench's own name
+(a file, a recipe, Minari's data are others, whatever their name) and is evaluated in its own env,
+the run made as many updates, and our score is taken in the same way.
+"""
+
+import csv
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from common import d4rl, sources
+
+FILE = Path(__file__).parent / "reference" / "scores.csv"
+DEFAULT_TASK = (  # of OGBench's envs, by their names' beginning; its tables number all tasks
+    ("antsoccer", 4),
+    ("puzzle-4x[56]", 2),
+    ("puzzle", 4),
+    ("cube|scene", 2),
+    ("pointmaze|antmaze|humanoidmaze", 1),
+)
+
+
+class Beside(NamedTuple):
+    """Our scores and published ones under one protocol."""
+
+    selection: str
+    ours: np.ndarray  # [S] taken as the selection says
+    rows: list  # of the file, as dicts
+
+
+def load(path=FILE):
+    with Path(path).open() as file:
+        return list(csv.DictReader(file))
+
+
+def name_of(run):
+    """The name under which papers know a run's data set, None where they do not."""
+    name = run.config["dataset"]
+    if run.config.get("env") or run.config.get("env_steps") or run.copy:
+        return None
+    if name in d4rl.table():
+        return name
+    match = sources.OGBENCH_ID.fullmatch(name)
+    if match is None:
+        return None
+    task = match[2] or next((f"-task{t}" for k, t in DEFAULT_TASK if re.match(k, match[1])), "")
+    return f"{match[1]}-singletask{task}-v0"
+
+
+def beside(run, table):
+    """(list of Beside, list of words on rows that were published under another protocol)."""
+    name, groups, words = name_of(run), {}, []
+    for row in table:
+        key, _, value = row["config"].partition("=")
+        known = row["algorithm"] == run.algorithm and row["dataset"] == name
+        if not known or (key and str(run.config.get(key)) != value):
+            continue
+        updates = int(row["updates"])
+        ours = select(run, row["selection"])
+        if updates != run.result["num_updates"]:
+            words.append(f"{row['column']}: {updates:,} updates")
+        elif ours is None:
+            words.append(f"{row['column']}: {row['selection']}")
+        else:
+            groups.setdefault(row["selection"], Beside(row["selection"], ours, [])).rows.append(row)
+    return [*groups.values()], words
+
+
+def select(run, selection):
+    """[S] our score, taken as a source takes its own; None where evaluations do not allow it."""
+    if selection == "last":
+        return run.scores
+    count, apart = map(
+        int, re.fullmatch(r"mean of the last (\d+), every (\d+)", selection).groups()
+    )
+    wanted = [run.result["num_updates"] - apart * i for i in range(count)]
+    means = []
+    for seed in run.result["score"]:
+        updates, scores = run.curves.get(int(seed), np.zeros((2, 0)))
+        at = dict(zip(updates, scores, strict=True))
+        if int(seed) in map(int, run.result["diverged"]):
+            means.append(np.nan)
+        elif sorted(at)[-count:] != sorted(wanted):
+            return None
+        else:
+            means.append(np.mean([at[update] for update in wanted]))
+    return np.array(means)

@@ -1,0 +1,329 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Run folders, or the runs of a wandb project -> the rows of a report.
+
+A row is what one method scored on one data set. Runs that differ in nothing but their seeds are one
+row; anything else that differs tells rows apart and is named: a config value, the version of the
+code, the data under one name. What cannot be a row (unfinished, damaged, a seed twice) is left out,
+and a note says so.
+"""
+
+import collections
+import contextlib
+import csv
+import json
+import math
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import yaml
+
+from common import d4rl, datasets, fail, one_line, sources
+
+PER_SEED = ("score", "best_score", "return", "success", "length", "diverged")
+NO_CONFIG = ("record", "seeds", "dataset")  # keys that do not tell two rows of a data set apart
+
+
+@dataclass
+class Result:
+    """One row: a finished run, or several that differ in their seeds only."""
+
+    folder: Path
+    config: dict
+    result: dict
+    curves: dict  # seed -> ([T] updates, [T] scores) at evaluation borders
+    variant: str = ""  # where methods of one algorithm are compared: what sets this one apart
+    others: list = field(default_factory=list)  # folders of runs with further seeds
+    copy: str = ""  # which data, where two data sets have one name
+
+    @property
+    def algorithm(self):
+        return self.result["algorithm"]
+
+    @property
+    def label(self):
+        return f"{self.algorithm} {self.variant}".strip()
+
+    @property
+    def dataset(self):
+        return datasets.slug(self.config["dataset"]) + self.copy
+
+    @property
+    def code(self):
+        """Digest of the algorithm's file when the run was made; empty in old runs."""
+        return (self.result.get("code") or {}).get("algorithm", "")
+
+    @property
+    def reference(self):
+        return self.config.get("record", {}).get("reference", [None, None])
+
+    @property
+    def scores(self):
+        """[S] of the last policy; NaN where a seed diverged or nothing was evaluated."""
+        return numbers(self.result["score"])
+
+    @property
+    def scale(self):
+        """What the score is: "normalised" by the reference pair, the "success" rate, a "return"."""
+        name = self.config["dataset"]
+        if sources.OGBENCH_ID.fullmatch(name) or name.startswith("local/ogbench/"):
+            return "success"
+        return "return" if self.reference[0] is None else "normalised"
+
+    @property
+    def family(self):
+        """Where the data come from: no table, mean or published score mixes two of them."""
+        name, known = self.config["dataset"], d4rl.table()
+        suite = datasets.suite(name) or "other"
+        if name in known:
+            where = f"D4RL {known[name]['suite']}"
+        elif sources.OGBENCH_ID.fullmatch(name):
+            where = "OGBench"
+        elif name.startswith("local/"):
+            where = f"{name.split('/')[1]}, made locally"
+        elif datasets.slug(name) != name:
+            where = f"{suite} files"
+        else:
+            where = f"Minari {suite}"
+        env = self.config.get("env")
+        return f"{where}, evaluated in {env}" if env else where
+
+    def level(self, key):
+        """Mean or max return of the data on the score's scale; NaN where that is not known."""
+        value = self.config.get("record", {}).get("data_return", {}).get(key)
+        if value is None or self.scale == "success":
+            return math.nan
+        low, high = self.reference
+        return value if low is None else 100 * (value - low) / (high - low)
+
+
+def numbers(each):
+    return np.array([np.nan if x is None else x for x in each.values()], float)
+
+
+# --- Run folders --------------------------------------------------------------------------------
+def find(folders):
+    """(rows, notes) of all runs below the folders, in order of algorithm and data set.
+
+    Raises:
+        SystemExit: code 2 after one line, where no finished run is there.
+    """
+    for folder in folders:
+        if not folder.is_dir():
+            fail(f"{folder}: no such folder; runs are in runs/<algorithm>/<data set>/<name>")
+    found = {path.parent for folder in folders for path in folder.rglob("config.yaml")}
+    found |= {path.parent for folder in folders for path in folder.rglob("result.json")}
+    found = sorted(folder for folder in found if "wandb" not in folder.parts)  # wandb's own files
+    notes = []
+    runs = [run for run in (read(folder, notes) for folder in found) if run is not None]
+    if not runs:
+        words = f"; {len(found)} begun: {notes[0]}" if found else ""
+        where = " ".join(map(str, folders))
+        fail(f"{where}: no finished run (a folder with result.json) in there{words}")
+    return tell_apart(runs, notes), notes
+
+
+def read(folder, notes):
+    """The run in a folder, or None with a note where it is not finished or not whole."""
+    try:
+        config = yaml.safe_load((folder / "config.yaml").read_text())
+        result = json.loads((folder / "result.json").read_text())
+        text = (folder / "metrics.csv").read_text()
+        if not text.endswith("\n"):
+            raise ValueError("metrics.csv breaks off")
+        curves = collections.defaultdict(list)
+        for row in csv.DictReader(text.splitlines()):
+            if row["score"]:
+                curves[int(row["seed"])].append((int(row["update"]), float(row["score"])))
+        curves = {seed: np.array(points).T for seed, points in curves.items()}
+        run = Result(folder, config, result, curves)
+        check(run)
+        return run
+    except FileNotFoundError as error:
+        notes.append(
+            f"left out: {folder} has no {Path(error.filename).name}, so it is not finished"
+        )
+    except (ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
+        reason = f"no {error}" if isinstance(error, KeyError) else str(error).splitlines()[0]
+        notes.append(f"left out: {folder} is damaged ({reason})")
+    return None
+
+
+def check(run):
+    """Raises ValueError or KeyError where the three files of a run do not fit together."""
+    result, updates = run.result, run.result["num_updates"]
+    record = run.config["record"]
+    if len(record["reference"]) != 2 or {"mean", "max"} - {*record["data_return"]}:
+        raise ValueError("config.yaml without the data's returns and reference pair")
+    seeds = [str(seed) for seed in run.config["seeds"]]
+    if seeds != [*result["score"]] or seeds != [*result["best_score"]]:
+        raise ValueError(f"config.yaml has seeds {seeds}, result.json {[*result['score']]}")
+    if run.config.get("num_updates", updates) != updates:
+        raise ValueError(f"ended after {updates} updates, not {run.config['num_updates']}")
+    for seed, score in result["score"].items():
+        curve = run.curves.get(int(seed), np.zeros((2, 0)))
+        last = dict(zip(*curve, strict=True)).get(updates)
+        if score is not None and not math.isfinite(score):
+            raise ValueError(f"seed {seed}: score {score}")
+        same = (
+            last is None
+            if score is None
+            else last is not None and math.isclose(score, last, rel_tol=1e-7, abs_tol=1e-7)
+        )
+        if not same:
+            raise ValueError(f"seed {seed}: result.json says {score}, metrics.csv {last}")
+    for name in ("updates_per_second", "eval_share", "eval_episodes", "algorithm", "diverged"):
+        result[name]
+
+
+# --- wandb --------------------------------------------------------------------------------------
+def from_wandb(project, api=None):
+    """(rows, notes) of the finished runs of a project ("entity/project"), one wandb run per seed.
+
+    Raises:
+        SystemExit: code 2 after one line, where the project cannot be read or has no such run.
+    """
+    try:
+        if api is None:
+            import wandb
+
+            api = wandb.Api(timeout=20)
+        runs, notes = [], []
+        for entry in api.runs(project):
+            try:
+                runs.append(_of_wandb(entry))
+            except (KeyError, TypeError, ValueError) as error:
+                reason = f"no {error} in it" if isinstance(error, KeyError) else str(error)
+                notes.append(f"left out: wandb run {entry.name} ({reason})")
+    except Exception as error:  # no wandb, no key, no network, no such project: wandb has many
+        fail(f"wandb project {project}: {one_line(error)}; give run folders instead, or log in")
+    if not runs:
+        fail(f"wandb project {project}: no finished run of these algorithms in it")
+    return tell_apart(runs, notes), notes
+
+
+def _of_wandb(entry):
+    """A wandb run as a row of one seed."""
+    config = {key: x for key, x in entry.config.items() if not key.startswith("_")}
+    seed, algorithm = config.pop("seed"), config.pop("algorithm")
+    code, updates = config.pop("code", {}), config["num_updates"]
+    points, values = [], {}
+    for row in entry.scan_history():
+        if row.get("score") is not None:
+            points.append((row["_step"], float(row["score"])))
+            values = {name: row.get(name) for name in ("score", "return", "success", "length")}
+        last = row["_step"]
+    if entry.state != "finished" or last != updates:
+        raise ValueError(f"{entry.state} at update {last} of {updates}")
+    over = not points or points[-1][0] != updates  # diverged, or never evaluated
+    best = max((score for _, score in points), default=None)
+    result = {"algorithm": algorithm, "num_updates": updates, "code": code}
+    result |= {"eval_episodes": config["eval_episodes"], "best_score": {str(seed): best}}
+    result |= {name: {str(seed): None if over else x} for name, x in values.items()}
+    result |= {"diverged": {str(seed): updates} if over and points else {}}
+    result.setdefault("score", {str(seed): None})
+    curve = {seed: np.array(points, float).reshape(-1, 2).T}
+    return Result(Path(*entry.path), config | {"seeds": [seed]}, result, curve)
+
+
+# --- Rows ---------------------------------------------------------------------------------------
+def tell_apart(runs, notes):
+    """Runs -> rows: further seeds joined, whatever else differs named; notes say what and why."""
+    by_name = collections.defaultdict(list)
+    for run in runs:
+        by_name[run.family, run.dataset].append(run)
+    for (family, name), group in by_name.items():
+        if len({_data(run) for run in group}) > 1:
+            notes.append(f"{family}: {name} is the name of different data, told apart below")
+            for run in group:
+                run.copy = _data(run)
+    rows = _join(runs, notes)
+    methods = collections.defaultdict(lambda: collections.defaultdict(list))
+    for run in rows:
+        methods[run.family, run.algorithm][run.dataset].append(run)
+    for (family, algorithm), by_dataset in methods.items():
+        group = [run for runs in by_dataset.values() for run in runs]
+        keys = set()
+        for same in by_dataset.values():
+            for key in {key for run in same for key in run.config} - {*NO_CONFIG}:
+                if len({json.dumps(run.config.get(key)) for run in same}) > 1:
+                    keys.add(key)
+        versions = {run.code for run in group}
+        if len(versions) > 1:
+            names = ", ".join(sorted(version or "not recorded" for version in versions))
+            notes.append(
+                f"{family}: {algorithm} ran in {len(versions)} versions of its code ({names}); "
+                "they stand apart and no mean goes over both"
+            )
+        for run in group:
+            words = [f"{key}={run.config[key]}" for key in run.config if key in keys]
+            words += [f"code={run.code or 'unrecorded'}"] if len(versions) > 1 else []
+            run.variant = " ".join([*words, *([run.variant] if run.variant else [])])
+    return rows
+
+
+def _data(run):
+    """What tells two data sets of one name apart."""
+    returns = run.config.get("record", {}).get("data_return")
+    if returns is None:
+        return " (data not recorded)"
+    return f" (returns {returns['mean']:.6g} in the mean, {returns['max']:.6g} at most)"
+
+
+def _join(runs, notes):
+    """One row from runs that differ in their seeds only."""
+    groups = collections.defaultdict(list)
+    for run in runs:
+        config = {key: x for key, x in run.config.items() if key not in NO_CONFIG}
+        key = [run.algorithm, run.family, run.dataset, config, run.result.get("code")]
+        groups[json.dumps(key, sort_keys=True)].append(run)
+    rows = []
+    for group in groups.values():
+        kept = []
+        for run in group:
+            twin = next((x for x in kept if _equal(run, x)), None)
+            if twin is None:
+                kept.append(run)
+            else:
+                notes.append(f"left out: {run.folder} is a copy of {twin.folder}")
+        seeds = [seed for run in kept for seed in run.result["score"]]
+        if len(kept) == 1:
+            rows += kept
+        elif len({*seeds}) == len(seeds) and kept[0].code:
+            rows.append(_union(kept))
+        else:
+            why = "have a seed twice" if kept[0].code else "do not say which code made them"
+            names = ", ".join(str(run.folder) for run in kept)
+            notes.append(f"not joined, each is a row of its own: {names} {why}")
+            for run in kept:
+                run.variant = f"run={run.folder.name}"
+            if len({run.variant for run in kept}) < len(kept):
+                for run in kept:
+                    run.variant = f"run={run.folder}"
+            rows += kept
+    return rows
+
+
+def _equal(one, other):
+    if one.result["score"] != other.result["score"] or one.curves.keys() != other.curves.keys():
+        return False
+    return all(np.array_equal(one.curves[seed], other.curves[seed]) for seed in one.curves)
+
+
+def _union(runs):
+    """The seeds of all; seconds are sums, the speed is that of a process in the mean."""
+    first, result = runs[0], dict(runs[0].result)
+    for name in PER_SEED:
+        if any(name in run.result for run in runs):
+            result[name] = {k: x for run in runs for k, x in run.result.get(name, {}).items()}
+    for name in ("train_seconds", "eval_seconds"):
+        if all(name in run.result for run in runs):
+            result[name] = sum(run.result[name] for run in runs)
+    with contextlib.suppress(KeyError, ZeroDivisionError):
+        result["updates_per_second"] = np.mean([x.result["updates_per_second"] for x in runs])
+        seconds = [result["eval_seconds"], result["train_seconds"]]
+        result["eval_share"] = seconds[0] / sum(seconds)
+    config = first.config | {"seeds": [seed for run in runs for seed in run.config["seeds"]]}
+    curves = {seed: curve for run in runs for seed, curve in run.curves.items()}
+    others = [run.folder for run in runs[1:]]
+    return replace(first, config=config, result=result, curves=curves, others=others)
