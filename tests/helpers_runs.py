@@ -22,21 +22,8 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
 ALGORITHMS = ["rebrac"]  # every test of runs goes through these files
-CONTINUOUS = [
-    "rebrac",
-    "td3_bc",
-    "iql",
-    "awr",
-    "awac",
-    "cql",
-    "idql",
-    "bcq",
-]  # these refuse integer actions
-CONTINUOUS = ["rebrac", "td3_bc", "iql", "awr", "awac", "cql", "atac", "odice"]  # no integers
-CONTINUOUS = ["rebrac", "td3_bc", "iql", "awr", "awac", "cql", "dt"]  # these refuse integer actions
 CONTINUOUS = ["rebrac", "td3_bc", "iql", "awr", "awac", "cql"]  # these refuse integer actions
-CONTINUOUS += ["fql", "qc"]
-CONTINUOUS = ["rebrac", "td3_bc", "iql", "awr", "awac", "cql", "ivr", "xql"]  # no integer actions
+CONTINUOUS += ["dt", "bcq", "atac", "odice", "ivr", "xql", "idql", "fql", "qc"]
 DISCRETE = ["cql_discrete"]  # these refuse others
 SHORT = ["--num-updates", "24", "--log-every", "4", "--eval-every", "8", "--eval-episodes", "2"]
 SHORT += ["--batch-size", "4", "--wandb", "disabled"]

@@ -163,17 +163,16 @@ SMALL = {  # what makes an algorithm file small and fast; data sets and claims s
     | {"vae_learning_rate": 1e-3, "vae_hidden": (64, 64), "num_samples": 4, "num_choices": 50},
     "cql": NET | FAST | {"critic_hidden": (64, 64), "num_samples": 4},
     "cql_discrete": NET | FAST,
+    "dt": SEQUENCE | FAST | {"context": 3, "warm_up": 10, "episode_length": 20},
+    "fql": NET | FAST | {"flow_steps": 5},
     "idql": NET
     | FAST
     | {"cosine": False, "actor_hidden": (32,), "dropout": None, "actor_target_rate": 0.01}
     | {"layer_norm": "none"},  # of one number it leaves none
-    "dt": SEQUENCE | FAST | {"context": 3, "warm_up": 10, "episode_length": 20},
     "iql": NET | FAST | {"cosine": False},
-    "odice": NET | FAST | {"value_hidden": (64, 64), "value_learning_rate": 1e-3},
-    "fql": NET | FAST | {"flow_steps": 5},
-    "iql": NET | FAST | {"cosine": False},
-    "qc": NET | FAST | {"flow_steps": 5, "num_samples": 4, "horizon": 3},
     "ivr": NET | FAST | {"cosine": False},
+    "odice": NET | FAST | {"value_hidden": (64, 64), "value_learning_rate": 1e-3},
+    "qc": NET | FAST | {"flow_steps": 5, "num_samples": 4, "horizon": 3},
     "rebrac": NET | FAST,
     "td3_bc": NET | FAST,
     "xql": NET | FAST | {"cosine": False},
@@ -189,16 +188,12 @@ def config(module, **overrides):
 
 def prepared(module, data, cfg):
     """Rows as the chunks of updates take them: some files make more of a data set than rows."""
-    if not hasattr(module, "episode_steps"):
-        return data
     ends = np.flatnonzero(data.termination + data.truncation) + 1
     ends = np.union1d(ends, len(data.reward))
-    return module.episode_steps(Dataset("rows", data, ends, np.zeros(len(ends))), data)
-    if not hasattr(module, "chunked"):
-        return data
-    ends = np.flatnonzero(data.termination + data.truncation) + 1
-    ends = np.union1d(ends, len(data.reward))
-    return module.chunked(Dataset("rows", data, ends, np.zeros(len(ends))), cfg)
+    dataset = Dataset("rows", data, ends, np.zeros(len(ends)))
+    if hasattr(module, "episode_steps"):
+        return module.episode_steps(dataset, data)
+    return module.chunked(dataset, cfg) if hasattr(module, "chunked") else data
 
 
 def start(module, data, cfg, seed=0):
@@ -236,15 +231,6 @@ def train(module, data, updates, seed=0, **overrides):
 def policy(module, state, **overrides):
     """The compiled policy with its parameters: observations [..., O] -> actions [..., A].
 
-    `overrides` are those of the training, for a policy that reads the Config.
-    """
-    params, key = module.policy_params(state), jax.random.key(0)
-    wanted = list(inspect.signature(module.policy).parameters)[4:]  # beside those of every file
-    facts = {name: getattr(state, name).apply_fn for name in wanted if name in state._fields}
-    facts |= {"cfg": config(module, **overrides)} if "cfg" in wanted else {}
-    return jax.jit(
-        lambda observation: module.policy(state.actor.apply_fn, params, observation, key, **facts)
-    )
     Every call has its own key. `overrides` are those of the training, for a policy that reads the
     Config. One of chunks begins a new one at every call.
     """

@@ -14,13 +14,12 @@ FREE = {  # no pull towards the data, or as little as the method can have
     "awr": {"inverse_temperature": 6.0, "max_weight": 1e3, "fixed_std": None},
     "bcq": {"kl_weight": 0.01, "perturbation": 1.0},
     "cql": {"alpha": 0.0},
+    "fql": {"alpha": 0.01},
     "idql": {"expectile": 0.5},
     "iql": {"inverse_temperature": 10.0},
-    "odice": {"gradient": "semi", "lam": 0.5, "alpha": 0.01},
-    "fql": {"alpha": 0.01},
-    "iql": {"inverse_temperature": 10.0},
-    "qc": {"horizon": 1},
     "ivr": {"sql_alpha": 0.01},
+    "odice": {"gradient": "semi", "lam": 0.5, "alpha": 0.01},
+    "qc": {"horizon": 1},
     "rebrac": {"actor_penalty": 0.0, "critic_penalty": 0.0},
     "td3_bc": {"alpha": 1e4},
     "xql": {"beta": 0.5, "inverse_temperature": 10.0},
@@ -40,7 +39,6 @@ def free(request):
 
 
 def act(module, state, observation):
-    return probes.act(module, state, observation, **FREE[module.__name__.split(".")[-1]])
     settings = FREE[module.__name__.split(".")[-1]] | {"num_samples": 256}  # to choose from
     return probes.act(module, state, observation, **settings)
 
