@@ -1,0 +1,561 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A matrix of runs, algorithms x data sets of a suite x seeds, and its table.
+
+    python benchmarks/reproduce.py --suite pointmaze --algorithms bc td3_bc --seeds 0 1 2
+    python benchmarks/reproduce.py ... --dry-run                  # only print the commands
+    python benchmarks/reproduce.py ... -- --num-updates 1000      # flags for every run
+
+A cell is one command, `python algorithms/ALGORITHM.py --config configs/ALGORITHM/SUITE.yaml
+--dataset D --seeds ... --resume`, all its seeds in one process. The data sets are those of the
+suite's files: the rows of `datasets:`, or `dataset:`; where that is a file, all files of the suite
+in $ATOLL_DATA. A cell whose run folder has a result is not run again, one without goes on from its
+newest checkpoint: the same call again finishes a matrix that anything broke off. A cell's output
+is in `<run folder>.log`. A failed cell does not stop the others.
+
+Each of `--workers` processes at a time has its own equal share of this machine's cores, so that
+XLA's threads do not fight over them (XLA counts the cores that its process may use). With
+`--slurm` the cells are jobs of one SLURM array, see docs/slurm.md.
+
+Exit code: 0 all cells finished, 1 some failed, 2 bad input, 128 + N after signal N.
+"""
+
+import contextlib
+import difflib
+import fcntl
+import importlib
+import importlib.util
+import io
+import itertools
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+import tyro
+
+from common import config, datasets, fail, one_line
+
+ROOT = Path(__file__).resolve().parents[1]
+OURS = ("config", "dataset", "seeds", "name", "resume", "runs-dir")  # flags set for every cell
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+FREED = 60  # seconds of the 90 that SLURM leaves a job to save before its time is up
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Which runs, and where they run. Everything after `--` goes to every run."""
+
+    suite: str  # configs/ALGORITHM/SUITE.yaml
+    algorithms: tuple[str, ...]  # files of algorithms/, without .py
+    seeds: tuple[int, ...] = (0,)  # all in one process per cell
+    datasets: tuple[str, ...] = ()  # instead of those that the suite's files list
+    name: str | None = None  # run name of every cell (default: a hash of its resolved config)
+    runs_dir: str = "runs"  # where run folders go
+    output: Path | None = None  # stem of table and pictures (default: benchmarks/results/SUITE)
+    workers: int | None = None  # runs at a time (default: one per core, or per GPU)
+    dry_run: bool = False  # print the commands and stop
+    slurm: bool = False  # submit the cells as an array, one job each, and wait for them
+    slurm_cluster: Literal["slurm", "local"] = "slurm"  # local: the same path without SLURM
+    slurm_partition: str | None = None
+    slurm_minutes: int = 240  # of a job; at its end it saves, is requeued and goes on
+    slurm_cpus: int = 4  # of a job
+    slurm_gpus: int = 0  # of a job
+    slurm_mem_gb: float | None = None  # of a job
+    slurm_jobs: int = 64  # of the array at a time
+    slurm_options: tuple[str, ...] = ()  # more for sbatch: account=lab constraint=a100
+    slurm_setup: tuple[str, ...] = ()  # shell lines before the command: "module load cuda"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of all seeds, and the command that makes it."""
+
+    algorithm: str
+    dataset: str
+    folder: Path
+    words: tuple[str, ...] = field(repr=False)
+
+    @property
+    def title(self):
+        return f"{self.algorithm} {datasets.slug(self.dataset)}"
+
+    def beside(self, suffix):
+        """A file in the run folder's neighbourhood: the folder may not exist yet."""
+        return self.folder.with_name(f"{self.folder.name}{suffix}")
+
+    @property
+    def result(self):
+        """What result.json says, None for a cell that is not finished."""
+        try:
+            return json.loads((self.folder / "result.json").read_text())
+        except (OSError, ValueError):
+            return None
+
+
+# --- The matrix ---------------------------------------------------------------------------------
+def parse(argv):
+    """Arguments and the words after `--`, every value checked that can be before a run starts."""
+    split = argv.index("--") if "--" in argv else len(argv)
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(printed):
+            arguments = tyro.cli(
+                Annotated[Arguments, tyro.conf.FlagCreatePairsOff],
+                args=argv[:split],
+                description=__doc__.split("\n\n")[0],
+            )
+    except SystemExit as leave:
+        if leave.code == 0:  # --help
+            raise
+        text = re.sub(r"\x1b\[[\d;]*m|[╭╮╰╯│─]", " ", printed.getvalue())
+        text = " ".join(text.split("For full helptext")[0].split())
+        fail(re.sub(r"^(Parsing error|Required options|Unrecognized options) ", "", text))
+    overrides = argv[split + 1 :]
+    known = sorted(path.stem for path in (ROOT / "algorithms").glob("[!_]*.py"))
+    for name in arguments.algorithms:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1) or known
+            fail(f"--algorithms {name}: no algorithms/{name}.py; did you mean {' or '.join(near)}?")
+        if not (ROOT / "configs" / name / f"{arguments.suite}.yaml").exists():
+            suites = sorted(path.stem for path in (ROOT / "configs" / name).glob("*.yaml"))
+            fail(
+                f"--suite {arguments.suite}: no configs/{name}/{arguments.suite}.yaml; {name} has "
+                f"{', '.join(suites)}"
+            )
+    for flag in ("algorithms", "datasets"):
+        values = getattr(arguments, flag)
+        if len(set(values)) < len(values):
+            fail(f"--{flag} {' '.join(values)}: one of them is there twice; leave it out")
+    if not arguments.algorithms:
+        fail(f"--algorithms: at least one is wanted, of {', '.join(known)}")
+    for flag in ("workers", "slurm_minutes", "slurm_cpus", "slurm_jobs"):
+        if getattr(arguments, flag) is not None and getattr(arguments, flag) < 1:
+            flag, value = flag.replace("_", "-"), getattr(arguments, flag)
+            fail(f"--{flag} {value}: at least 1 is wanted")
+    for word in arguments.slurm_options:
+        if "=" not in word:
+            fail(f"--slurm-options {word}: KEY=VALUE is wanted, as in account=lab")
+    for word in overrides:
+        if word.startswith("--") and word[2:].split("=")[0].replace("_", "-") in OURS:
+            fail(f"{word} after '--': set for every cell here; give it before '--' or leave it out")
+    return arguments, overrides
+
+
+def names(arguments, modules):
+    """The data sets of the suite: of its YAML files, in their order."""
+    if arguments.datasets:
+        return [found(dataset) for dataset in arguments.datasets]
+    listed = {}  # in order, none twice
+    for name, module in modules.items():
+        file = ROOT / "configs" / name / f"{arguments.suite}.yaml"
+        values, rows = config.read_yaml(file, module.Config)
+        default = values.get("dataset", module.Config.dataset)
+        if Path(default).suffix not in (".hdf5", ".h5"):
+            listed |= dict.fromkeys(rows or [default])
+            continue
+        folder = os.environ.get("ATOLL_DATA")
+        if folder is None:
+            fail(f"suite {arguments.suite}: its files are in $ATOLL_DATA, which is not set; set it "
+                 "to their folder, or name them with --datasets")  # fmt: skip
+        files = [str(file) for file in sorted(Path(folder).expanduser().glob("*.h*5"))]
+        listed |= dict.fromkeys(x for x in files if datasets.suite(x) == arguments.suite)
+        if not listed:
+            fail(
+                f"ATOLL_DATA={folder}: no file of suite {arguments.suite} in it, such as {default}"
+            )
+    return list(listed)
+
+
+def found(dataset):
+    """A data set's id as it is; a file where it lies, here or in $ATOLL_DATA."""
+    if Path(dataset).suffix not in (".hdf5", ".h5") or Path(dataset).expanduser().is_file():
+        return dataset
+    file = Path(os.environ.get("ATOLL_DATA", ".")).expanduser() / dataset
+    if not file.is_file():
+        fail(f"--datasets {dataset}: no such file, neither here nor in $ATOLL_DATA")
+    return str(file)
+
+
+def matrix(arguments, overrides):
+    """All cells, data set by data set, each with its command parsed as its run will parse it."""
+    modules = {name: importlib.import_module(f"algorithms.{name}") for name in arguments.algorithms}
+    cells = []
+    for dataset, (name, module) in itertools.product(names(arguments, modules), modules.items()):
+        words = ["--config", short(ROOT / "configs" / name / f"{arguments.suite}.yaml")]
+        words += ["--dataset", dataset, "--seeds", *map(str, arguments.seeds)]
+        words += ["--name", arguments.name] if arguments.name else []
+        words += ["--runs-dir", arguments.runs_dir] if arguments.runs_dir != "runs" else []
+        words += ["--resume", *overrides]
+        with contextlib.redirect_stdout(io.StringIO()):
+            folder = config.run_folder(*config.parse(module.Config, words))
+        script = short(ROOT / "algorithms" / f"{name}.py")
+        cells.append(Cell(name, dataset, folder, (sys.executable, script, *words)))
+    folders = [cell.folder for cell in cells]
+    for cell in cells:
+        if folders.count(cell.folder) > 1:
+            fail(f"--datasets {cell.dataset}: two of one name share {cell.folder}; rename the file")
+    return cells
+
+
+def short(path):
+    """The path from here where it lies below, so that commands stay readable."""
+    with contextlib.suppress(ValueError):
+        return str(path.relative_to(Path.cwd()))
+    return str(path)
+
+
+# --- Progress -----------------------------------------------------------------------------------
+class Progress:
+    """One line per cell once its end is known; on a terminal a last line for those at work."""
+
+    def __init__(self, cells):
+        self.cells, self.failed, self.count, self.last = cells, [], 0, ""
+
+    def line(self, cell, text):
+        self.count += 1
+        clear = "\r\033[K" if sys.stdout.isatty() else ""
+        place = f"{self.count:{len(str(len(self.cells)))}}/{len(self.cells)}"
+        self.last = ""
+        print(f"{clear}[{place}] {cell.title}: {text}", flush=True)
+
+    def end(self, cell, how, seconds=None):
+        """The line of a cell that has ended; `how` it ended where it is not finished."""
+        took = "" if seconds is None else f", {seconds / 60:.1f} min"
+        if (result := cell.result) is None:
+            self.failed.append(cell)
+            log = cell.beside(".log")
+            self.line(cell, f"FAILED, {how}{last_words(log)}{took}, log {log}")
+            return
+        scores = [x for x in result["score"].values() if x is not None]
+        text = f"{np.mean(scores):.1f}" if scores else "not evaluated"
+        text += f" ± {np.std(scores):.1f}" if len(scores) > 1 else ""
+        lost = f" ({len(result['diverged'])} seeds diverged)" if result["diverged"] else ""
+        self.line(cell, f"score {text}{lost}{took if seconds is not None else ', finished before'}")
+
+    def working(self, cells):
+        if sys.stdout.isatty():
+            at = ", ".join(f"{cell.title} at {updates(cell)}" for cell in cells)
+            if at != self.last:
+                print(f"\r\033[K{at[: shutil.get_terminal_size().columns - 1]}", end="", flush=True)
+            self.last = at
+
+
+def updates(cell):
+    """How far a cell is, by the last line of its timings; they are empty at a new start."""
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        return f"{int((cell.folder / 'timing.csv').read_text().split()[-1].split(',')[0]):,}"
+    return "0"
+
+
+def last_words(log):
+    """The last line of a cell's output that says something."""
+    with contextlib.suppress(OSError):
+        lines = [line.strip() for line in log.read_text(errors="replace").splitlines()]
+        said = [line for line in lines if line and not line.startswith("$ ")]
+        return f": {said[-1][:200]}" if said else ""
+    return ""
+
+
+def ending(code):
+    if code < 0:
+        return f"killed by {signal.Signals(-code).name}"
+    return f"exit code {code}"
+
+
+# --- Workers on this machine --------------------------------------------------------------------
+def work(cells, arguments, progress):
+    """Run the cells, `workers` at a time. -> the number of the signal that stopped them, or None"""
+    devices = gpus()
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    most = len(devices) or (1 if importlib.util.find_spec("libtpu") else len(cores) or 1)
+    workers = min(arguments.workers or most, len(cells))
+    size = max(1, len(cores) // workers)  # the same for all
+    print(f"{workers} at a time" + (f", {size} of {len(cores)} cores each" if cores else ""))
+    waiting, running, stops, told = list(cells), {}, [], False
+    before = {number: signal.signal(number, lambda n, _: stops.append(n)) for number in STOPS}
+    try:
+        while running or (waiting and not stops):
+            for worker in set(range(workers)) - set(running) if not stops else ():
+                cell = next((cell for cell in waiting if not locked(cell)), None)
+                if cell is None:
+                    if waiting and not told:
+                        print(f"waiting for {len(waiting)} cells that other processes train")
+                    told = told or bool(waiting)
+                    break
+                waiting.remove(cell)
+                if cell.result is not None:  # another process finished it
+                    progress.end(cell, None)
+                    continue
+                share = [cores[(worker * size + i) % len(cores)] for i in range(size) if cores]
+                device = devices[worker % len(devices)] if devices else None
+                running[worker] = [cell, start(cell, cores, share, device), time.monotonic(), 0]
+            time.sleep(0.1)
+            for worker, (cell, process, began, sent) in list(running.items()):
+                if process.poll() is not None:
+                    del running[worker]
+                    progress.end(cell, ending(process.returncode), time.monotonic() - began)
+                elif sent < len(stops):  # one signal: save at the next border; two: leave at once
+                    process.terminate()  # not SIGINT, which a process may inherit as ignored
+                    running[worker][-1] += 1
+            progress.working([cell for cell, *_ in running.values()])
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return stops[0] if stops else None
+
+
+def start(cell, cores=(), share=(), device=None):
+    """The cell's process, in a group of its own: Ctrl-C reaches it through `work` only."""
+    env = dict(os.environ, PYTHONUNBUFFERED="1")
+    if share:
+        env.setdefault("OMP_NUM_THREADS", str(len(share)))
+    if device is not None:
+        env["CUDA_VISIBLE_DEVICES"] = device
+        env.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    log = cell.beside(".log")
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("a") as out:
+        out.write(f"$ {shlex.join(cell.words)}\n")
+        out.flush()
+        if share:  # inherited by the child
+            os.sched_setaffinity(0, share)
+        try:
+            return subprocess.Popen(
+                cell.words,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                env=env,
+                start_new_session=True,
+            )
+        finally:
+            if share:
+                os.sched_setaffinity(0, cores)
+
+
+def gpus():
+    """The GPUs that JAX would take, as CUDA_VISIBLE_DEVICES names them."""
+    platforms = os.environ.get("JAX_PLATFORMS", "cuda")
+    if "cuda" not in platforms and "gpu" not in platforms:
+        return []
+    if not any(importlib.util.find_spec(f"jax_cuda{x}_plugin") for x in (12, 13)):
+        return []
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None and shutil.which("nvidia-smi"):
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
+        visible = ",".join(re.findall(r"^GPU (\d+):", listed.stdout, re.MULTILINE))
+    return [x for x in (visible or "").split(",") if x]
+
+
+def locked(cell):
+    """Whether some process trains in the cell's run folder."""
+    with contextlib.suppress(OSError), (cell.folder / ".lock").open() as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
+# --- SLURM --------------------------------------------------------------------------------------
+class Job:
+    """A cell as a job. submitit pickles it, and after a time limit or a preemption again."""
+
+    def __init__(self, cell):
+        self.cell = cell
+
+    def __call__(self):
+        while locked(self.cell):  # a worker elsewhere was faster
+            time.sleep(5)
+        if self.cell.result is not None:
+            return
+        # SLURM may signal every process of a job: the run is told by `checkpoint` alone, once.
+        signals = {signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2}
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+        self.process = start(self.cell)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        try:
+            while self.process.poll() is None:
+                time.sleep(0.2)
+        finally:
+            self.stop(0)
+        if self.cell.result is None:
+            raise RuntimeError(ending(self.process.returncode))
+
+    def stop(self, seconds):
+        """Ask the run to save at its next border; after so many seconds leave it to its end."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGINT)
+            end = time.monotonic() + seconds
+            while self.process.poll() is None and time.monotonic() < end:
+                time.sleep(0.1)
+        if seconds and self.process.poll() is None:  # the newest checkpoint will do
+            self.process.kill()
+
+    def checkpoint(self):
+        from submitit.helpers import DelayedSubmission
+
+        self.stop(FREED)
+        return DelayedSubmission(Job(self.cell))
+
+
+def submit(cells, arguments, progress):
+    """Submit the cells that are not in the queue yet, wait for all. -> as `work`"""
+    try:
+        import submitit
+    except ImportError:
+        fail("--slurm: submitit is not installed; pip install submitit")
+    cluster = arguments.slurm_cluster
+    if cluster == "slurm" and not (shutil.which("sbatch") and shutil.which("squeue")):
+        fail("--slurm: no sbatch and squeue here; start it on a login node, or use --workers")
+    folder = Path(arguments.runs_dir).resolve() / "slurm"
+    jobs = {cell: job for cell in cells if (job := queued(cell, cluster)) is not None}
+    new = [cell for cell in cells if cell not in jobs]
+    try:
+        executor = submitit.AutoExecutor(folder / "%j", cluster, slurm_max_num_timeout=1000)
+        executor.update_parameters(**parameters(arguments))
+        with executor.batch() if new else contextlib.nullcontext():
+            sent = [executor.submit(Job(cell)) for cell in new]
+    except Exception as error:
+        fail(f"--slurm: nothing was submitted: {one_line(error)}")
+    for cell, job in zip(new, sent, strict=True):
+        cell.folder.parent.mkdir(parents=True, exist_ok=True)
+        cell.beside(".job").write_text(f"{cluster} {job.job_id}\n")
+    jobs |= {cell: job.job_id for cell, job in zip(new, sent, strict=True)}
+    print(f"{len(new)} jobs submitted, {len(cells) - len(new)} in the queue before. Ctrl-C leaves")
+    print(f"them there, the same call waits for them again. SLURM's output: {short(folder)}")
+    try:
+        await_jobs(jobs, {job.job_id: job for job in sent}, cluster, progress)
+    except KeyboardInterrupt:
+        return signal.SIGINT
+    return None
+
+
+def parameters(arguments):
+    """What a job asks for, in submitit's words."""
+    wanted = {
+        "name": f"atoll-{arguments.suite}",
+        "timeout_min": arguments.slurm_minutes,
+        "cpus_per_task": arguments.slurm_cpus,
+        "gpus_per_node": arguments.slurm_gpus or None,
+        "mem_gb": arguments.slurm_mem_gb,
+        "slurm_partition": arguments.slurm_partition,
+        "slurm_array_parallelism": arguments.slurm_jobs,
+        "slurm_setup": list(arguments.slurm_setup) or None,
+        "slurm_additional_parameters": {"requeue": True}
+        | dict(word.split("=", 1) for word in arguments.slurm_options),
+        # Its CPUs are the job's; without this srun of SLURM 22.05 and later gives a step one.
+        "slurm_srun_args": [f"--cpus-per-task={arguments.slurm_cpus}"],
+    }
+    return {key: value for key, value in wanted.items() if value is not None}
+
+
+def queued(cell, cluster):
+    """The job of an earlier call that still waits or runs, else None."""
+    with contextlib.suppress(OSError, ValueError):
+        kind, job = cell.beside(".job").read_text().split()
+        there = in_queue(cluster, [job]) if kind == cluster else ()
+        if there is None:
+            fail("--slurm: squeue does not answer, so what is in the queue is not known; try later")
+        return job if job in there else None
+    return None
+
+
+def in_queue(cluster, ids, own=None):
+    """Those of the jobs that wait or run. None where SLURM does not answer.
+
+    squeue, since sacct, which submitit asks, needs an accounting data base.
+    """
+    if cluster == "local":
+        return {x for x in ids if not own[x].done()} if own else {x for x in ids if process(x)}
+    done = subprocess.run(
+        ["squeue", "--noheader", "--array", "--me", "--format=%i"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return set(done.stdout.split()) & set(ids) if done.returncode == 0 else None
+
+
+def process(number):
+    with contextlib.suppress(OSError):
+        os.kill(int(number), 0)
+        return True
+    return False
+
+
+def await_jobs(jobs, own, cluster, progress):
+    """Report every job's end; `own` are those that this call submitted, by id."""
+    began, gone = time.monotonic(), {}
+    while jobs:
+        time.sleep(5 if cluster == "slurm" else 0.5)
+        there = in_queue(cluster, jobs.values(), own)
+        progress.working([cell for cell in jobs if updates(cell) != "0"])
+        for cell, job in list(jobs.items()) if there is not None else ():
+            if job in there and cell.result is None:
+                continue
+            since = gone.setdefault(cell, time.monotonic())
+            if cell.result is None and time.monotonic() - since < 10 and cluster == "slurm":
+                continue  # its files may be late on a shared disk
+            del jobs[cell]
+            cell.beside(".job").unlink(missing_ok=True)
+            progress.end(cell, f"job {job} left the queue", time.monotonic() - began)
+
+
+# --- The call -----------------------------------------------------------------------------------
+def report(cells, arguments):
+    """The command that makes the table of the finished cells."""
+    note = ROOT / "benchmarks" / "notes" / f"{arguments.suite}.md"
+    output = arguments.output or ROOT / "benchmarks" / "results" / arguments.suite
+    words = [sys.executable, short(ROOT / "benchmarks" / "report.py")]
+    words += [str(cell.folder) for cell in cells]
+    words += ["--output", short(output), "--title", arguments.suite]
+    words += ["--note", short(note)] if note.exists() else []
+    readme = ROOT / "README.md"
+    if arguments.output is None and f"<!-- {output.name} -->" in readme.read_text():
+        words += ["--readme", short(readme)]
+    return words
+
+
+def main(argv):
+    arguments, overrides = parse(argv)
+    cells = matrix(arguments, overrides)
+    left = [cell for cell in cells if cell.result is None]
+    if arguments.dry_run:
+        for cell in cells:
+            print(("" if cell in left else "# finished: ") + shlex.join(cell.words))
+        print(shlex.join(report(cells, arguments)))
+        return 0
+    print(f"{len(cells)} cells, {len(cells) - len(left)} of them finished before")
+    progress, stopped = Progress(cells), None
+    for cell in cells:
+        if cell not in left:
+            progress.end(cell, None)
+    if left:
+        stopped = (submit if arguments.slurm else work)(left, arguments, progress)
+    finished = [cell for cell in cells if cell.result is not None]
+    if stopped is not None:
+        name, share = signal.Signals(stopped).name, f"{len(finished)} of {len(cells)}"
+        print(f"{name}: {share} cells are finished; the same call does the rest")
+        return 128 + stopped
+    if progress.failed:
+        print(
+            f"{len(progress.failed)} of {len(cells)} cells failed; the same call tries them again"
+        )
+    if finished:
+        code = subprocess.run(report(finished, arguments), check=False).returncode
+        return 1 if progress.failed else code
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
