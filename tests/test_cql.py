@@ -251,7 +251,7 @@ def test_tanh_log_prob_is_exact_far_out():
     action, log_prob = sample_tanh(np.float32(x), np.float32(log_std), key, 4)
     _, expected = numpy_sample(np.float64(np.float32(x)), log_std, noise)
     np.testing.assert_allclose(log_prob, expected, rtol=2e-6, atol=2e-6)
-    assert (np.abs(action[-4:]) == 1).all() and np.ptp(log_prob[-4:]) > 50
+    assert (np.abs(action[-4:]) > 1 - 1e-6).all() and np.ptp(log_prob[-4:]) > 50
     # What it is compared with is a density: its integral over the actions is 1.
     noise = np.linspace(-6, 6, 1001)[None, :, None]
     action, log_prob = numpy_sample(np.full((1, 1), 0.3), np.full((1, 1), -0.5), noise)
