@@ -7,6 +7,7 @@ Every data set is a `Transitions` of float32 arrays, drawn from a fixed NumPy se
 import dataclasses
 import functools
 import inspect
+import itertools
 
 import jax
 import numpy as np
@@ -211,15 +212,19 @@ def train(module, data, updates, seed=0, **overrides):
 def policy(module, state, **overrides):
     """The compiled policy with its parameters: observations [..., O] -> actions [..., A].
 
-    `overrides` are those of the training, for a policy that reads the Config.
+    Every call has its own key. `overrides` are those of the training, for a policy that reads the
+    Config.
     """
-    params, key = module.policy_params(state), jax.random.key(0)
+    params, keys = module.policy_params(state), map(jax.random.key, itertools.count())
     wanted = list(inspect.signature(module.policy).parameters)[4:]  # beside those of every file
     facts = {name: getattr(state, name).apply_fn for name in wanted if name in state._fields}
     facts |= {"cfg": config(module, **overrides)} if "cfg" in wanted else {}
-    return jax.jit(
-        lambda observation: module.policy(state.actor.apply_fn, params, observation, key, **facts)
-    )
+
+    @jax.jit
+    def act(params, observation, key):
+        return module.policy(state.actor.apply_fn, params, observation, key, **facts)
+
+    return lambda observation: act(params, observation, next(keys))
 
 
 def act(module, state, observation, **overrides):
