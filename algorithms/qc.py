@@ -4,7 +4,7 @@
 Paper       https://arxiv.org/abs/2507.07969
 Reference   https://github.com/ColinQiyangLi/qc
 Run         python algorithms/qc.py --config configs/qc/ogbench.yaml
-Parent      fql.py (119 lines)
+Parent      fql.py (124 lines)
 Results     benchmarks/results
 Deviations  those of fql.py; offline only, the paper goes on online. Rewards after a termination
             inside a chunk do not count (reference: they do, the bootstrap stops). The critics also
@@ -116,7 +116,8 @@ class State(NamedTuple):
 
 
 def create_state(key, batch, cfg):
-    """State of one seed before the first update. `batch` supplies shapes only."""
+    """State of one seed before the first update. `batch`: rows, that supply shapes only."""
+    batch = batch._replace(action=jnp.tile(batch.action, cfg.horizon))  # [B, h A]
     key_actor, key_critic, key_flow = jax.random.split(key, 3)
     actor = flow = GeluNet(cfg.hidden, batch.action.shape[-1])
     critic, time = GeluCritic(cfg.hidden), batch.action[..., :1]
@@ -304,7 +305,7 @@ def train(cfg, options):
         reward = -(reward != 0).astype("float32")
     rows = dataset.transitions._replace(action=action, reward=reward)
     data = jax.device_put(chunked(replace(dataset, transitions=rows), cfg))
-    example = jax.tree.map(lambda x: x[:1], data)
+    example = jax.tree.map(lambda x: x[:1], rows)
     init_keys, train_keys, policy_keys = experiment.streams(cfg.seeds, 3)  # [S] each
     create = partial(create_state, batch=example, cfg=cfg)
     state = jax.jit(jax.vmap(create))(init_keys)

@@ -163,8 +163,7 @@ def shaken(state, seed=3):
 def shapes(module, cfg, num_actions):
     facts = {} if num_actions is None else {"num_actions": num_actions}
     create = functools.partial(module.create_state, cfg=cfg, **facts)
-    data = probes.prepared(module, probes.random_transitions(), cfg)
-    return jax.eval_shape(create, jax.random.key(0), data)
+    return jax.eval_shape(create, jax.random.key(0), probes.random_transitions())
 
 
 def setup(module, num_actions=None, **overrides):
@@ -235,7 +234,6 @@ def fresh(module, num_actions=None, **facts):
     if num_actions is not None:
         data, facts = probes.integer_actions(data), facts | {"num_actions": num_actions}
     create = functools.partial(module.create_state, cfg=cfg, **facts)
-    data = probes.prepared(module, data, cfg)
     return jax.jit(create, compiler_options=QUICK)(jax.random.key(0), data)
 
 

@@ -184,11 +184,11 @@ def prepared(module, data, cfg):
 
 def start(module, data, cfg, seed=0):
     """State, train key and data on the device, for one seed."""
-    data = jax.device_put(prepared(module, data, cfg))
     key_init, key_train = jax.random.split(jax.random.key(seed))
     facts = {"num_actions": NUMBER} if data.action.ndim == 1 else {}
     create = functools.partial(module.create_state, cfg=cfg, **facts)
-    return jax.jit(create)(key_init, jax.tree.map(lambda x: x[:1], data)), key_train, data
+    state = jax.jit(create)(key_init, jax.tree.map(lambda x: x[:1], data))
+    return state, key_train, jax.device_put(prepared(module, data, cfg))
 
 
 @functools.cache

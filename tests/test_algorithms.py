@@ -34,10 +34,10 @@ def test_every_algorithm_is_known_to_the_tests():
 def run(module, seeds, lengths):
     """Arrays of states and metrics, [S] each, after chunks of these lengths."""
     init_keys, train_keys = experiment.streams(seeds, 2)
-    data, cfg = probes.rows_for(module.__name__.split(".")[-1]), probes.config(module, **TINY)
-    data = jax.device_put(probes.prepared(module, data, cfg))
+    rows, cfg = probes.rows_for(module.__name__.split(".")[-1]), probes.config(module, **TINY)
+    data = jax.device_put(probes.prepared(module, rows, cfg))
     facts = {"num_actions": probes.NUMBER} if data.action.ndim == 1 else {}
-    create = functools.partial(module.create_state, batch=data, cfg=cfg, **facts)
+    create = functools.partial(module.create_state, batch=rows, cfg=cfg, **facts)
     state, chunks, start = jax.jit(jax.vmap(create))(init_keys), {}, 0
     for length in lengths:
         if length not in chunks:
