@@ -233,7 +233,6 @@ def policy(module, state, **overrides):
 
     Every call has its own key. `overrides` are those of the training, for a policy that reads the
     Config. One of chunks begins a new one at every call.
-    Config.
     """
     params, keys = module.policy_params(state), map(jax.random.key, itertools.count())
     wanted = list(inspect.signature(module.policy).parameters)[4:]  # beside those of every file
@@ -249,11 +248,6 @@ def policy(module, state, **overrides):
         size = params[0]["params"]["head"]["bias"].size // cfg.horizon
         memory = np.zeros((*observation.shape[:-1], cfg.horizon, size), np.float32), 0
         return module.policy(apply_fn, params, observation, key, memory, None, **facts)[0]
-    facts |= {"cfg": config(module, **overrides)} if "cfg" in wanted else {}
-
-    @jax.jit
-    def act(params, observation, key):
-        return module.policy(state.actor.apply_fn, params, observation, key, **facts)
 
     return lambda observation: act(params, observation, next(keys))
 
