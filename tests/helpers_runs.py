@@ -19,8 +19,10 @@ from pathlib import Path
 import gymnasium
 import h5py
 import numpy as np
+import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+SLOW = pytest.mark.skipif("ATOLL_SLOW" not in os.environ, reason="minutes: ATOLL_SLOW=1 runs it")
 ALGORITHMS = ["rebrac"]  # every test of runs goes through these files
 CONTINUOUS = ["rebrac", "td3_bc", "iql", "awr", "awac", "cql"]  # these refuse integer actions
 CONTINUOUS += ["dt", "bcq", "atac", "odice", "ivr", "xql", "idql", "fql", "qc"]

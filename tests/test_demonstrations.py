@@ -13,6 +13,7 @@ import importlib
 import types
 
 import flax.linen as nn
+import helpers_runs as runs
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -51,6 +52,12 @@ STITCHING = {
     "td3_bc": {},
     "xql": {"beta": 0.1, "inverse_temperature": 10.0},
 }
+
+
+def marked(name):
+    """Those that sample many actions per update take minutes."""
+    slow = name in ("bcq", "fql", "idql", "odice", "qc")
+    return pytest.param(name, marks=runs.SLOW) if slow else name
 
 
 # --- Overestimation -----------------------------------------------------------------------------
@@ -94,7 +101,7 @@ def test_td3_overestimates_unseen_actions():
 
 
 @pytest.mark.parametrize("seed", [0])
-@pytest.mark.parametrize("name", CAUTIOUS)
+@pytest.mark.parametrize("name", map(marked, CAUTIOUS))
 def test_no_overestimation(name, seed):
     module = importlib.import_module(f"algorithms.{name}")
     action, q = after_overestimation(module, seed, **CAUTIOUS[name])
@@ -152,7 +159,7 @@ def test_filtered_cloning_has_nothing_to_stitch():
 
 
 @pytest.mark.parametrize("seed", [0])
-@pytest.mark.parametrize("name", STITCHING)
+@pytest.mark.parametrize("name", map(marked, STITCHING))
 def test_stitching(name, seed):
     module = importlib.import_module(f"algorithms.{name}")
     data = probes.crossing()

@@ -266,6 +266,7 @@ def test_a_killed_worker_changes_nothing_in_the_end(here, monkeypatch, capsys):
         assert results[0][key] == results[1][key]
 
 
+@runs.SLOW
 def test_a_job_is_requeued_and_goes_on(here):
     """submitit's local executor; its signal before a time limit and at a preemption is SIGUSR2."""
     pytest.importorskip("submitit")
