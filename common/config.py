@@ -37,6 +37,11 @@ class Options:
 
 
 IN_YAML = ("env", "env_steps")  # options that change results, so a YAML may set them
+# Ranges by the field's name, the same in every file; the last two are patterns.
+SHARES = ("discount", "target_rate", "actor_target_rate", "td_lambda", "lam", "residual")
+POSITIVE = "learning_rate$|^fixed_std$|^return_scale$|^beta$|^(sql|eql)_alpha$|^huber_delta$"
+POSITIVE += "|^weight_norm$|^max_(weight|clip|gradient_norm)$"
+NOT_NEGATIVE = "alpha$|_penalty$|noise|_weight$|_decay$|^inverse_temperature$|^perturbation$|^eta$"
 
 
 def parse(config_class, argv=None):
@@ -200,19 +205,22 @@ def _validate(cfg):
             fail(f"{flag}: at least one hidden layer is wanted")
         elif any(type(x) is int and x < 1 for x in numbers):
             fail(f"{flag}: at least 1 is wanted")
-        elif name in ("discount", "target_rate", "td_lambda") and not 0 <= value <= 1:
+        elif name in SHARES and not 0 <= value <= 1:
             fail(f"{flag}: a number from 0 to 1 is wanted")
         elif name == "fraction" and not 0 < value <= 1:
             fail(f"{flag}: a number above 0 and up to 1 is wanted")
         elif name in ("expectile", "dropout") and not 0 < value < 1:
             fail(f"{flag}: a number between 0 and 1 is wanted")
-        elif re.search("learning_rate$|^fixed_std$|^return_scale$", name) and value <= 0:
+        elif re.search(POSITIVE, name) and value <= 0:
             fail(f"{flag}: a number above 0 is wanted")
+        elif re.search(NOT_NEGATIVE, name) and value < 0:
+            fail(f"{flag}: 0 or more is wanted")
     for whole, part in (
         ("eval_every", "log_every"),
         ("num_updates", "log_every"),
         ("log_every", "policy_delay"),
         ("log_every", "actor_updates"),
+        ("embedding", "num_heads"),
     ):
         if hasattr(cfg, part) and getattr(cfg, whole) % getattr(cfg, part):
             number, divisor = getattr(cfg, whole), getattr(cfg, part)

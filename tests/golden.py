@@ -7,6 +7,7 @@
 A change belongs in CHANGELOG.md, with the results it touches.
 """
 
+import functools
 import importlib
 import json
 import os
@@ -17,13 +18,14 @@ from pathlib import Path
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")  # as the tests do
 
-import jax
 import numpy as np
 import probes
 
+from common import experiment
+
 FILE = Path(__file__).with_name("golden.json")
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
-SETTINGS = {"hidden": (32,), "batch_size": 64, "log_every": 10}
+SETTINGS = {"hidden": (32,), "batch_size": 64}
 AFTER = {10: 1e-5, 100: 1e-3}  # updates -> relative tolerance
 
 
@@ -31,27 +33,27 @@ def versions():
     return {name: metadata.version(name) for name in PACKAGES}
 
 
-def measure(name):
-    """{updates: {metric or norm: value}} of the small algorithm on 512 random rows."""
+def measure(name, seeds=(0,), chunk=10):
+    """{updates: {metric or norm: value}} of the first seed, on 512 random rows; and the states."""
     module = importlib.import_module(f"algorithms.{name}")
-    cfg = probes.config(module, **SETTINGS)
+    cfg = probes.config(module, **SETTINGS, log_every=chunk)
     data = probes.rows_for(name, 512, 5, 3, seed=0)
-    state, key, data = probes.start(module, data, cfg)
-    chunk = jax.jit(module.train_chunk, static_argnums=4, donate_argnums=0)
-    found = {}
-    for step in range(0, max(AFTER), cfg.log_every):
-        state, metrics = chunk(state, key, step, data, cfg)
-        if step + cfg.log_every in AFTER:
-            values = {name: float(value) for name, value in metrics.items()}
+    starts = [probes.start(module, data, cfg, seed) for seed in seeds]
+    (state, keys), rows = probes.stacked([x[:2] for x in starts]), starts[0][2]
+    train, found = experiment.over_seeds(functools.partial(module.train_chunk, cfg=cfg)), {}
+    for step in range(0, max(AFTER), chunk):
+        state, metrics = train(state, keys, step, rows)
+        if step + chunk in AFTER:
+            values = {metric: float(value[0]) for metric, value in metrics.items()}
             for net in state._fields:
                 for part in ("params", "target_params"):
                     if tree := getattr(getattr(state, net), part, None):
                         squares = [
-                            np.square(x, dtype=np.float64).sum() for x in probes.leaves(tree)
+                            np.square(x[0], dtype=np.float64).sum() for x in probes.leaves(tree)
                         ]
                         values[f"norm of {net}.{part}"] = float(np.sqrt(sum(squares)))
-            found[str(step + cfg.log_every)] = values
-    return found
+            found[str(step + chunk)] = values
+    return found, probes.leaves(state)
 
 
 def main(names):
@@ -61,7 +63,7 @@ def main(names):
         return 2
     golden = json.loads(FILE.read_text()) if FILE.exists() else {}
     for name in names or known:
-        new, old = measure(name), golden.get(name, {})
+        (new, _), old = measure(name), golden.get(name, {})
         was = ", ".join(f"{k} {v}" for k, v in old.get("versions", {}).items()) or "nothing"
         print(f"{name}: was written by {was}")
         for step, values in new.items():

@@ -23,6 +23,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 SLOW = pytest.mark.skipif("ATOLL_SLOW" not in os.environ, reason="minutes: ATOLL_SLOW=1 runs it")
+ROOTS = ["awr", "bc", "cql", "dt", "iql", "odice", "qc", "rebrac"]  # the others are much like them
 ALGORITHMS = ["rebrac"]  # every test of runs goes through these files
 CONTINUOUS = ["rebrac", "td3_bc", "iql", "awr", "awac", "cql"]  # these refuse integer actions
 CONTINUOUS += ["dt", "bcq", "atac", "odice", "ivr", "xql", "idql", "fql", "qc"]
@@ -44,6 +45,11 @@ ALSO_TINY = {  # by algorithm
 SEQUENCE = {  # by algorithm, in place of hidden layers
     "dt": ["--context", "3", "--embedding", "8", "--num-layers", "1"],
 }
+
+
+def slow_but(names, fast):
+    """Parameters for parametrize: those not in `fast` run with ATOLL_SLOW=1 only."""
+    return [pytest.param(x, marks=() if x in fast else SLOW) for x in names]
 
 
 def nets(name):

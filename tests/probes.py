@@ -10,6 +10,7 @@ import inspect
 import itertools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from common.datasets import Dataset, Transitions
@@ -271,6 +272,12 @@ def value(state, observation):
     observation = np.atleast_2d(np.float32(observation))
     found = state.value_net.apply_fn(state.value_net.params, observation).min()
     return float(found) * (1.0 if scaled else 1 / (1 - 0.9))
+
+
+def stacked(trees):
+    """One tree of their arrays, with a leading axis; functions in it are those of the first."""
+    arrays = zip(*map(jax.tree.leaves, trees), strict=True)
+    return jax.tree.unflatten(jax.tree.structure(trees[0]), [jnp.stack(x) for x in arrays])
 
 
 def leaves(tree):

@@ -354,3 +354,36 @@ def test_help_lists_every_field(toy, capsys):
     text = capsys.readouterr().out
     for field in (*dataclasses.fields(toy), *dataclasses.fields(config.Options)):
         assert f"--{field.name.replace('_', '-')}" in text
+
+
+# --- Ranges of the algorithm files' own fields ----------------------------------------------------
+@pytest.mark.parametrize(
+    ("name", "flag", "value", "wanted"),
+    [
+        ("atac", "--residual", "1.5", "from 0 to 1"),
+        ("atac", "--weight-norm", "0", "above 0"),
+        ("awr", "--max-weight", "-1", "above 0"),
+        ("bcq", "--lam", "-0.1", "from 0 to 1"),
+        ("bcq", "--kl-weight", "-0.5", "0 or more"),
+        ("bcq", "--perturbation", "-0.05", "0 or more"),
+        ("cql", "--alpha", "-5", "0 or more"),
+        ("dt", "--num-heads", "3", "is no multiple of --num-heads 3"),
+        ("dt", "--max-gradient-norm", "0", "above 0"),
+        ("dt", "--context", "0", "at least 1"),
+        ("idql", "--actor-target-rate", "2", "from 0 to 1"),
+        ("idql", "--weight-decay", "-0.5", "0 or more"),
+        ("iql", "--inverse-temperature", "-3", "0 or more"),
+        ("ivr", "--sql-alpha", "0", "above 0"),
+        ("odice", "--lam", "1.2", "from 0 to 1"),
+        ("qc", "--horizon", "0", "at least 1"),
+        ("rebrac", "--actor-penalty", "-0.1", "0 or more"),
+        ("rebrac", "--target-noise", "-0.2", "0 or more"),
+        ("xql", "--beta", "0", "above 0"),
+        ("xql", "--huber-delta", "-20", "above 0"),
+    ],
+)
+def test_ranges(name, flag, value, wanted, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    line = error(capsys, runs.module(name).Config, f"{flag}={value}")
+    assert wanted in line and flag in line and value.lstrip("-")[:3] in line
+    assert not list(tmp_path.iterdir())

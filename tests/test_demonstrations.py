@@ -48,16 +48,14 @@ STITCHING = {
     "iql": {"expectile": 0.9, "inverse_temperature": 10.0},
     "ivr": {"sql_alpha": 0.05},
     "odice": {"alpha": 0.1},
+    "qc": {"horizon": 1, "num_samples": 16, "q_agg": "min"},
     "rebrac": {"actor_penalty": 1.0, "critic_penalty": 0.1},
     "td3_bc": {},
     "xql": {"beta": 0.1, "inverse_temperature": 10.0},
 }
 
 
-def marked(name):
-    """Those that sample many actions per update take minutes."""
-    slow = name in ("bcq", "fql", "idql", "odice", "qc")
-    return pytest.param(name, marks=runs.SLOW) if slow else name
+FAST = ("bc", "cql", "iql", "rebrac")
 
 
 # --- Overestimation -----------------------------------------------------------------------------
@@ -101,7 +99,7 @@ def test_td3_overestimates_unseen_actions():
 
 
 @pytest.mark.parametrize("seed", [0])
-@pytest.mark.parametrize("name", map(marked, CAUTIOUS))
+@pytest.mark.parametrize("name", runs.slow_but(CAUTIOUS, FAST))
 def test_no_overestimation(name, seed):
     module = importlib.import_module(f"algorithms.{name}")
     action, q = after_overestimation(module, seed, **CAUTIOUS[name])
@@ -159,7 +157,7 @@ def test_filtered_cloning_has_nothing_to_stitch():
 
 
 @pytest.mark.parametrize("seed", [0])
-@pytest.mark.parametrize("name", map(marked, STITCHING))
+@pytest.mark.parametrize("name", runs.slow_but(STITCHING, FAST))
 def test_stitching(name, seed):
     module = importlib.import_module(f"algorithms.{name}")
     data = probes.crossing()

@@ -255,6 +255,7 @@ class Stop(Exception):
     pass
 
 
+@runs.SLOW
 def test_stopped_at_every_border(name, tiny, reference, monkeypatch):
     """Before and after each save and after each log; every start gets one step further."""
     points = [
@@ -459,7 +460,7 @@ def test_signal_from_outside(name, tiny, base, reference, tmp_path):
     code = SLOW.replace("SECONDS", "0.3")
     words = runs.command(name, [*tiny, *SEEDS], code=code)
     process = subprocess.Popen(words, cwd=tmp_path, env=runs.environment(base / "cache"))
-    runs.wait_for(lambda: [*tmp_path.rglob("timing.csv")])
+    runs.wait_for(lambda: [*tmp_path.glob("runs/*/*/*/timing.csv")])
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 128 + signal.SIGTERM
     folder = run(name, [*tiny, *SEEDS, "--resume"])
@@ -475,7 +476,7 @@ def test_second_signal_leaves_at_once(name, tiny, base, tmp_path):
         stdout=subprocess.PIPE,
         text=True,
     )
-    runs.wait_for(lambda: [*tmp_path.rglob("timing.csv")])
+    runs.wait_for(lambda: [*tmp_path.glob("runs/*/*/*/timing.csv")])
     process.send_signal(signal.SIGINT)
     while "once more leaves at once" not in process.stdout.readline():
         pass

@@ -3,6 +3,7 @@
 
 import importlib
 
+import helpers_runs as runs
 import numpy as np
 import probes
 import pytest
@@ -30,7 +31,7 @@ TIED = {  # a strong one
 }
 
 
-@pytest.fixture(params=FREE)
+@pytest.fixture(params=runs.slow_but(FREE, [*runs.ROOTS, "atac", "fql", "td3_bc"]))
 def free(request):
     """(module, function from a data set to the trained state)"""
     module = importlib.import_module(f"algorithms.{request.param}")
@@ -50,11 +51,13 @@ def values(state, observation):
     return [probes.q(state, observation, action) for action in (-0.9, -0.5, 0.0, 0.5, 0.9)]
 
 
+@runs.SLOW  # the second step of test_two_steps
 def test_terminal_reward(free):
     _, train = free
     np.testing.assert_allclose(values(train(probes.terminal_reward()), 1), 1, atol=0.02)
 
 
+@runs.SLOW  # minutes; the files' own tests have the target at a truncation, too
 @pytest.mark.parametrize("data", [probes.endless_reward, probes.cut_reward])
 def test_endless_reward_also_through_truncations(free, data):
     _, train = free
@@ -68,6 +71,7 @@ def test_two_steps(free):
     np.testing.assert_allclose(values(state, -1), 1, atol=0.02)
 
 
+@runs.SLOW  # one of both states of test_best_action_by_state
 def test_best_action(free):
     module, train = free
     state = train(probes.best_action())

@@ -272,8 +272,8 @@ def test_a_job_is_requeued_and_goes_on(here):
     pytest.importorskip("submitit")
 
     def preempt():
-        runs.wait_for(lambda: list(Path("runs").rglob("checkpoints/4")))
-        controller = next(Path("runs").rglob("*.job")).read_text().split()[1]
+        runs.wait_for(lambda: list(Path("runs").glob("*/*/*/checkpoints/4")))
+        controller = next(Path("runs").glob("*/*/*.job")).read_text().split()[1]
         (job,) = Path(f"/proc/{controller}/task/{controller}/children").read_text().split()
         os.kill(int(job), signal.SIGUSR2)
 
@@ -289,7 +289,7 @@ def test_a_job_is_requeued_and_goes_on(here):
     thread.join()
     log = next(Path("runs/bc").rglob("*.log")).read_text()
     assert log.count("$ ") == 2 and "SIGINT: saving at the next border" in log
-    assert "resuming at update" in log and not list(Path("runs").rglob("*.job"))
+    assert "resuming at update" in log and not list(Path("runs").glob("*/*/*.job"))
     assert "[1/1] bc hopper-tiny-v4: score" in done.stdout
 
 
