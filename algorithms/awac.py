@@ -4,7 +4,7 @@
 Paper       https://arxiv.org/abs/2006.09359
 Reference   https://github.com/corl-team/CORL (algorithms/offline/awac.py)
 Run         python algorithms/awac.py --config configs/awac/mujoco.yaml
-Parent      iql.py (118 lines)
+Parent      iql.py (119 lines)
 Results     benchmarks/results
 Deviations  initialisation, tanh on the mean and log_std in [-5, 2] are those of ikostrikov's
             implementations, CORL has PyTorch's initialisation, no tanh and [-20, 2]. The paper's
@@ -100,11 +100,11 @@ class State(NamedTuple):
 
 
 def normalise(data):
-    """The data on the device with observations of mean 0 and std 1, and that mean and std."""
+    """The data with observations of mean 0 and std 1, and that mean and std."""
     x = data.observation
     mean, std = x.mean(axis=0, dtype=float), x.std(axis=0, dtype=float) + 1e-3
-    x, next_x = ((x - mean) / std for x in (x, data.next_observation))
-    return jax.device_put(data._replace(observation=x, next_observation=next_x)), (mean, std)
+    x, next_x = (((x - mean) / std).astype("float32") for x in (x, data.next_observation))
+    return data._replace(observation=x, next_observation=next_x), (mean, std)
 
 
 def create_state(key, batch, cfg, statistics=(0.0, 1.0)):
@@ -220,12 +220,13 @@ def train(cfg, options):
     dataset = datasets.load(cfg.dataset, options.env, options.env_steps)
     reward = dataset.transitions.reward + cfg.reward_shift
     data, statistics = normalise(dataset.transitions._replace(reward=reward))
+    data = experiment.place(data, options)
     example = jax.tree.map(lambda x: x[:1], data)
     init_keys, train_keys, policy_keys = experiment.streams(cfg.seeds, 3)  # [S] each
     create = partial(create_state, batch=example, cfg=cfg, statistics=statistics)
     state = jax.jit(jax.vmap(create))(init_keys)
     # jit with the state donated; seeds by vmap on an accelerator, one after the other on CPU.
-    train_seeds = experiment.over_seeds(partial(train_chunk, cfg=cfg))
+    train_seeds = experiment.over_seeds(partial(train_chunk, cfg=cfg), update)
     act = partial(policy, state.actor.apply_fn)
 
     with (

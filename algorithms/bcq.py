@@ -4,7 +4,7 @@
 Paper       https://arxiv.org/abs/1812.02900
 Reference   https://github.com/sfujim/BCQ (continuous_BCQ)
 Run         python algorithms/bcq.py --config configs/bcq/mujoco.yaml
-Parent      td3_bc.py (163 lines)
+Parent      td3_bc.py (164 lines)
 Results     benchmarks/results
 Deviations  none known from the code. Data with recorded next observations keep the rows at a
             truncation, which D4RL's loader drops.
@@ -271,13 +271,13 @@ def policy_params(state):
 def train(cfg, options):
     """Train every seed of `cfg` and return its final normalised scores, [S]."""
     dataset = datasets.load(cfg.dataset, options.env, options.env_steps)
-    data = jax.device_put(dataset.transitions)
+    data = experiment.place(dataset.transitions, options)
     example = jax.tree.map(lambda x: x[:1], data)
     init_keys, train_keys, policy_keys = experiment.streams(cfg.seeds, 3)  # [S] each
     create = partial(create_state, batch=example, cfg=cfg)
     state = jax.jit(jax.vmap(create))(init_keys)
     # jit with the state donated; seeds by vmap on an accelerator, one after the other on CPU.
-    train_seeds = experiment.over_seeds(partial(train_chunk, cfg=cfg))
+    train_seeds = experiment.over_seeds(partial(train_chunk, cfg=cfg), update)
     functions = {"vae": state.vae.apply_fn, "critic": state.critic.apply_fn}
     act = partial(policy, state.actor.apply_fn, **functions, cfg=cfg)
 

@@ -111,11 +111,11 @@ class State(NamedTuple):
 
 
 def normalise(data):
-    """The data on the device with observations of mean 0 and std 1, and that mean and std."""
+    """The data with observations of mean 0 and std 1, and that mean and std."""
     x = data.observation
     mean, std = x.mean(axis=0, dtype=float), x.std(axis=0, dtype=float) + 1e-3
-    x, next_x = ((x - mean) / std for x in (x, data.next_observation))
-    return jax.device_put(data._replace(observation=x, next_observation=next_x)), (mean, std)
+    x, next_x = (((x - mean) / std).astype("float32") for x in (x, data.next_observation))
+    return data._replace(observation=x, next_observation=next_x), (mean, std)
 
 
 def create_state(key, batch, cfg, statistics=(0.0, 1.0)):
@@ -272,13 +272,13 @@ def train(cfg, options):
     reward = cfg.reward_scale * dataset.transitions.reward + cfg.reward_shift
     data, statistics = dataset.transitions._replace(reward=reward), (0.0, 1.0)
     data, statistics = normalise(data) if cfg.normalise_observations else (data, statistics)
-    data = jax.device_put(data)
+    data = experiment.place(data, options)
     example = jax.tree.map(lambda x: x[:1], data)
     init_keys, train_keys, policy_keys = experiment.streams(cfg.seeds, 3)  # [S] each
     create = partial(create_state, batch=example, cfg=cfg, statistics=statistics)
     state = jax.jit(jax.vmap(create))(init_keys)
     # jit with the state donated; seeds by vmap on an accelerator, one after the other on CPU.
-    train_seeds = experiment.over_seeds(partial(train_chunk, cfg=cfg))
+    train_seeds = experiment.over_seeds(partial(train_chunk, cfg=cfg), update)
     act = partial(policy, state.actor.apply_fn)
 
     with (

@@ -4,7 +4,7 @@
 Paper       https://arxiv.org/abs/2106.01345
 Reference   https://github.com/kzl/decision-transformer (gym)
 Run         python algorithms/dt.py --config configs/dt/mujoco.yaml
-Parent      bc.py (200 lines)
+Parent      bc.py (197 lines)
 Results     benchmarks/results
 Deviations  windows are padded at their end in training, at their start in evaluation; the reference
             pads both at the start (masked: no difference). 1e-3 is added to the std, there 1e-6.
@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import optax
 from flax.training import train_state
 
-from common import datasets, evaluation, experiment, fail, views
+from common import datasets, evaluation, experiment, views
 
 
 # --- Config -------------------------------------------------------------------------------------
@@ -146,11 +146,11 @@ class State(NamedTuple):
 
 
 def normalise(data):
-    """The data on the device with observations of mean 0 and std 1, and that mean and std."""
+    """The data with observations of mean 0 and std 1, and that mean and std."""
     x = data.observation
     mean, std = x.mean(axis=0, dtype=float), x.std(axis=0, dtype=float) + 1e-3
-    x, next_x = ((x - mean) / std for x in (x, data.next_observation))
-    return jax.device_put(data._replace(observation=x, next_observation=next_x)), (mean, std)
+    x, next_x = (((x - mean) / std).astype("float32") for x in (x, data.next_observation))
+    return data._replace(observation=x, next_observation=next_x), (mean, std)
 
 
 def episode_steps(dataset, data):
@@ -263,17 +263,15 @@ def policy_params(state):
 # --- Training -----------------------------------------------------------------------------------
 def train(cfg, options):
     """Train every seed of `cfg` and return its final normalised scores, [S]."""
-    if cfg.embedding % cfg.num_heads:
-        fail(f"--embedding {cfg.embedding}: a multiple of --num-heads {cfg.num_heads} is wanted")
     dataset = datasets.load(cfg.dataset, options.env, options.env_steps)
     data, statistics = normalise(dataset.transitions)
-    data = episode_steps(dataset, data)
+    data = experiment.place(episode_steps(dataset, data), options)
     example = jax.tree.map(lambda x: x[:1], data)
     init_keys, train_keys, policy_keys = experiment.streams(cfg.seeds, 3)  # [S] each
     create = partial(create_state, batch=example, cfg=cfg, statistics=statistics)
     state = jax.jit(jax.vmap(create))(init_keys)
     # jit with the state donated; seeds by vmap on an accelerator, one after the other on CPU.
-    train_seeds = experiment.over_seeds(partial(train_chunk, cfg=cfg))
+    train_seeds = experiment.over_seeds(partial(train_chunk, cfg=cfg), update)
     act = partial(policy, state.actor.apply_fn)
     best = views.return_range(dataset)[1]
     target_return = best if cfg.target_return is None else cfg.target_return

@@ -304,13 +304,13 @@ def train(cfg, options):
     if cfg.sparse_reward:
         reward = -(reward != 0).astype("float32")
     rows = dataset.transitions._replace(action=action, reward=reward)
-    data = jax.device_put(chunked(replace(dataset, transitions=rows), cfg))
+    data = experiment.place(chunked(replace(dataset, transitions=rows), cfg), options)
     example = jax.tree.map(lambda x: x[:1], rows)
     init_keys, train_keys, policy_keys = experiment.streams(cfg.seeds, 3)  # [S] each
     create = partial(create_state, batch=example, cfg=cfg)
     state = jax.jit(jax.vmap(create))(init_keys)
     # jit with the state donated; seeds by vmap on an accelerator, one after the other on CPU.
-    train_seeds = experiment.over_seeds(partial(train_chunk, cfg=cfg))
+    train_seeds = experiment.over_seeds(partial(train_chunk, cfg=cfg), update)
     act = partial(policy, state.flow.apply_fn, critic=state.critic.apply_fn, cfg=cfg)
     memory = jnp.zeros((cfg.eval_episodes, cfg.horizon, action.shape[-1])), jnp.int32(0)
 

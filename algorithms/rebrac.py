@@ -212,13 +212,14 @@ def policy_params(state):
 def train(cfg, options):
     """Train every seed of `cfg` and return its final normalised scores, [S]."""
     dataset = datasets.load(cfg.dataset, options.env, options.env_steps)
-    data = jax.device_put(dataset.transitions)
+    data = dataset.transitions
+    data = experiment.place(data, options)
     example = jax.tree.map(lambda x: x[:1], data)
     init_keys, train_keys, policy_keys = experiment.streams(cfg.seeds, 3)  # [S] each
     create = partial(create_state, batch=example, cfg=cfg)
     state = jax.jit(jax.vmap(create))(init_keys)
     # jit with the state donated; seeds by vmap on an accelerator, one after the other on CPU.
-    train_seeds = experiment.over_seeds(partial(train_chunk, cfg=cfg))
+    train_seeds = experiment.over_seeds(partial(train_chunk, cfg=cfg), update)
     act = partial(policy, state.actor.apply_fn)
 
     with (

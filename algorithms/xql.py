@@ -265,13 +265,13 @@ def train(cfg, options):
     reward = dataset.transitions.reward + cfg.reward_shift
     if cfg.return_scale is not None:
         reward = reward * (cfg.return_scale / views.return_span(dataset))
-    data = jax.device_put(dataset.transitions._replace(action=action, reward=reward))
+    data = experiment.place(dataset.transitions._replace(action=action, reward=reward), options)
     example = jax.tree.map(lambda x: x[:1], data)
     init_keys, train_keys, policy_keys = experiment.streams(cfg.seeds, 3)  # [S] each
     create = partial(create_state, batch=example, cfg=cfg)
     state = jax.jit(jax.vmap(create))(init_keys)
     # jit with the state donated; seeds by vmap on an accelerator, one after the other on CPU.
-    train_seeds = experiment.over_seeds(partial(train_chunk, cfg=cfg))
+    train_seeds = experiment.over_seeds(partial(train_chunk, cfg=cfg), update)
     act = partial(policy, state.actor.apply_fn)
 
     with (

@@ -94,7 +94,7 @@ def first_chunk(module, cfg):
     class Reached(Exception):
         pass
 
-    def over_seeds(chunk, original=experiment.over_seeds):
+    def over_seeds(chunk, update=None, original=experiment.over_seeds):
         def call(*arguments):
             raise Reached(original(chunk), arguments)
 

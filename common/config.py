@@ -32,6 +32,7 @@ class Options:
     resume: bool = False  # go on from the newest checkpoint; start anew where there is none
     runs_dir: str = "runs"  # where run folders go
     wandb: Literal["offline", "online", "disabled"] = "offline"  # offline needs no account
+    data: Literal["device", "host"] = "device"  # host: the device holds one chunk's rows only
     env: str | None = None  # Gymnasium id to evaluate in instead of the data set's own
     env_steps: int | None = None  # step limit of that env
 

@@ -3,12 +3,13 @@
 
 import os
 import shutil
+from functools import partial
 from pathlib import Path
 
 import jax
 import numpy as np
 
-from common import fail
+from common import fail, host_data
 
 # XLA's CPU scheduler runs independent operations at the same time. The QR decompositions of
 # orthogonal initialisers then waited for each other for ever on two cores (jax 0.10.2). Read by XLA
@@ -24,14 +25,38 @@ def streams(seeds, number):
     return tuple(split(np.asarray(seeds, np.uint32)).T)
 
 
-def over_seeds(chunk):
+def place(data, options):
+    """The arrays of a data set where `--data` wants them: on the device, or in host memory."""
+    return jax.tree.map(np.asarray, data) if options.data == "host" else jax.device_put(data)
+
+
+def over_seeds(chunk, update=None):
     """Compile `chunk(state, key, start, data)` of one seed for all seeds; the state is donated.
 
     Seeds are lanes of a `vmap` on an accelerator and run one after the other on a CPU, whose
     batched matrix products are slow. Of several devices each takes an equal share of the seeds.
+    With `update`, which tells what a chunk reads, the data may stay in host memory (NumPy arrays).
     """
+    train, feeds = _compiled(chunk), []
 
+    def fed(state, keys, start, data):
+        if update is None or not isinstance(data[0], np.ndarray):
+            return train(state, keys, start, data)
+        cfg = chunk.keywords["cfg"]
+        if not feeds:
+            of_seed = partial(update, cfg=cfg)
+            numbers = cfg.log_every, cfg.num_updates
+            feeds.append(host_data.Feed(of_seed, state, keys, data, *numbers))
+        after = train(state, keys, start, feeds[0](start))
+        feeds[0].prepare(start + cfg.log_every)  # while the device trains
+        return after
+
+    return fed
+
+
+def _compiled(chunk):
     def lanes(state, keys, start, data):
+        data = data.columns() if isinstance(data, host_data.Rows) else data
         if jax.default_backend() == "cpu":
             return jax.lax.map(lambda lane: chunk(*lane, start, data), (state, keys))
         return jax.vmap(chunk, (0, 0, None, None))(state, keys, start, data)

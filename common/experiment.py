@@ -37,10 +37,10 @@ import jax
 import numpy as np
 
 from common import config, datasets, fail, one_line
-from common.devices import over_seeds, setup, streams
+from common.devices import over_seeds, place, setup, streams
 from common.wandb_mirror import Mirror
 
-__all__ = ["Run", "load", "over_seeds", "parse", "streams"]
+__all__ = ["Run", "load", "over_seeds", "parse", "place", "streams"]
 SCORES = ("score", "return", "success", "length")
 VERSIONS = ("jax", "jaxlib", "flax", "optax", "numpy", "orbax-checkpoint", "gymnasium")
 VERSIONS += ("gymnasium-robotics", "mujoco", "minari", "ogbench")

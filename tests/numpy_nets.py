@@ -374,7 +374,7 @@ def check_normalise(module):
         expected = (getattr(raw, name).astype(np.float64) - mean) / std
         np.testing.assert_allclose(getattr(data, name), expected, rtol=1e-4, atol=1e-4)
     for name, column in data._asdict().items():
-        assert isinstance(column, jax.Array) and column.dtype == np.float32
+        assert isinstance(column, np.ndarray) and column.dtype == np.float32
         if not name.endswith("observation"):
             assert np.array_equal(column, getattr(raw, name))
 
@@ -410,7 +410,7 @@ def handed_over(module, monkeypatch, tmp_path, transitions, returns, ends=None, 
     number = probes.NUMBER if transitions.action.ndim == 1 else None
     dataset = datasets.Dataset("toy", transitions, ends, returns, num_actions=number)
 
-    def over_seeds(chunk):
+    def over_seeds(chunk, update=None):
         def stop(state, keys, start, data):
             raise Seen(state, data)
 

@@ -434,13 +434,6 @@ def test_normalise():
     nets.check_normalise(dt)
 
 
-def test_heads_must_divide_the_embedding(capsys):
-    with pytest.raises(SystemExit) as leave:
-        dt.train(dt.Config(embedding=10, num_heads=4), None)
-    line = capsys.readouterr().err
-    assert leave.value.code == 2 and "--embedding 10" in line and "--num-heads 4" in line
-
-
 def test_it_gets_the_return_that_it_is_asked_for():
     """Episodes of three steps, each with one action a in [-1, 1] throughout that pays a a step:
     asked for 3 a, the policy takes a."""

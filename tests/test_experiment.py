@@ -495,8 +495,8 @@ def poisoned(monkeypatch, lane, update, what):
     def spoil(x):
         return x.at[lane].set(jnp.nan) if x.dtype.kind == "f" else x
 
-    def poisoning(chunk):
-        train_seeds = over_seeds(chunk)
+    def poisoning(chunk, *rest):
+        train_seeds = over_seeds(chunk, *rest)
 
         def train(state, keys, start, data):
             state, values = train_seeds(state, keys, start, data)

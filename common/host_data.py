@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`--data host`: the data set stays in the host's memory, the device gets the rows of one chunk.
+
+Which rows an update reads is a function of (key, step) alone, so a chunk's rows are known before it
+runs: `update` is traced with columns that only note what is asked of them, and the compiler drops
+all else. While the device trains on one chunk, a thread gathers the rows of the next, each once and
+in the order of the data set; the compiled chunk finds a row among them by binary search. The same
+draws read the same rows, so the numbers are those of `--data device`.
+"""
+
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+
+class Column:
+    """Stands for an array [N, ...] of the data set: `len(column)` and `column[index]` are all."""
+
+    def __init__(self, count, read):
+        self.count, self.read = count, read
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, index):
+        return self.read(index)
+
+
+@struct.dataclass
+class Rows:
+    """Rows of a data set on the device: their numbers [M] in order, the last repeated; arrays."""
+
+    ids: Any
+    arrays: Any  # tree of [M, ...]
+    count: int = struct.field(pytree_node=False)  # rows in the whole data set
+
+    def columns(self):
+        """The tree of columns that `update` takes for the data set."""
+        found = {}  # columns are asked one after the other, with the same index
+
+        def read(array, index):
+            if id(index) not in found:  # the index is kept, so that its id stays its own
+                found[id(index)] = index, jnp.searchsorted(self.ids, index, method="scan_unrolled")
+            return array[found[id(index)][1]]
+
+        return jax.tree.map(lambda x: Column(self.count, partial(read, x)), self.arrays)
+
+
+class Feed:
+    """The rows of every chunk, gathered ahead.
+
+    Args:
+        update: (state, step, key, data) -> (state, metrics) of one seed.
+        state, keys: those of the first chunk, [S]; of the state only the shapes count.
+        data: tree of arrays [N, ...] in host memory.
+        steps, end: updates per chunk, and in all.
+    """
+
+    def __init__(self, update, state, keys, data, steps, end):
+        self.cpu = jax.local_devices(backend="cpu")[0]
+        self.data, self.steps, self.end = data, steps, end
+        self.keys = jax.device_put(keys, self.cpu)
+        self.draw = _draws(update, jax.eval_shape(lambda: state), data, steps)
+        self.pool, self.ahead = ThreadPoolExecutor(1), {}
+
+    def __call__(self, start):
+        """Rows of the chunk that begins with update `start`."""
+        return self.ahead.pop(start)() if start in self.ahead else self._rows(start)
+
+    def prepare(self, start):
+        """Gather the rows of that chunk in a thread."""
+        if start < self.end:
+            self.ahead = {start: self.pool.submit(self._rows, start).result}
+
+    def _rows(self, start):
+        index = np.asarray(self.draw(self.keys, start)).ravel()
+        ids = np.unique(index)
+        # Always as many, or every chunk would be compiled anew.
+        size = min(len(index), len(jax.tree.leaves(self.data)[0]))
+        ids = np.pad(ids, (0, size - len(ids)), mode="edge")
+        arrays = jax.device_put(jax.tree.map(lambda x: x[ids], self.data))
+        return Rows(jax.device_put(ids), arrays, len(jax.tree.leaves(self.data)[0]))
+
+
+def _draws(update, state, data, steps):
+    """(keys [S], start) -> [S, steps, n] row numbers, compiled for where the keys are."""
+
+    def of_one_step(key, step):
+        asked = {}
+
+        def read(array, index):
+            asked[id(index)] = index
+            return jnp.zeros((*index.shape, *array.shape[1:]), array.dtype)
+
+        columns = jax.tree.map(lambda x: Column(len(x), partial(read, x)), data)
+        update(jax.tree.map(lambda x: jnp.zeros(x.shape[1:], x.dtype), state), step, key, columns)
+        return jnp.concatenate([index.ravel() for index in asked.values()])
+
+    def of_one_seed(key, start):
+        return jax.vmap(partial(of_one_step, key))(start + jnp.arange(steps))
+
+    return jax.jit(jax.vmap(of_one_seed, (0, None)))

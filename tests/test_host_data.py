@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`--data host`: the device holds the rows of one chunk, the numbers are those of `device`."""
+
+import functools
+from typing import NamedTuple
+
+import helpers_runs as runs
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_algorithms import NAMES
+
+from common import devices, host_data
+
+ROWS, BATCH, STEPS, END = 1000, 4, 5, 15
+NAMES = [name for name in NAMES if name != "awr"]  # it reads all rows in every iteration
+
+
+class Data(NamedTuple):
+    x: np.ndarray  # [N]
+    pair: np.ndarray  # [N, 2]
+
+
+class Settings(NamedTuple):
+    log_every: int = STEPS
+    num_updates: int = END
+
+
+def data():
+    x = np.arange(ROWS, dtype=np.float32)
+    return Data(x, np.stack([x, -x], axis=1))
+
+
+def update(state, step, key, data, cfg):
+    """The sum of all rows read; the second read is of windows."""
+    index = jax.random.randint(jax.random.fold_in(key, step), (BATCH,), 0, len(data.x))
+    batch = jax.tree.map(lambda x: x[index], data)
+    window = data.x[(index[:, None] + jnp.arange(2)[None]).clip(max=len(data.x) - 1)]
+    total = state["total"] + batch.x.sum() + 2 * batch.pair[:, 1].sum() + 3 * window.sum()
+    return {"total": total}, {"first": batch.x[0]}
+
+
+def train_chunk(state, key, start, data, cfg):
+    steps = start + jnp.arange(cfg.log_every)
+    return jax.lax.scan(functools.partial(update, key=key, data=data, cfg=cfg), state, steps)
+
+
+def trained(rows, starts=range(0, END, STEPS)):
+    train = devices.over_seeds(functools.partial(train_chunk, cfg=Settings()), update)
+    state, metrics = {"total": jnp.zeros(2)}, []
+    for start in starts:
+        state, now = train(state, jax.random.split(jax.random.key(0)), start, rows)
+        metrics.append(np.asarray(now["first"]))
+    return np.asarray(state["total"]), np.concatenate(metrics, axis=1)
+
+
+def test_the_numbers_are_those_of_the_whole_data_on_the_device():
+    for mine, whole in zip(trained(data()), trained(jax.device_put(data())), strict=True):
+        assert np.array_equal(mine, whole)
+    later = range(STEPS, END, STEPS)  # as a resumed run begins
+    for mine, whole in zip(trained(data(), later), trained(data())[1:], strict=False):
+        assert mine.shape == (2,) and whole.shape == (2, END)
+    assert np.array_equal(trained(data(), later)[1], trained(data())[1][:, STEPS:])
+
+
+def test_the_device_gets_each_row_of_a_chunk_once_and_in_order():
+    keys, state = jax.random.split(jax.random.key(0)), {"total": jnp.zeros(2)}
+    one = functools.partial(update, cfg=Settings())
+    feed = host_data.Feed(one, state, keys, data(), STEPS, END)
+    rows = feed(STEPS)
+    ids = np.asarray(rows.ids)
+    assert len(ids) == 2 * STEPS * BATCH * 3 < ROWS and (np.diff(ids) >= 0).all()
+    wanted = [
+        np.asarray(jax.random.randint(jax.random.fold_in(key, step), (BATCH,), 0, ROWS))
+        for key in keys
+        for step in range(STEPS, 2 * STEPS)
+    ]
+    wanted = np.unique(np.stack([wanted, np.minimum(np.add(wanted, 1), ROWS - 1)]))
+    assert np.array_equal(np.unique(ids), wanted)
+    assert len(np.unique(ids)) == (ids != ids[-1]).sum() + 1  # only the last one is repeated
+    assert np.array_equal(rows.arrays.pair, data().pair[ids]) and rows.count == ROWS
+
+
+def test_chunks_are_gathered_ahead_but_not_past_the_end():
+    asked = []
+    feed = host_data.Feed(
+        functools.partial(update, cfg=Settings()),
+        {"total": jnp.zeros(2)},
+        jax.random.split(jax.random.key(0)),
+        data(),
+        STEPS,
+        END,
+    )
+    rows = feed._rows
+    feed._rows = lambda start: asked.append(start) or rows(start)
+    for start in range(0, END, STEPS):
+        feed(start)
+        feed.prepare(start + STEPS)
+    feed.pool.shutdown()
+    assert asked == [0, STEPS, 2 * STEPS]
+
+
+def test_one_program_serves_all_chunks(monkeypatch):
+    traced, scan = [], jax.lax.scan
+
+    def counted(*args):
+        traced.append(args)
+        return scan(*args)
+
+    monkeypatch.setattr(jax.lax, "scan", counted)
+    trained(data())
+    assert len(traced) == 1
+
+
+@pytest.mark.parametrize("name", runs.slow_but(NAMES, ["rebrac", "dt"]))
+def test_a_run_with_data_in_host_memory_has_the_same_numbers(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write = runs.write_cartpole if name in runs.DISCRETE else runs.write_hdf5
+    argv = ["--dataset", write("data.hdf5"), *runs.tiny(name), "--seeds", "0", "1"]
+    argv += ["--num-updates", "16"]
+    found = []
+    for where in ("device", "host"):
+        runs.start(name, [*argv, "--name", where, "--data", where])
+        folder = tmp_path / "runs" / name / "data" / where
+        found.append((folder / "metrics.csv").read_text())
+    assert found[0] == found[1]
+    # A run may go on with the other one.
+    runs.start(name, [*argv, "--name", "host", "--data", "device", "--resume"])
+
+
+def test_what_needs_all_rows_says_so(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    argv = ["--dataset", runs.write_hdf5("data.hdf5"), *runs.tiny("awr"), "--data", "host"]
+    with pytest.raises(SystemExit) as leave:
+        runs.start("awr", argv)
+    assert leave.value.code == 2 and "--data host" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
