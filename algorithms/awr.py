@@ -243,8 +243,8 @@ def train(cfg, options):
     """Train every seed of `cfg` and return its final normalised scores, [S]."""
     if cfg.discount == 1:
         fail("--discount 1.0: below 1 is wanted, V is learned in units of 1 / (1 - discount)")
-    if options.data == "host":
-        fail("--data host: every iteration needs V of all rows here; take --data device")
+    if options.data == "host" or options.devices > 1:
+        fail("--data host, --devices: not here, every iteration needs V of all rows of the data")
     dataset = datasets.load(cfg.dataset, options.env, options.env_steps)
     reward = dataset.transitions.reward + cfg.reward_shift
     data, statistics = normalise(dataset.transitions._replace(reward=reward))

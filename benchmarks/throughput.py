@@ -112,7 +112,7 @@ def first_chunk(module, cfg):
         mock.patch.object(evaluation, "Rollouts", mock.MagicMock()),
     ):
         try:
-            module.train(cfg, mock.MagicMock())
+            module.train(cfg, mock.MagicMock(data="device", devices=1))
         except Reached as reached:
             return reached.args
     raise RuntimeError(f"{module.__name__}.train did not call what over_seeds returned")

@@ -33,6 +33,7 @@ class Options:
     runs_dir: str = "runs"  # where run folders go
     wandb: Literal["offline", "online", "disabled"] = "offline"  # offline needs no account
     data: Literal["device", "host"] = "device"  # host: the device holds one chunk's rows only
+    devices: int = 1  # that share the batches of one seed; several seeds share all of them anyway
     env: str | None = None  # Gymnasium id to evaluate in instead of the data set's own
     env_steps: int | None = None  # step limit of that env
 

@@ -49,7 +49,7 @@ VERSIONS += ("gymnasium-robotics", "mujoco", "minari", "ogbench")
 def parse(config_class, argv=None):
     """Config and Options, see `config.parse`; sets up JAX's persistent compilation cache."""
     cfg, options = config.parse(config_class, argv)
-    setup(len(cfg.seeds))
+    setup(len(cfg.seeds), getattr(cfg, "batch_size", 1), options)
     return cfg, options
 
 

@@ -233,6 +233,38 @@ def test_simulated_devices(name, tiny, base, tmp_path):
     assert result["hardware"].startswith("4 x cpu")
 
 
+@pytest.mark.parametrize("name", runs.slow_but(["rebrac", "dt", "qc", "cql"], ["rebrac"]))
+def test_devices_share_the_batches_of_one_seed(name, tiny, base, tmp_path):
+    """Sums in another order: nearly the numbers of one device."""
+    argv = [*tiny[:2], *runs.tiny(name), "--log-every", "8"]
+    run(name, [*argv, "--runs-dir", "one"])
+    two = {"XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=2"}
+    argv += ["--devices", "2", "--runs-dir", "two"]
+    code, _, error = runs.call(
+        runs.command(name, argv), tmp_path, runs.environment(base / "cache", **two)
+    )
+    assert code == 0, error
+    rows = [runs.read_csv(runs.only_run(x) / "metrics.csv") for x in ("one", "two")]
+    for mine, other in zip(*rows, strict=True):
+        for key, value in mine.items():
+            if value:
+                assert float(other[key]) == pytest.approx(float(value), rel=1e-3, abs=1e-4), key
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--devices", "2"], "JAX sees 1"),
+        (["--devices", "0"], "at least 1"),
+    ],
+)
+def test_devices_that_are_not_there(tiny, words, says, capsys):
+    with pytest.raises(SystemExit) as leave:
+        runs.start("rebrac", [*tiny, *words])
+    assert leave.value.code == 2 and says in capsys.readouterr().err
+    assert not Path("runs").exists()
+
+
 # --- Death and resuming -------------------------------------------------------------------------
 DEATHS = ("start", "in save 4", "after save 8", "in log 16", "before save 24")
 

@@ -28,7 +28,7 @@ COMMON_LINES = {
     "download.py": 200,
     "environments.py": 150,
     "evaluation.py": 200,
-    "devices.py": 120,
+    "devices.py": 170,
     "experiment.py": 460,
     "host_data.py": 120,
     "ogbench_recipes.py": 300,
