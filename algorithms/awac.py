@@ -6,10 +6,10 @@ Reference   https://github.com/corl-team/CORL (algorithms/offline/awac.py)
 Run         python algorithms/awac.py --config configs/awac/mujoco.yaml
 Parent      iql.py (119 lines)
 Results     benchmarks/results
-Deviations  initialisation, tanh on the mean and log_std in [-5, 2] are those of ikostrikov's
-            implementations, CORL has PyTorch's initialisation, no tanh and [-20, 2]. The paper's
-            rlkit code has a 4 x 256 actor with weight decay, batch 1024 and weight=softmax.
-            Rows at a truncation are kept where their next observation is known.
+Deviations  initialisation, tanh on the mean and log_std in [-5, 2] are those of ikostrikov's IQL
+            (his AWAC: [-10, 2]); CORL has PyTorch's initialisation, no tanh and [-20, 2].
+            The paper's rlkit code has a 4 x 256 actor with weight decay, batch 1024 and
+            weight=softmax. Rows at a truncation are kept where their next observation is known.
 
 Shapes: S seeds, K critics, B batch, E episodes, O observation, A action. Arrays are float32.
 """

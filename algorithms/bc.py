@@ -6,9 +6,10 @@ Reference   https://github.com/corl-team/CORL (algorithms/offline/any_percent_bc
 Run         python algorithms/bc.py --config configs/bc/mujoco.yaml
 Parent      none
 Results     benchmarks/results
-Deviations  CORL cuts episodes every 1000 rows, here they end where they end. Of equal returns the
-            shorter episode counts as better. Integer actions are an addition. Rows at a
-            truncation are kept where their next observation is known.
+Deviations  CORL cuts episodes every 1000 rows and at terminals, so on AntMaze it ranks segments up
+            to the goal; here whole episodes. Of equal returns the shorter one counts as better.
+            Integer actions are an addition. Rows at a truncation are kept where their next
+            observation is known.
 
 Shapes: S seeds, B batch, E episodes, O observation, A action. Arrays are float32.
 """

@@ -6,7 +6,7 @@ Reference   https://github.com/young-geng/JaxCQL, with the settings of corl-team
 Run         python algorithms/cql.py --config configs/cql/antmaze.yaml
 Parent      none
 Results     benchmarks/results
-Deviations  CORL's orthogonal initialisation and five AntMaze layers reach every network here.
+Deviations  CORL's orthogonal initialisation reaches the actor here, its 5 AntMaze layers both Qs.
             No halved TD error, no warm start by cloning, as in CORL. Rows at truncations are kept.
 
 Shapes: S seeds, K critics, B batch, N num_samples, M actions per row, O observation, A action.

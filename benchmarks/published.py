@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Published scores beside ours: benchmarks/reference/scores.csv, one row per number.
 
-Columns: `algorithm` is our file and `config` a value its run must have; `column` the heading here;
-`updates`, `episodes` and `selection` ("last", or the mean of the last 3 evaluations so far apart)
-the protocol; `ddof` that of the std, empty where the source does not say; `source` where the number
-is printed. Only rows whose source states seeds, updates and selection are in the file, none that a
-source quotes from elsewhere, and none selected by looking at the scores.
+Columns: `algorithm` is our file and `config` the values its run must have; `column` the heading
+here; `updates`, `episodes` and `selection` ("last", or the mean of the last 3 evaluations so far
+apart) the protocol; `ddof` that of the std, empty where the source does not say; `source` where the
+number is printed. Only rows whose source states seeds, updates and selection are in the file, none
+that a source quotes from elsewhere, and none selected by looking at the scores. Left out, too, is
+JAX-CORL's AWAC, whose weights its code broadcasts into plain cloning.
 
 A number is shown only where the protocol is the same: the data set has D4RL's or OGBench's own name
 (a file, a recipe, Minari's data are others, whatever their name) and is evaluated in its own env,
-the run made as many updates, and our score is taken in the same way.
+the run made as many updates, was evaluated in as many episodes where the source states them, and
+our score is taken in the same way. Hyperparameters beyond `config` are the source's own.
 """
 
 import csv
@@ -62,14 +64,16 @@ def beside(run, table):
     """(list of Beside, list of words on rows that were published under another protocol)."""
     name, groups, words = name_of(run), {}, []
     for row in table:
-        key, _, value = row["config"].partition("=")
+        wanted = [x.split("=") for x in row["config"].split(";") if x]
         known = row["algorithm"] == run.algorithm and row["dataset"] == name
-        if not known or (key and str(run.config.get(key)) != value):
+        if not known or any(str(run.config.get(key)) != value for key, value in wanted):
             continue
-        updates = int(row["updates"])
+        updates, episodes = int(row["updates"]), row["episodes"]
         ours = select(run, row["selection"])
         if updates != run.result["num_updates"]:
             words.append(f"{row['column']}: {updates:,} updates")
+        elif episodes and int(episodes) != run.result["eval_episodes"]:
+            words.append(f"{row['column']}: {episodes} episodes")
         elif ours is None:
             words.append(f"{row['column']}: {row['selection']}")
         else:

@@ -15,6 +15,7 @@ not comparable is named and left out of every mean.
 
 import collections
 import contextlib
+import dataclasses
 import importlib
 import io
 import json
@@ -35,6 +36,7 @@ from pages import Figure, Folded, Heading, Table, Text, markdown, page
 
 UNITS = {"normalised": "score", "success": "success", "return": "return"}
 WORDS = {"normalised": "normalised score", "success": "success in %", "return": "plain return"}
+PUBLISHED = "Published scores: same data, updates and selection, the source's own settings (seeds)"
 FEW = 5  # seeds below which an interval is said to be too narrow
 EXPLAINED = """
 Score: last policy, mean ± std over seeds (ddof 0): normalised (0 to 100 by the reference pair),
@@ -153,9 +155,35 @@ def why_no_mean(found, names):
     return ""
 
 
+def name_choices(rows):
+    """Say in a row's name what its config chose other than its file's default, among words."""
+    for row in rows:
+        try:
+            default = importlib.import_module(f"algorithms.{row.algorithm}").Config
+        except (ImportError, AttributeError):
+            continue
+        for known in dataclasses.fields(default):
+            value = row.config.get(known.name)
+            if known.name == "dataset" or not isinstance(known.default, str):
+                continue
+            word = f"{known.name}={value}"
+            if value not in (None, known.default) and word not in row.variant.split():
+                row.variant = f"{word} {row.variant}".strip()
+
+
+def usual_size(rows):
+    """(updates, seeds) of most rows."""
+    sizes = collections.Counter((row.result["num_updates"], len(row.scores)) for row in rows)
+    return sizes.most_common(1)[0][0]
+
+
 def matrix(rows, best=False):
-    """Methods by data sets, as papers print them, and the mean over the data sets."""
+    """Methods by data sets, as papers print them, and the mean over the data sets.
+
+    A cell of other updates or another number of seeds than most says so.
+    """
     names, methods = list(dict.fromkeys(row.dataset for row in rows)), by_method(rows)
+    updates, seeds = usual_size(rows)
     lines = []
     for label, found in methods.items():
         line = [label]
@@ -163,7 +191,13 @@ def matrix(rows, best=False):
             row = found.get(name)
             each = row and (readers.numbers(row.result["best_score"]) if best else row.scores)
             gone = row and len(row.result["diverged"])
-            line.append("" if row is None else spread(each) + (f" ({gone} diverged)" * bool(gone)))
+            words = [f"{gone} diverged"] if gone else []
+            if row and row.result["num_updates"] != updates:
+                words.append(f"{row.result['num_updates']:,} updates")
+            if row and len(row.scores) != seeds:
+                words.append(f"{len(row.scores)} seed" + "s" * (len(row.scores) != 1))
+            extra = f" ({', '.join(words)})" if words else ""
+            line.append("" if row is None else spread(each) + extra)
         if len(names) > 1:
             reason = why_no_mean(found, names)
             means = [row.scores.mean() for row in found.values()]
@@ -291,7 +325,13 @@ def beside(rows, reference):
             ours = f"{spread(group.ours)} ({len(group.ours)})"
             cells = [row.label, row.dataset, group.selection, f"{row.result['num_updates']:,}"]
             table.append([*cells, ours, *(at.get(column, "") for column in columns)])
-        blocks.append(Table(head, table, "Published scores, same data and protocol (seeds)"))
+        blocks.append(
+            Table(
+                head,
+                table,
+                PUBLISHED,
+            )
+        )
     for column, entries in used.items():
         ddof = joined(x["ddof"] or "not stated" for x in entries)
         notes = joined(x["note"] for x in entries if x["note"] and len(entries) > 3)
@@ -421,11 +461,14 @@ def readme(rows, arguments):
     reference = published.load(arguments.reference)
     blocks = [Text("Last policy's score, mean ± std over seeds (ddof 0).")]
     for family, group in by_family(rows).items():
-        seeds = {len(row.scores) for row in group}
-        updates = sorted({row.result["num_updates"] for row in group})
+        updates, seeds = usual_size(group)
         scale = joined(WORDS[row.scale] for row in group)
-        size = f"{joined(f'{x:,}' for x in updates)} updates, {joined(sorted(seeds))} seed"
-        blocks.append(Text(f"**{family}** ({scale}; {size}{'s' * (seeds != {1})}):"))
+        size = f"{updates:,} updates, {seeds} seed{'s' * (seeds != 1)}"
+        mixed = any(
+            (row.result["num_updates"], len(row.scores)) != (updates, seeds) for row in group
+        )
+        size += ", where a cell does not say others" if mixed else ""
+        blocks.append(Text(f"**{family}** ({scale}; {size}):"))
         blocks += [matrix(group), *beside(group, reference)]
         blocks.append(Folded("commands of this table", [commands(group)]))
     blocks.append(
@@ -467,6 +510,7 @@ def main(arguments):
         rows, notes = readers.from_wandb(arguments.wandb)
     else:
         rows, notes = readers.find(arguments.folders)
+    name_choices(rows)
     stem, count = arguments.output, 0
     stem.parent.mkdir(parents=True, exist_ok=True)
     written = [f"{stem}.md"]

@@ -42,9 +42,8 @@ def test_golden_values(name, alone):
     recorded, (found, _) = json.loads(golden.FILE.read_text()), alone
     assert name in recorded, "python tests/golden.py records a new algorithm"
     was, now = recorded[name]["versions"], golden.versions()
-    if was["jax"] != now["jax"]:
-        pytest.skip(f"recorded with jax {was['jax']}, this is {now['jax']}")
-    for updates, tolerance in golden.AFTER.items():
+    same = was["jax"] == now["jax"]  # another one rounds otherwise, and training amplifies it
+    for updates, tolerance in golden.AFTER.items() if same else [(10, 1e-3)]:
         old, new = recorded[name]["after"][str(updates)], found[str(updates)]
         assert {*old} == {*new}
         for key in old:

@@ -139,7 +139,7 @@ def test_cloning_does_not_stitch():
     assert success(bc, 0) <= 0.5
 
 
-def test_filtered_cloning_has_nothing_to_stitch():
+def test_the_best_tenth_has_no_row_near_the_bad_kinds_way():
     """The best tenth are walks of the other kind: no row of theirs is near the bad kind's way.
 
     (In this plane their straight ways extrapolate well: the clone arrives, without having learned

@@ -21,7 +21,9 @@ ROOT = Path(__file__).resolve().parents[1]
 CODE = {"algorithm": "aaa", "common": "ccc"}
 
 
-def write_run(folder, scores, algorithm="bc", best=None, updates=20, code=CODE, **config):
+def write_run(
+    folder, scores, algorithm="bc", best=None, updates=20, code=CODE, episodes=3, **config
+):
     """A finished run with these final scores by seed, all of them 5 halfway."""
     folder.mkdir(parents=True)
     reference = config.pop("reference", [0.0, 200.0])
@@ -33,7 +35,7 @@ def write_run(folder, scores, algorithm="bc", best=None, updates=20, code=CODE, 
     result = {
         "algorithm": algorithm,
         "num_updates": updates,
-        "eval_episodes": 3,
+        "eval_episodes": episodes,
         "score": by_seed,
         "best_score": by_seed if best is None else dict.fromkeys(by_seed, best),
         "return": {seed: None if x is None else 2 * x for seed, x in by_seed.items()},
@@ -358,10 +360,14 @@ def test_a_part_of_the_data_is_another_method(tmp_path):
     assert cells(table)[0][5] == "55.48 ± 7.30 (4)"  # 10%BC in CORL's README
 
 
-@pytest.mark.parametrize(("every", "shown"), [(100_000, True), (50_000, False)])
-def test_ogbenchs_scores_are_the_mean_of_three_evaluations(tmp_path, every, shown):
+@pytest.mark.parametrize(
+    ("every", "episodes", "shown"),
+    [(100_000, 50, True), (50_000, 50, False), (100_000, 15, False)],
+)
+def test_ogbenchs_scores_are_the_mean_of_three_evaluations(tmp_path, every, episodes, shown):
     name = "cube-single-play-singletask-v0"  # task 2
-    write_run(tmp_path / "one", [90.0], "rebrac", updates=1_000_000, dataset=name)
+    sizes = {"updates": 1_000_000, "episodes": episodes}
+    write_run(tmp_path / "one", [90.0], "rebrac", dataset=name, **sizes)
     updates = [1_000_000 - every * i for i in range(4)][::-1]
     lines = [f"{u},0,0.1,{s}" for u, s in zip(updates, (0, 60, 75, 90), strict=True)]
     text = "\n".join(["update,seed,actor_loss,score", *lines]) + "\n"
@@ -372,6 +378,22 @@ def test_ogbenchs_scores_are_the_mean_of_three_evaluations(tmp_path, every, show
         assert cells(blocks[0])[0][4:] == ["75.0 (1)", "92 ± 4 (8)"]
     else:
         assert "so not shown" in blocks[0].markdown
+
+
+def test_cells_of_other_sizes_say_so(tmp_path):
+    write_run(tmp_path / "a", [10.0, 20.0], dataset="one.hdf5")
+    write_run(tmp_path / "b", [10.0, 20.0], dataset="two.hdf5")
+    write_run(tmp_path / "c", [30.0], "cql", dataset="one.hdf5", updates=10)
+    table = report.matrix(readers.find((tmp_path,))[0])
+    assert [line[1] for line in cells(table)] == ["15.0 ± 5.0", "30.0 (10 updates, 1 seed)"]
+
+
+def test_choices_other_than_the_default_are_in_the_name(tmp_path):
+    write_run(tmp_path / "a", [10.0], "awr", optimiser="adam")
+    write_run(tmp_path / "b", [10.0], "iql", extraction="awr")
+    rows, _ = readers.find((tmp_path,))
+    report.name_choices(rows)
+    assert [row.label for row in rows] == ["awr optimiser=adam", "iql"]
 
 
 def test_the_reference_file():
