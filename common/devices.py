@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from common import fail, host_data
+from common import fail, host_data, processes
 
 # XLA's CPU scheduler runs independent operations at the same time. The QR decompositions of
 # orthogonal initialisers then waited for each other for ever on two cores (jax 0.10.2). Read by XLA
@@ -80,9 +80,9 @@ def _share_seeds(lanes, devices):
 
     def train(state, keys, start, data):
         if copies.get("of") is not data:  # every device gets the data once, not at every chunk
-            copies.update({"of": data, "data": jax.device_put(data, _place(mesh, whole))})
-        state, keys = jax.device_put((state, keys), _place(mesh, seed))
-        return shared(state, keys, start, copies["data"])
+            copies.update({"of": data, "data": processes.spread(data, _place(mesh, whole))})
+        state, keys = processes.spread((state, keys), _place(mesh, seed))
+        return processes.gather(shared(state, keys, start, copies["data"]))
 
     return train
 
@@ -136,7 +136,7 @@ def setup(seeds, batch_size, options):
     devices = len(jax.devices())
     if options.devices != 1:
         _check_shared(options, devices, seeds, batch_size)
-    elif seeds > 1 and seeds % devices:
+    elif seeds % devices and (seeds > 1 or jax.process_count() > 1):
         fail(
             f"--seeds: {seeds} of them cannot be shared out equally to {devices} devices; take a "
             f"multiple of {devices}, or show JAX fewer devices (CUDA_VISIBLE_DEVICES)"

@@ -36,7 +36,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from common import config, datasets, fail, one_line
+from common import config, datasets, fail, one_line, processes
 from common.devices import over_seeds, place, setup, streams
 from common.wandb_mirror import Mirror
 
@@ -49,6 +49,7 @@ VERSIONS += ("gymnasium-robotics", "mujoco", "minari", "ogbench")
 def parse(config_class, argv=None):
     """Config and Options, see `config.parse`; sets up JAX's persistent compilation cache."""
     cfg, options = config.parse(config_class, argv)
+    options = processes.join(options)
     setup(len(cfg.seeds), getattr(cfg, "batch_size", 1), options)
     return cfg, options
 
@@ -174,6 +175,8 @@ class Run:
                 _write(file, "".join([header, *rows] if rows else []))
         from tqdm import tqdm
 
+        start = processes.agree(start)
+        state = processes.from_first(state)
         self.bar = tqdm(total=self.cfg.num_updates, initial=start, disable=None, unit=" updates")
         return state, metrics, start
 
@@ -202,9 +205,9 @@ class Run:
             meta |= {"code": self.code}
             items = {"state": ocp.args.StandardSave(host), "meta": ocp.args.JsonSave(meta)}
             self.manager.save(step, args=ocp.args.Composite(**items))
-        if self.signal is not None:
+        if number := processes.agree(self.signal or 0):
             print(f"saved at update {step:,}; go on with the same command and --resume")
-            raise SystemExit(128 + self.signal)
+            raise SystemExit(128 + number)
         if len(self.diverged) == len(self.cfg.seeds):
             print(f"no seed is left to train after update {step:,}", file=sys.stderr)
             raise SystemExit(1)
@@ -372,8 +375,22 @@ def _manager(folder):
     import orbax.checkpoint as ocp
 
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax raises what it logs as well
-    options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
-    return ocp.CheckpointManager((folder / "checkpoints").resolve(), options=options)
+    options = {"max_to_keep": 2, "enable_async_checkpointing": False}
+    handlers = None
+    if jax.process_count() > 1:  # every process has a folder of its own
+        index = jax.process_index()
+        alone = ocp.options.MultiprocessingOptions(index, {index}, f"process_{index}")
+        options |= {"multiprocessing_options": alone, "create": False}
+        (folder / "checkpoints").mkdir(exist_ok=True)
+        handlers = {
+            "state": ocp.StandardCheckpointHandler(multiprocessing_options=alone),
+            "meta": ocp.JsonCheckpointHandler(multiprocessing_options=alone),
+        }
+    return ocp.CheckpointManager(
+        (folder / "checkpoints").resolve(),
+        options=ocp.CheckpointManagerOptions(**options),
+        item_handlers=handlers,
+    )
 
 
 def _restore(manager, target, keep=False):

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -231,6 +232,47 @@ def test_simulated_devices(name, tiny, base, tmp_path):
     assert metrics(runs.only_run("four")) == metrics(one)
     result = json.loads((runs.only_run("four") / "result.json").read_text())
     assert result["hardware"].startswith("4 x cpu")
+
+
+@runs.SLOW
+def test_two_processes_train_one_set_of_seeds(name, tiny, base, reference, tmp_path):
+    """A mesh over both; killed and resumed; the numbers of one process, which the first writes."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    environment = runs.environment(base / "cache", TMPDIR=str(tmp_path / "tmp"))
+    (tmp_path / "tmp").mkdir()
+
+    def start(*more, die=None):
+        both = []
+        for index in (0, 1):
+            argv = [*tiny, *SEEDS, "--distributed", f"{address}/2/{index}", *more]
+            words = runs.command(name, argv, die=die if index == 0 else None)
+            out = (tmp_path / f"out{index}").open("w")
+            both.append(
+                subprocess.Popen(words, cwd=tmp_path, env=environment, stdout=out, stderr=out)
+            )
+        return [process.wait(120) for process in both]
+
+    codes = start(die="after save 8")
+    assert codes[0] == -signal.SIGKILL and codes[1] != 0  # nobody is left waiting
+    assert start("--resume") == [0, 0], (tmp_path / "out0").read_text()
+    folder = runs.only_run("runs")
+    assert metrics(folder) == metrics(reference(name))
+    assert json.loads((folder / "result.json").read_text())["hardware"].startswith("2 x cpu")
+    said = (tmp_path / "out0").read_text()
+    assert "2 processes with 2 devices" in said and "resuming at update 8" in said
+    assert not list((tmp_path / "tmp").glob("atoll-*")) or codes[1] < 0
+
+
+@pytest.mark.parametrize(
+    ("where", "says"),
+    [("node1", "HOST:PORT/COUNT/INDEX"), ("node1:80/2/2", "INDEX below COUNT")],
+)
+def test_distributed_wants_an_address(tiny, where, says, capsys):
+    with pytest.raises(SystemExit) as leave:
+        runs.start("rebrac", [*tiny, "--distributed", where])
+    assert leave.value.code == 2 and says in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", runs.slow_but(["rebrac", "dt", "qc", "cql"], ["rebrac"]))
