@@ -6,6 +6,7 @@ wait until something is read or made: training on arrays needs none of them.
 """
 
 import difflib
+import math
 import os
 import re
 import shutil
@@ -218,7 +219,10 @@ def _hdf5(path, env, env_steps, row):
     for name in d4rl.KEYS:
         if name not in rows:
             fail(f"{path}: no array {name!r} in it, only {', '.join(arrays) or 'nothing'}")
+        if np.ndim(rows[name]) == 0:
+            fail(f"{path}: {name} is a single value, not an array of N rows")
     numbers = ("ref_min_score", "ref_max_score", "max_episode_steps")
+    _check_attributes(path, facts, numbers)
     known = {key: float(row[key]) if key in numbers else row[key] for key in row if row[key]}
     facts = known | facts
     chosen, env = env, env or facts.get("env_id")
@@ -243,6 +247,17 @@ def _hdf5(path, env, env_steps, row):
     record = {"file": str(path), "file_bytes": path.stat().st_size}
     horizon = recorded or env_steps
     return Source(rows, make_env if env else None, pair, (), box, horizon, ends=ends, facts=record)
+
+
+def _check_attributes(path, facts, numbers):
+    for name in ("env_id", *numbers):
+        value = facts.get(name)
+        text = name == "env_id"
+        good = isinstance(value, str) if text else isinstance(value, int | float)
+        good = good and (text or (math.isfinite(value) and (name[0] == "r" or value >= 1)))
+        if value is not None and not good:
+            wanted = "a name" if text else "a finite number" + ", 1 or more" * (name[0] == "m")
+            fail(f"{path}: attribute {name} {value!r}: {wanted} is wanted")
 
 
 # --- OGBench ------------------------------------------------------------------------------------
@@ -375,4 +390,6 @@ def ogbench_folder(part=""):
 
 
 def _plain(value):
-    return value.item() if isinstance(value, np.generic) else value
+    value = value.item() if isinstance(value, np.generic) else value
+    value = value.decode("utf-8", "replace") if isinstance(value, bytes) else value
+    return value.encode("utf-8", "replace").decode() if isinstance(value, str) else value
