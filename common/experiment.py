@@ -42,8 +42,8 @@ from common.wandb_mirror import Mirror
 
 __all__ = ["Run", "load", "over_seeds", "parse", "place", "streams"]
 SCORES = ("score", "return", "success", "length")
-VERSIONS = ("jax", "jaxlib", "flax", "optax", "numpy", "orbax-checkpoint", "gymnasium")
-VERSIONS += ("gymnasium-robotics", "mujoco", "minari", "ogbench")
+VERSIONS = ["jax", "jaxlib", "flax", "optax", "numpy", "orbax-checkpoint", "gymnasium"]
+VERSIONS += ["gymnasium-robotics", "mujoco", "minari", "ogbench"]
 
 
 def parse(config_class, argv=None):

@@ -121,7 +121,7 @@ def _make_parts(name, parts, jobs, workers):
                 bar.update()
 
 
-_worker = {}  # of this process: the env, the oracles, the folder
+_worker: dict = {}  # of this process: the env, the oracles, the folder
 
 
 def _start(name, parts):

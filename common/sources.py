@@ -67,7 +67,7 @@ def read(dataset_id: str, env: str | None, env_steps: int | None) -> Source:
         return _hdf5(path, env, env_steps, d4rl.row_of(path.stem))
     if MINARI_ID.fullmatch(dataset_id):
         return _minari(dataset_id, env, env_steps)
-    _unknown(dataset_id)
+    return _unknown(dataset_id)
 
 
 def _make(dataset_id, make, *args):
