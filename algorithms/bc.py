@@ -164,6 +164,8 @@ def train(cfg, options):
     """Train every seed of `cfg` and return its final normalised scores, [S]."""
     dataset = datasets.load(cfg.dataset, options.env, options.env_steps, actions="any")
     kept = views.filter_by_return(dataset, cfg.fraction, cfg.fraction_of)
+    if cfg.fraction < 1:
+        print(f"kept {len(kept.episode_ends)} of {len(dataset.episode_ends)} episodes")
     data, statistics = normalise(kept.transitions)
     data = experiment.place(data, options)
     example = jax.tree.map(lambda x: x[:1], data)

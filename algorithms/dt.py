@@ -4,7 +4,7 @@
 Paper       https://arxiv.org/abs/2106.01345
 Reference   https://github.com/kzl/decision-transformer (gym)
 Run         python algorithms/dt.py --config configs/dt/mujoco.yaml
-Parent      bc.py (197 lines)
+Parent      bc.py (199 lines)
 Results     benchmarks/results
 Deviations  windows are padded at their end in training, at their start in evaluation; the reference
             pads both at the start (masked: no difference). 1e-3 is added to the std, there 1e-6.

@@ -58,7 +58,8 @@ def legend(figure, axes):
     for axis in axes:
         handles |= dict(zip(*axis.get_legend_handles_labels()[::-1], strict=True))
     handles |= {key: handles.pop(key) for key in ("data mean", "data max") if key in handles}
-    columns = max(1, int(figure.get_figwidth() // 2))
+    width = 0.6 + 0.075 * max(map(len, handles), default=0)  # inches of the longest label
+    columns = max(1, int(figure.get_figwidth() // width))
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns)
 
 

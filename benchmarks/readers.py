@@ -285,7 +285,9 @@ def _join(runs, notes):
             if twin is None:
                 kept.append(run)
             else:
-                notes.append(f"left out: {run.folder} is a copy of {twin.folder}")
+                notes.append(
+                    f"left out: {run.folder} has the config and the numbers of {twin.folder}"
+                )
         seeds = [seed for run in kept for seed in run.result["score"]]
         if len(kept) == 1:
             rows += kept

@@ -368,7 +368,14 @@ def command(row):
                 return f"{start} {shlex.join(flags)}"
             config.read_run(row.folder, module.Config)
         except (ImportError, AttributeError, SystemExit):
-            return f"# {row.folder}/config.yaml: of another version of {row.algorithm}.py"
+            known = (
+                Path(config.__file__)
+                .parents[1]
+                .joinpath("algorithms", f"{row.algorithm}.py")
+                .exists()
+            )
+            why = f"of another version of {row.algorithm}.py" if known else "not of algorithms/"
+            return f"# {row.folder}/config.yaml: {why}"
     return f"{start} --config {row.folder / 'config.yaml'}"
 
 

@@ -59,12 +59,16 @@ def parse(config_class, argv=None):
     cfg, options = _cli(config_class, ["--dataset", unset, *argv], script.name)
     chosen = None if cfg.dataset == unset else cfg.dataset
     dataset = chosen or config_class.dataset
-    file, tokens = options.config, []
+    file, tokens, missing = options.config, [], ""
     if file is None and (suite := datasets.suite(dataset)):
-        path = script.resolve().parents[1] / "configs" / script.stem / f"{suite}.yaml"
+        # A copy of an algorithm's file may lie in the repository's root, too.
+        root = script.resolve().parent
+        root = root.parent if root.name == "algorithms" else root
+        path = root / "configs" / script.stem / f"{suite}.yaml"
         file = _short(path) if path.exists() else None
+        missing = f" {_short(path)}"
     if file is None:
-        print(f"config: no file for {dataset}, the defaults of {script.name} apply")
+        print(f"config: no file{missing} for {dataset}, the defaults of {script.name} apply")
     else:
         values, rows = read_yaml(file, config_class)
         dataset = chosen or values.get("dataset", dataset)
@@ -77,7 +81,11 @@ def parse(config_class, argv=None):
         words = ", ".join(f"{key} {value}" for key, value in row.items())
         print(
             f"config: {file}, "
-            + (f"row {name}: {words}" if row else f"common values (no row for {dataset})")
+            + (
+                f"row {name}: {words or 'nothing else'}"
+                if name in rows
+                else f"no row for {dataset}"
+            )
         )
     cfg, options = _cli(config_class, [*tokens, *argv], script.name)
     _validate(cfg)
@@ -227,9 +235,11 @@ def _validate(cfg):
     ):
         if hasattr(cfg, part) and getattr(cfg, whole) % getattr(cfg, part):
             number, divisor = getattr(cfg, whole), getattr(cfg, part)
+            near = max(1, round(number / divisor)) * divisor
+            smaller = f", or {_flag(part)} {number}" if number < divisor else ""
             fail(
                 f"{_flag(whole)} {number} is no multiple of {_flag(part)} {divisor}; "
-                f"{max(1, round(number / divisor)) * divisor} would be one"
+                f"{near} would be one{smaller}"
             )
 
 

@@ -48,10 +48,17 @@ VERSIONS += ["gymnasium-robotics", "mujoco", "minari", "ogbench"]
 
 def parse(config_class, argv=None):
     """Config and Options, see `config.parse`; sets up JAX's persistent compilation cache."""
+    if argv is None:  # the process is this run: until training is under way, Ctrl-C just ends it
+        signal.signal(signal.SIGINT, _interrupted)
     cfg, options = config.parse(config_class, argv)
     options = processes.join(options)
     setup(len(cfg.seeds), getattr(cfg, "batch_size", 1), options)
     return cfg, options
+
+
+def _interrupted(*_):
+    print("interrupted before training began; the same command starts anew", file=sys.stderr)
+    raise SystemExit(128 + signal.SIGINT)
 
 
 def load(module, folder):

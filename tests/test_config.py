@@ -104,7 +104,11 @@ def test_the_last_source_wins(toy, argv, field, value):
 
 def test_one_line_says_what_was_read(toy, capsys):
     for argv, line in (
-        ([], "config: no file for local/pointmaze/umaze-v0, the defaults of toy.py apply"),
+        (
+            [],
+            "config: no file configs/toy/pointmaze.yaml for local/pointmaze/umaze-v0, the defaults "
+            "of toy.py apply",
+        ),
         (
             MAZE,
             "config: configs/toy/maze2d.yaml, row maze2d-umaze-v1: "
@@ -112,7 +116,7 @@ def test_one_line_says_what_was_read(toy, capsys):
         ),
         (
             ["--dataset", "maze2d-medium-v1"],
-            "config: configs/toy/maze2d.yaml, common values (no row for maze2d-medium-v1)",
+            "config: configs/toy/maze2d.yaml, no row for maze2d-medium-v1",
         ),
     ):
         config.parse(toy, list(argv))

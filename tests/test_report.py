@@ -118,7 +118,7 @@ def test_a_copy_is_left_out(tmp_path):
     write_run(tmp_path / "a", [10.0])
     shutil.copytree(tmp_path / "a", tmp_path / "b")
     found, notes = readers.find((tmp_path,))
-    assert len(found) == 1 and "b is a copy of" in notes[0]
+    assert len(found) == 1 and "b has the config and the numbers of" in notes[0]
 
 
 def test_two_versions_of_the_code_share_no_mean(tmp_path):
