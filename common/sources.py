@@ -220,7 +220,7 @@ def _hdf5(path, env, env_steps, row):
         if name not in rows:
             fail(f"{path}: no array {name!r} in it, only {', '.join(arrays) or 'nothing'}")
         if np.ndim(rows[name]) == 0:
-            fail(f"{path}: {name} is a single value, not an array of N rows")
+            fail(f"{path}: {name} is not an array of numbers but a single value")
     numbers = ("ref_min_score", "ref_max_score", "max_episode_steps")
     _check_attributes(path, facts, numbers)
     known = {key: float(row[key]) if key in numbers else row[key] for key in row if row[key]}
