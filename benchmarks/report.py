@@ -34,6 +34,7 @@ import readers
 from common import config, fail
 from pages import Figure, Folded, Heading, Table, Text, markdown, page
 
+ROOT = Path(__file__).resolve().parents[1]
 UNITS = {"normalised": "score", "success": "success", "return": "return"}
 WORDS = {"normalised": "normalised score", "success": "success in %", "return": "plain return"}
 PUBLISHED = "Published scores: same data, updates and selection, the source's own settings (seeds)"
@@ -325,13 +326,7 @@ def beside(rows, reference):
             ours = f"{spread(group.ours)} ({len(group.ours)})"
             cells = [row.label, row.dataset, group.selection, f"{row.result['num_updates']:,}"]
             table.append([*cells, ours, *(at.get(column, "") for column in columns)])
-        blocks.append(
-            Table(
-                head,
-                table,
-                PUBLISHED,
-            )
-        )
+        blocks.append(Table(head, table, PUBLISHED))
     for column, entries in used.items():
         ddof = joined(x["ddof"] or "not stated" for x in entries)
         notes = joined(x["note"] for x in entries if x["note"] and len(entries) > 3)
@@ -368,12 +363,7 @@ def command(row):
                 return f"{start} {shlex.join(flags)}"
             config.read_run(row.folder, module.Config)
         except (ImportError, AttributeError, SystemExit):
-            known = (
-                Path(config.__file__)
-                .parents[1]
-                .joinpath("algorithms", f"{row.algorithm}.py")
-                .exists()
-            )
+            known = (ROOT / "algorithms" / f"{row.algorithm}.py").exists()
             why = f"of another version of {row.algorithm}.py" if known else "not of algorithms/"
             return f"# {row.folder}/config.yaml: {why}"
     return f"{start} --config {row.folder / 'config.yaml'}"

@@ -12,7 +12,6 @@ import hashlib
 import inspect
 import io
 import json
-import math
 import re
 import sys
 from pathlib import Path
@@ -20,7 +19,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from common import datasets, fail
+from common import datasets, fail, ranges
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,11 +39,6 @@ class Options:
 
 
 IN_YAML = ("env", "env_steps")  # options that change results, so a YAML may set them
-# Ranges by the field's name, the same in every file; the last two are patterns.
-SHARES = ("discount", "target_rate", "actor_target_rate", "td_lambda", "lam", "residual")
-POSITIVE = "learning_rate$|^fixed_std$|^return_scale$|^beta$|^(sql|eql)_alpha$|^huber_delta$"
-POSITIVE += "|^weight_norm$|^max_(weight|clip|gradient_norm)$"
-NOT_NEGATIVE = "alpha$|_penalty$|noise|_weight$|_decay$|^inverse_temperature$|^perturbation$|^eta$"
 
 
 def parse(config_class, argv=None):
@@ -88,7 +82,7 @@ def parse(config_class, argv=None):
             )
         )
     cfg, options = _cli(config_class, [*tokens, *argv], script.name)
-    _validate(cfg)
+    ranges.check(cfg)
     run_folder(cfg, options)
     return cfg, options
 
@@ -191,60 +185,11 @@ def _cli(config_class, argv, source):
 
 def _tokens(values):
     for name, value in values.items():
-        flag = _flag(name)
+        flag = ranges.flag(name)
         if isinstance(value, list):
             yield from (flag, *map(str, value))
         else:
             yield f"{flag}={value}"
-
-
-def _validate(cfg):
-    """Ranges, seeds, and counts that must divide; every message has the value and the remedy."""
-    for name, value in vars(cfg).items():
-        flag = f"{_flag(name)} {value}"
-        numbers = value if isinstance(value, tuple) else (value,)
-        if value is None:
-            continue
-        if any(isinstance(x, float) and not math.isfinite(x) for x in numbers):
-            fail(f"{flag}: a finite number is wanted")
-        if name == "seeds":
-            if not value or len(set(value)) < len(value):
-                fail(f"{flag}: at least one seed is wanted, and none twice")
-            if min(value) < 0 or max(value) >= 2**32:
-                fail(f"{flag}: seeds go from 0 to {2**32 - 1}")
-        elif name.endswith("hidden") and not value:
-            fail(f"{flag}: at least one hidden layer is wanted")
-        elif any(type(x) is int and x < 1 for x in numbers):
-            fail(f"{flag}: at least 1 is wanted")
-        elif name in SHARES and not 0 <= value <= 1:
-            fail(f"{flag}: a number from 0 to 1 is wanted")
-        elif name == "fraction" and not 0 < value <= 1:
-            fail(f"{flag}: a number above 0 and up to 1 is wanted")
-        elif name in ("expectile", "dropout") and not 0 < value < 1:
-            fail(f"{flag}: a number between 0 and 1 is wanted")
-        elif re.search(POSITIVE, name) and value <= 0:
-            fail(f"{flag}: a number above 0 is wanted")
-        elif re.search(NOT_NEGATIVE, name) and value < 0:
-            fail(f"{flag}: 0 or more is wanted")
-    for whole, part in (
-        ("eval_every", "log_every"),
-        ("num_updates", "log_every"),
-        ("log_every", "policy_delay"),
-        ("log_every", "actor_updates"),
-        ("embedding", "num_heads"),
-    ):
-        if hasattr(cfg, part) and getattr(cfg, whole) % getattr(cfg, part):
-            number, divisor = getattr(cfg, whole), getattr(cfg, part)
-            near = max(1, round(number / divisor)) * divisor
-            smaller = f", or {_flag(part)} {number}" if number < divisor else ""
-            fail(
-                f"{_flag(whole)} {number} is no multiple of {_flag(part)} {divisor}; "
-                f"{near} would be one{smaller}"
-            )
-
-
-def _flag(name):
-    return f"--{name.replace('_', '-')}"
 
 
 def _short(path):

@@ -11,54 +11,36 @@ A run folder `<runs-dir>/<algorithm>/<data set>/<name>/` holds
     wandb/        offline runs, one per seed
 """
 
-import ast
-import contextlib
-import errno
 import fcntl
-import hashlib
 import inspect
 import json
-import logging
 import math
-import os
 import platform
-import re
-import shutil
 import signal
-import socket
 import statistics
 import sys
-import threading
 import time
-from importlib import metadata
 from pathlib import Path
 
 import jax
 import numpy as np
 
-from common import config, datasets, fail, one_line, processes
+from common import checkpoints, config, datasets, fail, processes, provenance, signals
 from common.devices import over_seeds, place, setup, streams
 from common.wandb_mirror import Mirror
 
 __all__ = ["Run", "load", "over_seeds", "parse", "place", "streams"]
 SCORES = ("score", "return", "success", "length")
-VERSIONS = ["jax", "jaxlib", "flax", "optax", "numpy", "orbax-checkpoint", "gymnasium"]
-VERSIONS += ["gymnasium-robotics", "mujoco", "minari", "ogbench"]
 
 
 def parse(config_class, argv=None):
     """Config and Options, see `config.parse`; sets up JAX's persistent compilation cache."""
     if argv is None:  # the process is this run: until training is under way, Ctrl-C just ends it
-        signal.signal(signal.SIGINT, _interrupted)
+        signal.signal(signal.SIGINT, signals.interrupted)
     cfg, options = config.parse(config_class, argv)
     options = processes.join(options)
-    setup(len(cfg.seeds), getattr(cfg, "batch_size", 1), options)
+    setup(cfg, options)
     return cfg, options
-
-
-def _interrupted(*_):
-    print("interrupted before training began; the same command starts anew", file=sys.stderr)
-    raise SystemExit(128 + signal.SIGINT)
 
 
 def load(module, folder):
@@ -73,7 +55,9 @@ def load(module, folder):
     example = jax.tree.map(lambda x: x[:1], dataset.transitions)
     facts = {} if dataset.num_actions is None else {"num_actions": dataset.num_actions}
     create = jax.jit(jax.vmap(lambda key: module.create_state(key, example, cfg, **facts)))
-    state, meta = _restore(_manager(Path(folder)), create(*streams(cfg.seeds, 1)), keep=True)
+    state, meta = checkpoints.restore(
+        checkpoints.manager(Path(folder)), create(*streams(cfg.seeds, 1)), keep=True
+    )
     if meta is None:
         fail(f"{folder}: no readable checkpoint in it")
     return cfg, dataset, state
@@ -91,7 +75,8 @@ class Run:
             Path(inspect.getfile(type(cfg))),
             sorted(Path(__file__).parent.glob("*.py")),
         )
-        self.code = {"algorithm": _code([script]), "common": _code(common)}  # which version ran
+        # Which version ran.
+        self.code = {"algorithm": provenance.code([script]), "common": provenance.code(common)}
         self.scores = np.full(len(cfg.seeds), np.nan)  # [S] of the last evaluation
         self.last = {}  # name -> [S], all numbers of the last evaluation
         self.best = np.full(len(cfg.seeds), np.nan)  # [S] over training; never called the score
@@ -100,7 +85,7 @@ class Run:
         self.waiting = []  # rows of border 0, until the metrics have names
         self.seconds = {"train": 0.0, "eval": 0.0}
         self.chunks = []  # seconds of the chunks of this start
-        self.signal = self.bar = None
+        self.signals, self.bar = signals.Signals(), None
 
     def __enter__(self):
         try:
@@ -113,7 +98,7 @@ class Run:
         except OSError:
             fail(f"{self.folder}: another process trains in it; wait for it or choose a --name")
         try:
-            with _storage(self.folder):
+            with checkpoints.storage(self.folder):
                 self._open()
         except BaseException:
             self.lock.close()
@@ -129,22 +114,22 @@ class Run:
         record["reference"] = [self.dataset.ref_min_score, self.dataset.ref_max_score]
         values = config.resolved(self.cfg, self.options) | {"record": record}
         if not (self.folder / "config.yaml").exists():
-            _write(
+            checkpoints.write(
                 self.folder / "config.yaml",
                 yaml.safe_dump(values, sort_keys=False, default_flow_style=None),
             )
         print(f"run {self.folder}")
-        self.manager = _manager(self.folder)
+        self.manager = checkpoints.manager(self.folder)
         self.wandb = Mirror(self, record)
-        self._listen()
+        self.signals.listen()
 
     def __exit__(self, kind, error, trace):
-        with self.lock, _storage(self.folder):
+        with self.lock, checkpoints.storage(self.folder):
             if self.bar is not None:
                 self.bar.close()
-            self._unlisten()
+            self.signals.close()
             if isinstance(error, OSError | ValueError):
-                raise error  # looked at by _storage
+                raise error  # looked at by checkpoints.storage
             self.manager.close()
             self.wandb.close()
             if kind is None:
@@ -154,7 +139,7 @@ class Run:
 
     def restore(self, state):
         """State, metrics and update of the newest readable checkpoint, else (state, None, 0)."""
-        saved, meta = _restore(self.manager, state)
+        saved, meta = checkpoints.restore(self.manager, state)
         start, metrics = 0, None
         if meta is not None:
             state, start, metrics = saved, meta["update"], meta["metrics"]
@@ -179,7 +164,7 @@ class Run:
             if file.exists():
                 header, *rows = file.read_text().splitlines(keepends=True) or [""]
                 rows = [row for row in rows if row[-1] == "\n" and int(row.split(",")[0]) < first]
-                _write(file, "".join([header, *rows] if rows else []))
+                checkpoints.write(file, "".join([header, *rows] if rows else []))
         from tqdm import tqdm
 
         start = processes.agree(start)
@@ -212,7 +197,7 @@ class Run:
             meta |= {"code": self.code}
             items = {"state": ocp.args.StandardSave(host), "meta": ocp.args.JsonSave(meta)}
             self.manager.save(step, args=ocp.args.Composite(**items))
-        if number := processes.agree(self.signal or 0):
+        if number := processes.agree(self.signals.number or 0):
             print(f"saved at update {step:,}; go on with the same command and --resume")
             raise SystemExit(128 + number)
         if len(self.diverged) == len(self.cfg.seeds):
@@ -304,12 +289,13 @@ class Run:
             "train_seconds": round(train, 1),
             "eval_seconds": round(evaluation, 1),
             "eval_share": round(evaluation / max(train + evaluation, 1e-9), 3),
-            "hardware": f"{len(jax.devices())} x {jax.devices()[0].device_kind}; {_processor()}",
+            "hardware": f"{len(jax.devices())} x {jax.devices()[0].device_kind}; "
+            + provenance.processor(),
             "matmul_precision": jax.config.jax_default_matmul_precision or "default",
             "code": self.code,
-            "versions": {"python": platform.python_version()} | dict(_versions()),
+            "versions": {"python": platform.python_version()} | dict(provenance.versions()),
         }
-        _write(self.folder / "result.json", json.dumps(result, indent=2) + "\n")
+        checkpoints.write(self.folder / "result.json", json.dumps(result, indent=2) + "\n")
         left = len(cfg.seeds) - len(self.diverged)
         lost = (
             "" if not self.diverged else f", {left} of {len(cfg.seeds)} seeds: the others diverged"
@@ -326,121 +312,8 @@ class Run:
         """Per seed, with None for a number that is not there."""
         return {seed: _finite(float(x)) for seed, x in zip(self.cfg.seeds, numbers, strict=True)}
 
-    def _listen(self):
-        """The first signal asks for a save at the next border; a second one leaves at once.
-
-        Python handles signals between bytecodes only, not while it waits for a chunk: the wakeup
-        file descriptor tells a thread at any moment.
-        """
-        self.handlers = {}
-        if threading.current_thread() is not threading.main_thread():
-            return
-        reader, self.wakeup = socket.socketpair()
-        self.wakeup.setblocking(False)
-        signal.set_wakeup_fd(self.wakeup.fileno())
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
-            self.handlers[number] = signal.signal(number, lambda *_: None)
-
-        def watch():
-            while byte := reader.recv(1):
-                if byte[0] not in self.handlers:
-                    continue
-                if self.signal is not None:
-                    os._exit(128 + byte[0])
-                self.signal = byte[0]
-                name = signal.Signals(byte[0]).name
-                print(f"{name}: saving at the next border; once more leaves at once", flush=True)
-
-        threading.Thread(target=watch, daemon=True).start()
-
-    def _unlisten(self):
-        if self.handlers:
-            signal.set_wakeup_fd(-1)
-            for number, handler in self.handlers.items():
-                signal.signal(number, handler)
-            self.wakeup.close()
-
 
 # --- Files --------------------------------------------------------------------------------------
-@contextlib.contextmanager
-def _storage(folder):
-    """A full, read-only or failing disk, whichever library met it, is one line and exit code 2."""
-    try:
-        yield
-    except (OSError, ValueError) as error:
-        code = re.search(r"os_error_code='(\d+)'", str(error))  # of tensorstore
-        number = int(code[1]) if code else getattr(error, "errno", None)
-        if number not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO):
-            raise
-        fail(
-            f"{folder}: cannot be written ({os.strerror(number)}); once it can, go on with the "
-            "same command and --resume"
-        )
-
-
-def _manager(folder):
-    import orbax.checkpoint as ocp
-
-    logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax raises what it logs as well
-    options = {"max_to_keep": 2, "enable_async_checkpointing": False}
-    handlers = None
-    if jax.process_count() > 1:  # every process has a folder of its own
-        index = jax.process_index()
-        alone = ocp.options.MultiprocessingOptions(index, {index}, f"process_{index}")
-        options |= {"multiprocessing_options": alone, "create": False}
-        (folder / "checkpoints").mkdir(exist_ok=True)
-        handlers = {
-            "state": ocp.StandardCheckpointHandler(multiprocessing_options=alone),
-            "meta": ocp.JsonCheckpointHandler(multiprocessing_options=alone),
-        }
-    return ocp.CheckpointManager(
-        (folder / "checkpoints").resolve(),
-        options=ocp.CheckpointManagerOptions(**options),
-        item_handlers=handlers,
-    )
-
-
-def _restore(manager, target, keep=False):
-    """(state, meta) of the newest checkpoint that can be read, (None, None) where there is none.
-
-    Damaged ones newer than that are set aside, since new checkpoints will want their numbers;
-    `keep` leaves them. Where none can be read, nothing is touched and the run stops with one line.
-    """
-    import orbax.checkpoint as ocp
-
-    damaged = []
-    for step in sorted(manager.all_steps(), reverse=True):
-        try:
-            items = {"state": ocp.args.StandardRestore(target), "meta": ocp.args.JsonRestore()}
-            saved = manager.restore(step, args=ocp.args.Composite(**items))
-        except Exception as error:
-            why = one_line(error)
-            if re.search("shape|tree struct", str(error)):
-                fail(
-                    f"{manager.directory}: checkpoint {step} is of another State than this file "
-                    f"makes ({why}); take the file it was made with, or another --name"
-                )
-            print(f"WARNING: checkpoint {step} cannot be read ({why})", file=sys.stderr)
-            damaged.append(step)
-            continue
-        for step in [] if keep else damaged:
-            aside = manager.directory.parent / "damaged" / f"{step}-{time.time_ns()}"
-            aside.parent.mkdir(exist_ok=True)
-            shutil.move(manager.directory / str(step), aside)
-        manager.reload()
-        return saved["state"], saved["meta"]
-    if damaged:
-        fail(f"{manager.directory}: no checkpoint can be read; mend it, or start another --name")
-    return None, None
-
-
-def _write(path, text):
-    """Write a whole file or nothing of it."""
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(text)
-    os.replace(part, path)
-
-
 def _blank(numbers, lost):
     return [math.nan if i in lost else float(x) for i, x in enumerate(numbers)]
 
@@ -451,30 +324,3 @@ def _cell(x):
 
 def _finite(x):
     return x if math.isfinite(x) else None
-
-
-def _versions():
-    for name in VERSIONS:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            yield name, metadata.version(name)
-
-
-def _code(paths):
-    """Digest of what the files do: comments, docstrings and layout do not count."""
-    digest = hashlib.sha256()
-    for path in paths:
-        tree = ast.parse(path.read_text())
-        for node in ast.walk(tree):
-            documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-            if isinstance(node, documented) and ast.get_docstring(node, clean=False) is not None:
-                node.body = node.body[1:]
-        digest.update(ast.unparse(tree).encode())
-    return digest.hexdigest()[:12]
-
-
-def _processor():
-    model = platform.machine()
-    with contextlib.suppress(OSError):
-        found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-        model = found[1] if found else model
-    return f"{os.cpu_count()} cores of {model}"

@@ -87,6 +87,17 @@ class Feed:
         return Rows(jax.device_put(ids), arrays, len(jax.tree.leaves(self.data)[0]))
 
 
+def fed(train, feed):
+    """`train(state, keys, start, data)` on the rows of the chunk in place of the data."""
+
+    def one(state, keys, start, _):
+        after = train(state, keys, start, feed(start))
+        feed.prepare(start + feed.steps)  # while the device trains
+        return after
+
+    return one
+
+
 def _draws(update, state, data, steps):
     """(keys [S], start) -> [S, steps, n] row numbers, compiled for where the keys are."""
 

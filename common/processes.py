@@ -51,11 +51,6 @@ def join(options):
     return dataclasses.replace(options, runs_dir=folder, resume=False, wandb="disabled")
 
 
-def first():
-    """Whether this process evaluates and writes."""
-    return jax.process_index() == 0
-
-
 def agree(number):
     """The largest of all processes' numbers; all have to ask at the same border."""
     if jax.process_count() == 1:

@@ -33,8 +33,8 @@ def versions():
     return {name: metadata.version(name) for name in PACKAGES}
 
 
-def measure(name, seeds=(0,), chunk=10):
-    """{updates: {metric or norm: value}} of the first seed, on 512 random rows; and the states."""
+def measure(name, seeds=(0,), chunk=10, lane=0):
+    """{updates: {metric or norm: value}} of one seed, on 512 random rows; arrays of all states."""
     module = importlib.import_module(f"algorithms.{name}")
     cfg = probes.config(module, **SETTINGS, log_every=chunk)
     data = probes.rows_for(name, 512, 5, 3, seed=0)
@@ -44,12 +44,12 @@ def measure(name, seeds=(0,), chunk=10):
     for step in range(0, max(AFTER), chunk):
         state, metrics = train(state, keys, step, rows)
         if step + chunk in AFTER:
-            values = {metric: float(value[0]) for metric, value in metrics.items()}
+            values = {metric: float(value[lane]) for metric, value in metrics.items()}
             for net in state._fields:
                 for part in ("params", "target_params"):
                     if tree := getattr(getattr(state, net), part, None):
                         squares = [
-                            np.square(x[0], dtype=np.float64).sum() for x in probes.leaves(tree)
+                            np.square(x[lane], dtype=np.float64).sum() for x in probes.leaves(tree)
                         ]
                         values[f"norm of {net}.{part}"] = float(np.sqrt(sum(squares)))
             found[str(step + chunk)] = values

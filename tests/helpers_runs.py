@@ -23,7 +23,6 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 SLOW = pytest.mark.skipif("ATOLL_SLOW" not in os.environ, reason="minutes: ATOLL_SLOW=1 runs it")
-ROOTS = ["awr", "bc", "cql", "dt", "iql", "odice", "qc", "rebrac"]  # the others are much like them
 ALGORITHMS = ["rebrac"]  # every test of runs goes through these files
 CONTINUOUS = ["rebrac", "td3_bc", "iql", "awr", "awac", "cql"]  # these refuse integer actions
 CONTINUOUS += ["dt", "bcq", "atac", "odice", "ivr", "xql", "idql", "fql", "qc"]

@@ -9,7 +9,7 @@ import helpers_runs as runs
 import pytest
 import yaml
 
-from common import config
+from common import config, ranges
 
 TOY = """
 from dataclasses import dataclass
@@ -262,7 +262,7 @@ def test_every_file_and_row_of_the_repository():
         values, rows = config.read_yaml(file, config_class)
         wanted = values | (rows[row] if row else {})
         cfg, _ = config._cli(config_class, list(config._tokens(wanted)), str(file))
-        config._validate(cfg)
+        ranges.check(cfg)
         kinds = {field.name: field.default for field in dataclasses.fields(config_class)}
         for key, value in wanted.items():
             if key in config.IN_YAML:

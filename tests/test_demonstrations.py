@@ -55,7 +55,7 @@ STITCHING = {
 }
 
 
-FAST = ("bc", "cql", "iql", "rebrac")
+SAMPLING = ("bcq", "fql", "idql", "odice", "qc")  # many actions per update: minutes
 
 
 # --- Overestimation -----------------------------------------------------------------------------
@@ -99,7 +99,7 @@ def test_td3_overestimates_unseen_actions():
 
 
 @pytest.mark.parametrize("seed", [0])
-@pytest.mark.parametrize("name", runs.slow_but(CAUTIOUS, FAST))
+@pytest.mark.parametrize("name", runs.slow_but(CAUTIOUS, {*CAUTIOUS} - {*SAMPLING}))
 def test_no_overestimation(name, seed):
     module = importlib.import_module(f"algorithms.{name}")
     action, q = after_overestimation(module, seed, **CAUTIOUS[name])
@@ -157,7 +157,7 @@ def test_the_best_tenth_has_no_row_near_the_bad_kinds_way():
 
 
 @pytest.mark.parametrize("seed", [0])
-@pytest.mark.parametrize("name", runs.slow_but(STITCHING, FAST))
+@pytest.mark.parametrize("name", runs.slow_but(STITCHING, {*STITCHING} - {*SAMPLING}))
 def test_stitching(name, seed):
     module = importlib.import_module(f"algorithms.{name}")
     data = probes.crossing()

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import yaml
 
-from common import evaluation, experiment
+from common import evaluation, experiment, provenance
 
 SEEDS = ["--seeds", "0", "1"]
 BORDERS = [0, 4, 8, 12, 16, 20, 24]
@@ -329,7 +329,6 @@ class Stop(Exception):
     pass
 
 
-@runs.SLOW
 def test_stopped_at_every_border(name, tiny, reference, monkeypatch):
     """Before and after each save and after each log; every start gets one step further."""
     points = [
@@ -468,7 +467,7 @@ def test_the_digest_is_of_what_the_code_does(tmp_path):
 
     def digest(text):
         file.write_text(text)
-        return experiment._code([file])
+        return provenance.code([file])
 
     first = digest('"""Text."""\ndef f(x):\n    """Says."""\n    return x + 1  # because\n')
     assert first == digest("def f(x):\n\n    return (x + 1)\n") and len(first) == 12
@@ -479,10 +478,10 @@ def test_a_run_resumed_by_other_code_says_so(name, tiny, monkeypatch, capsys):
     def log(self, step, *args):
         original(self, step, *args)
         if step == 8 and versions[0] == "first":
-            self.signal = signal.SIGTERM  # as if it had come
+            self.signals.number = signal.SIGTERM  # as if it had come
 
     original, versions = experiment.Run.log, ["first"]
-    monkeypatch.setattr(experiment, "_code", lambda paths: versions[0])
+    monkeypatch.setattr(provenance, "code", lambda paths: versions[0])
     monkeypatch.setattr(experiment.Run, "log", log)
     folder = run(name, tiny, expected=128 + signal.SIGTERM)
     versions[0] = "second"
@@ -505,7 +504,7 @@ def test_signal_saves_and_leaves_at_the_next_border(
         original(self, step, *args)
         if step == 8:
             os.kill(os.getpid(), number)
-            runs.wait_for(lambda: self.signal is not None, 10)
+            runs.wait_for(lambda: self.signals.number is not None, 10)
 
     with monkeypatch.context() as patch:
         patch.setattr(experiment.Run, "log", log)
@@ -539,6 +538,27 @@ def test_signal_from_outside(name, tiny, base, reference, tmp_path):
     assert process.wait(60) == 128 + signal.SIGTERM
     folder = run(name, [*tiny, *SEEDS, "--resume"])
     assert metrics(folder) == metrics(reference(name))
+
+
+def test_ctrl_c_before_training_is_one_line(name, tiny, base, tmp_path):
+    code = (
+        "from common import datasets; datasets.load = lambda *_: print('loading', flush=True) or "
+    )
+    code += "__import__('time').sleep(60)"
+    process = subprocess.Popen(
+        runs.command(name, tiny, code=code),
+        cwd=tmp_path,
+        env=runs.environment(base / "cache"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert any("loading" in line for line in process.stdout)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGINT
+    assert error == "interrupted before training began; start again with --resume\n"
+    assert not (tmp_path / "runs").exists()
 
 
 def test_second_signal_leaves_at_once(name, tiny, base, tmp_path):

@@ -132,13 +132,9 @@ def test_damaged_bytes(empty, capsys, valid, data):
         raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))
     raw = raw[: data.draw(st.integers(0, len(raw)))] if data.draw(st.booleans()) else raw
     (empty / "data.hdf5").write_bytes(raw)
-    if ends_well(capsys, lambda: load("data.hdf5")):
-        rows = load("data.hdf5").transitions
+    if ends_well(capsys, lambda: datasets.load("data.hdf5")):
+        rows = datasets.load("data.hdf5").transitions
         assert all(np.isfinite(x).all() and len(x) == len(rows.reward) for x in rows)
-
-
-def load(path):
-    return datasets.load(path)
 
 
 DTYPES = ["f2", "f4", "f8", "i1", "i8", "u1", "?", "S3", "c8"]
@@ -156,8 +152,8 @@ def test_any_column(empty, capsys, name, shape, dtype, fill):
     with np.errstate(all="ignore"):
         column = np.full(shape, fill if np.dtype(dtype).kind in "fc" else 1).astype(dtype)
     runs.write_hdf5("data.hdf5", **{name: column})
-    if ends_well(capsys, lambda: load("data.hdf5")):
-        loaded = load("data.hdf5")
+    if ends_well(capsys, lambda: datasets.load("data.hdf5")):
+        loaded = datasets.load("data.hdf5")
         rows = loaded.transitions
         assert all(np.isfinite(x).all() and len(x) == len(rows.reward) for x in rows)
         assert rows.reward.ndim == 1 and loaded.episode_ends[-1] == len(rows.reward)
@@ -168,8 +164,8 @@ def test_any_column(empty, capsys, name, shape, dtype, fill):
 def test_any_episodes(empty, capsys, ends):
     terminals, timeouts = np.array(ends).T
     runs.write_hdf5("data.hdf5", 20, terminals=terminals, timeouts=timeouts)
-    if ends_well(capsys, lambda: load("data.hdf5")):
-        loaded = load("data.hdf5")
+    if ends_well(capsys, lambda: datasets.load("data.hdf5")):
+        loaded = datasets.load("data.hdf5")
         rows = loaded.transitions
         last = np.zeros(len(rows.reward), bool)
         last[loaded.episode_ends - 1] = True
@@ -187,7 +183,7 @@ GOOD = {"env_id": ("Pendulum-v1",), "ref_min_score": (-1,), "ref_max_score": (-1
 def test_attributes_of_any_kind(empty, capsys, name, value):
     runs.write_hdf5("data.hdf5", attributes={"env_id": "Pendulum-v1", name: value})
     good = isinstance(value, str | int) and value in GOOD.get(name, ())
-    assert ends_well(capsys, lambda: load("data.hdf5")) == good
+    assert ends_well(capsys, lambda: datasets.load("data.hdf5")) == good
 
 
 def test_nothing_is_unpickled(empty, capsys):
@@ -198,10 +194,10 @@ def test_nothing_is_unpickled(empty, capsys):
             return os.mkdir, ("made",)
 
     (empty / "data.hdf5").write_bytes(pickle.dumps(Evil()))
-    assert not ends_well(capsys, lambda: load("data.hdf5"))
+    assert not ends_well(capsys, lambda: datasets.load("data.hdf5"))
     with h5py.File("data.hdf5", "w") as file:
         file["observations"] = np.void(pickle.dumps(Evil()))
-    assert not ends_well(capsys, lambda: load("data.hdf5"))
+    assert not ends_well(capsys, lambda: datasets.load("data.hdf5"))
     assert not (empty / "made").exists()
 
 

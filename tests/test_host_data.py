@@ -59,8 +59,6 @@ def test_the_numbers_are_those_of_the_whole_data_on_the_device():
     for mine, whole in zip(trained(data()), trained(jax.device_put(data())), strict=True):
         assert np.array_equal(mine, whole)
     later = range(STEPS, END, STEPS)  # as a resumed run begins
-    for mine, whole in zip(trained(data(), later), trained(data())[1:], strict=False):
-        assert mine.shape == (2,) and whole.shape == (2, END)
     assert np.array_equal(trained(data(), later)[1], trained(data())[1][:, STEPS:])
 
 
@@ -125,8 +123,6 @@ def test_a_run_with_data_in_host_memory_has_the_same_numbers(name, tmp_path, mon
         folder = tmp_path / "runs" / name / "data" / where
         found.append((folder / "metrics.csv").read_text())
     assert found[0] == found[1]
-    # A run may go on with the other one.
-    runs.start(name, [*argv, "--name", "host", "--data", "device", "--resume"])
 
 
 def test_what_needs_all_rows_says_so(tmp_path, monkeypatch, capsys):

@@ -31,7 +31,7 @@ TIED = {  # a strong one
 }
 
 
-@pytest.fixture(params=runs.slow_but(FREE, [*runs.ROOTS, "atac", "fql", "td3_bc"]))
+@pytest.fixture(params=FREE)
 def free(request):
     """(module, function from a data set to the trained state)"""
     module = importlib.import_module(f"algorithms.{request.param}")
@@ -57,8 +57,9 @@ def test_terminal_reward(free):
     np.testing.assert_allclose(values(train(probes.terminal_reward()), 1), 1, atol=0.02)
 
 
-@runs.SLOW  # minutes; the files' own tests have the target at a truncation, too
-@pytest.mark.parametrize("data", [probes.endless_reward, probes.cut_reward])
+@pytest.mark.parametrize(
+    "data", [pytest.param(probes.endless_reward, marks=runs.SLOW), probes.cut_reward]
+)
 def test_endless_reward_also_through_truncations(free, data):
     _, train = free
     np.testing.assert_allclose(values(train(data()), 1), 1 / (1 - 0.9), rtol=0.02)

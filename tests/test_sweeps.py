@@ -111,7 +111,7 @@ def test_run_sets_keep_methods_apart(monkeypatch):
         "Config('dataset') = 'hopper-medium-v4.hdf5' and Config('algorithm') in" in hopper.filters
     )
     door = sets["adroit-door-human-replay.hdf5"]
-    assert door.groupby == ["config.algorithm"] and "'bc'" in door.filters
+    assert door.groupby == ["config.algorithm"] and "['bc', 'iql', 'rebrac']" in door.filters
     tables = [block.args[0] for block in made.blocks if block.kind == "MarkdownBlock"]
     assert any("| bc fraction=0.1 | hopper-medium-v4 |" in text for text in tables)
 

@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints by orbax, files written whole, and disks that take no more."""
+
+import contextlib
+import errno
+import logging
+import os
+import re
+import shutil
+import sys
+import time
+
+import jax
+
+from common import fail, one_line
+
+
+@contextlib.contextmanager
+def storage(folder):
+    """A full, read-only or failing disk, whichever library met it, is one line and exit code 2."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        code = re.search(r"os_error_code='(\d+)'", str(error))  # of tensorstore
+        number = int(code[1]) if code else getattr(error, "errno", None)
+        if number not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO):
+            raise
+        fail(
+            f"{folder}: cannot be written ({os.strerror(number)}); once it can, go on with the "
+            "same command and --resume"
+        )
+
+
+def manager(folder):
+    """Orbax's manager of a run folder's `checkpoints/`, the newest two."""
+    import orbax.checkpoint as ocp
+
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax raises what it logs as well
+    options = {"max_to_keep": 2, "enable_async_checkpointing": False}
+    handlers = None
+    if jax.process_count() > 1:  # every process has a folder of its own
+        index = jax.process_index()
+        alone = ocp.options.MultiprocessingOptions(index, {index}, f"process_{index}")
+        options |= {"multiprocessing_options": alone, "create": False}
+        (folder / "checkpoints").mkdir(exist_ok=True)
+        handlers = {
+            "state": ocp.StandardCheckpointHandler(multiprocessing_options=alone),
+            "meta": ocp.JsonCheckpointHandler(multiprocessing_options=alone),
+        }
+    return ocp.CheckpointManager(
+        (folder / "checkpoints").resolve(),
+        options=ocp.CheckpointManagerOptions(**options),
+        item_handlers=handlers,
+    )
+
+
+def restore(checkpoints, target, keep=False):
+    """(state, meta) of the newest checkpoint that can be read, (None, None) where there is none.
+
+    Damaged ones newer than that are set aside, since new checkpoints will want their numbers;
+    `keep` leaves them. Where none can be read, nothing is touched and the run stops with one line.
+    """
+    import orbax.checkpoint as ocp
+
+    damaged = []
+    for step in sorted(checkpoints.all_steps(), reverse=True):
+        try:
+            items = {"state": ocp.args.StandardRestore(target), "meta": ocp.args.JsonRestore()}
+            saved = checkpoints.restore(step, args=ocp.args.Composite(**items))
+        except Exception as error:
+            why = one_line(error)
+            if re.search("shape|tree struct", str(error)):
+                fail(
+                    f"{checkpoints.directory}: checkpoint {step} is of another State than this "
+                    f"file makes ({why}); take the file it was made with, or another --name"
+                )
+            print(f"WARNING: checkpoint {step} cannot be read ({why})", file=sys.stderr)
+            damaged.append(step)
+            continue
+        for step in [] if keep else damaged:
+            aside = checkpoints.directory.parent / "damaged" / f"{step}-{time.time_ns()}"
+            aside.parent.mkdir(exist_ok=True)
+            shutil.move(checkpoints.directory / str(step), aside)
+        checkpoints.reload()
+        return saved["state"], saved["meta"]
+    if damaged:
+        fail(
+            f"{checkpoints.directory}: no checkpoint can be read; mend it, or start another --name"
+        )
+    return None, None
+
+
+def write(path, text):
+    """Write a whole file or nothing of it."""
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(text)
+    os.replace(part, path)

@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Several devices: the seeds shared out to them, or the batches of one seed (`--devices`)."""
+
+from functools import partial
+
+import jax
+import numpy as np
+
+from common import fail, host_data, processes
+
+
+def on_each(data, devices):
+    """The data on each of the devices, which then share batches."""
+    mesh = jax.sharding.Mesh(np.array(devices), ("batch",))
+    return jax.device_put(data, _place(mesh, jax.sharding.PartitionSpec()))
+
+
+def share_seeds(lanes, devices):
+    """`lanes` with an equal share of the seeds on every device."""
+    mesh = jax.sharding.Mesh(np.array(devices), ("seed",))
+    seed, whole = jax.sharding.PartitionSpec("seed"), jax.sharding.PartitionSpec()
+    split = {"in_specs": (seed, seed, whole, whole), "out_specs": seed, "check_vma": False}
+    shared = jax.jit(jax.shard_map(lanes, mesh=mesh, **split), donate_argnums=0)
+    copies = {}
+
+    def train(state, keys, start, data):
+        if copies.get("of") is not data:  # every device gets the data once, not at every chunk
+            copies.update({"of": data, "data": processes.spread(data, _place(mesh, whole))})
+        state, keys = processes.spread((state, keys), _place(mesh, seed))
+        return processes.gather(shared(state, keys, start, copies["data"]))
+
+    return train
+
+
+def share_batches(lanes, mesh):
+    """Every device holds the data and the state and computes its rows of each batch."""
+
+    def read(array, index):
+        rows = jax.sharding.PartitionSpec("batch")
+        return jax.lax.with_sharding_constraint(array[index], _place(mesh, rows))
+
+    def shared(state, keys, start, data):
+        columns = jax.tree.map(lambda x: host_data.Column(len(x), partial(read, x)), data)
+        return lanes(state, keys, start, columns)
+
+    whole = _place(mesh, jax.sharding.PartitionSpec())
+    compiled = jax.jit(shared, donate_argnums=0, out_shardings=whole)
+    return lambda state, keys, *rest: compiled(*jax.device_put((state, keys), whole), *rest)
+
+
+def of_batches(data):
+    """The devices that share a batch, None where there is but one."""
+    mesh = getattr(data[0].sharding, "mesh", None)
+    return mesh if mesh is not None and mesh.axis_names == ("batch",) else None
+
+
+def check(cfg, options, devices):
+    """Whether so many devices can share the batches; else exit code 2 after one line."""
+    asked = f"--devices {options.devices}"
+    if options.devices < 1:
+        fail(f"{asked}: at least 1 is wanted")
+    if options.devices > devices:
+        fail(
+            f"{asked}: JAX sees {devices} (on a CPU --xla_force_host_platform_device_count in "
+            "XLA_FLAGS makes more)"
+        )
+    if len(cfg.seeds) > 1:
+        fail(f"{asked}: they share the batches of one seed; several seeds share devices without it")
+    if cfg.batch_size % options.devices:
+        fail(f"{asked}: --batch-size {cfg.batch_size} cannot be shared out equally to them")
+    if options.data == "host":
+        fail(f"{asked}: not with --data host")
+
+
+def _place(mesh, spec):
+    return jax.sharding.NamedSharding(mesh, spec)
