@@ -224,7 +224,7 @@ def train(cfg, options):
     example = jax.tree.map(lambda x: x[:1], data)
     init_keys, train_keys, policy_keys = experiment.streams(cfg.seeds, 3)  # [S] each
     create = partial(create_state, batch=example, cfg=cfg, statistics=statistics)
-    state = jax.jit(jax.vmap(create))(init_keys)
+    state = jax.vmap(create)(init_keys)  # not jitted: two QRs at once hang XLA
     # jit with the state donated; seeds by vmap on an accelerator, one after the other on CPU.
     train_seeds = experiment.over_seeds(partial(train_chunk, cfg=cfg), update)
     act = partial(policy, state.actor.apply_fn)

@@ -11,13 +11,6 @@ import numpy as np
 
 from common import fail, host_data, meshes
 
-# XLA's CPU scheduler runs independent operations at the same time. The QR decompositions of
-# orthogonal initialisers then waited for each other for ever on two cores (jax 0.10.2). Read by XLA
-# when its first device is made; a value of the user's stays.
-SCHEDULER = "xla_cpu_enable_concurrency_optimized_scheduler"
-if SCHEDULER not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --{SCHEDULER}=false".strip()
-
 
 def streams(seeds, number):
     """`number` independent key arrays, [S] each: a seed's keys do not depend on the other seeds."""

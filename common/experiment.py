@@ -54,7 +54,7 @@ def load(module, folder):
     dataset = datasets.load(cfg.dataset, options.env, options.env_steps, actions="any")
     example = jax.tree.map(lambda x: x[:1], dataset.transitions)
     facts = {} if dataset.num_actions is None else {"num_actions": dataset.num_actions}
-    create = jax.jit(jax.vmap(lambda key: module.create_state(key, example, cfg, **facts)))
+    create = jax.vmap(lambda key: module.create_state(key, example, cfg, **facts))
     state, meta = checkpoints.restore(
         checkpoints.manager(Path(folder)), create(*streams(cfg.seeds, 1)), keep=True
     )

@@ -8,7 +8,8 @@ from pathlib import Path
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Half the time to compile; what trains for thousands of updates asks for more, see probes.py.
 os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
-# See create_seeds in common/devices.py.
+# The tests jit `create_state`: XLA's concurrent scheduler would run its QR decompositions at the
+# same time, and on two cores they can wait for each other for ever (jax 0.10.2).
 os.environ["XLA_FLAGS"] += " --xla_cpu_enable_concurrency_optimized_scheduler=false"
 
 import jax
