@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What holds for every algorithm file: invariance, golden values, a run of the file alone."""
 
+import functools
 import importlib
 import json
 import os
@@ -159,3 +160,47 @@ def test_smoke_the_files_and_common_are_enough(tmp_path, compilation_cache, name
         rows = (folder / "metrics.csv").read_text().splitlines()
         assert [row.split(",")[0] for row in rows] == ["update", *"004488"]
         assert all(np.isfinite(float(cell)) for cell in rows[-1].split(",") if cell)
+
+
+# --- Shapes -------------------------------------------------------------------------------------
+NUMBERS = ("reward", "termination", "truncation", "returns_to_go", "valid")  # columns of numbers
+NEVER_READ = {(name, "truncation") for name in NAMES if name != "awr"} | {("bc", "termination")}
+
+
+def one_more_axis(net):
+    def apply_fn(*args, **kwargs):
+        return jax.tree.map(lambda x: x[..., None], net.apply_fn(*args, **kwargs))
+
+    return net.replace(apply_fn=apply_fn)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_loss_that_broadcasts_is_an_error(name):
+    """[B, 1] beside [B] must not become [B, B]: without the debug modes of these tests, a column or
+    a network's output with an axis too many is refused by the file itself."""
+    module = importlib.import_module(f"algorithms.{name}")
+    cfg, key, rows = (
+        probes.config(module, log_every=4),
+        jax.random.key(0),
+        probes.rows_for(name, 64),
+    )
+    facts = {"num_actions": probes.NUMBER} if rows.action.ndim == 1 else {}
+    create = functools.partial(module.create_state, cfg=cfg, **facts)
+    state = jax.eval_shape(create, key, rows)
+    data = jax.tree.map(np.asarray, probes.prepared(module, rows, cfg))
+
+    def trace(state, data):
+        chunk = functools.partial(module.train_chunk, start=0, cfg=cfg)
+        jax.eval_shape(lambda *args: chunk(args[0], args[1], data=args[2]), state, key, data)
+
+    columns = [x for x in NUMBERS if hasattr(data, x) and (name, x) not in NEVER_READ]
+    nets = [x for x in ("critic", "value_net") if hasattr(state, x)]
+    assert columns + nets
+    with jax.numpy_rank_promotion("allow"):
+        trace(state, data)
+        for x in columns:
+            with pytest.raises((AssertionError, ValueError)):
+                trace(state, data._replace(**{x: getattr(data, x)[..., None]}))
+        for x in nets:
+            with pytest.raises((AssertionError, ValueError)):
+                trace(state._replace(**{x: one_more_axis(getattr(state, x))}), data)
