@@ -454,7 +454,7 @@ def environment(rows):
 
 
 def readme(rows, arguments):
-    """README's part: scores by data set, published ones, the commands of every table."""
+    """README's part: scores by data set, published ones, commands of every table, the curves."""
     reference = published.load(arguments.reference)
     blocks = [Text("Last policy's score, mean ± std over seeds (ddof 0).")]
     for family, group in by_family(rows).items():
@@ -468,6 +468,7 @@ def readme(rows, arguments):
         blocks.append(Text(f"**{family}** ({scale}; {size}):"))
         blocks += [matrix(group), *beside(group, reference)]
         blocks.append(Folded("commands of this table", [commands(group)]))
+    blocks.append(Figure(arguments.output.with_suffix(".png").as_posix(), "learning curves"))
     blocks.append(
         Text(
             f"Made by `{own_command(arguments)}`, which also writes [{_page(arguments)}]"
