@@ -2,6 +2,11 @@
 """`--data host`: the device holds the rows of one chunk, the numbers are those of `device`."""
 
 import functools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import NamedTuple
 
 import helpers_runs as runs
@@ -13,6 +18,7 @@ from test_algorithms import NAMES
 
 from common import devices, host_data
 
+ROOT = Path(__file__).resolve().parents[1]
 ROWS, BATCH, STEPS, END = 1000, 4, 5, 15
 NAMES = [name for name in NAMES if name != "awr"]  # it reads all rows in every iteration
 
@@ -132,3 +138,15 @@ def test_what_needs_all_rows_says_so(tmp_path, monkeypatch, capsys):
         runs.start("awr", argv)
     assert leave.value.code == 2 and "--data host" in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
+
+
+@runs.SLOW
+def test_the_benchmark_compares_both_ways(tmp_path):
+    sizes = ["--transitions", "40000", "--num-updates", "8", "--log-every", "4"]
+    words = [sys.executable, "benchmarks/host_data.py", *sizes, "--output", tmp_path / "record"]
+    subprocess.run(words, check=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    record = json.loads((tmp_path / "record.json").read_text())
+    device, host = record["rows"]
+    assert record["metrics.csv of both"] == "the same, byte for byte"
+    assert host["device, GB"] < device["device, GB"] and host["updates/s"] > 0
+    assert "| host |" in (tmp_path / "record.md").read_text()
