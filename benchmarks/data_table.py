@@ -265,7 +265,7 @@ def main():
     say(
         f"Machine: {os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}"
     )
-    say("(busy with other work: read the seconds of CPU, which a quiet machine needs).\n")
+    say("Beside other work read the seconds of CPU: a quiet machine needs no more.\n")
     for part in (speed_table, served, lambda folder: families(args.episodes, folder)):
         with tempfile.TemporaryDirectory() as folder:
             for text in part(Path(folder)):
