@@ -172,6 +172,31 @@ def name_choices(rows):
                 row.variant = f"{word} {row.variant}".strip()
 
 
+def settings(rows):
+    """What the runs' configs have other than their files' defaults, a line per field."""
+    names, lines = list(dict.fromkeys(row.dataset for row in rows)), []
+    for label, found in by_method(rows).items():
+        try:
+            algorithm = next(iter(found.values())).algorithm
+            default = importlib.import_module(f"algorithms.{algorithm}").Config
+        except (ImportError, AttributeError):
+            continue
+        for known in dataclasses.fields(default):
+            here = {name: row.config.get(known.name, known.default) for name, row in found.items()}
+            if known.name in ("dataset", "seeds") or {*map(plain, here.values())} == {
+                plain(known.default)
+            }:
+                continue
+            cells = [plain(here[name]) if name in here else "" for name in names]
+            lines.append([label, known.name, plain(known.default), *cells])
+    return Table(["algorithm", "field", "default", *names], lines)
+
+
+def plain(value):
+    """A value of a Config as it is typed on a command line."""
+    return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+
+
 def usual_size(rows):
     """(updates, seeds) of most rows."""
     sizes = collections.Counter((row.result["num_updates"], len(row.scores)) for row in rows)
@@ -404,6 +429,8 @@ def blocks_of(rows, notes, arguments, draw):
             with figures.aggregates(family, summary, labels, unit) as figure:
                 blocks.append(draw(figure, f"{family}: intervals, profiles, improvement"))
         blocks += beside(group, reference)
+        if (chosen := settings(group)).rows:
+            blocks.append(Folded("Settings other than the file defaults", [chosen]))
     blocks += [Text(EXPLAINED), Heading("Learning curves")] if len(families) > 1 else []
     with figures.curves(rows, labels) as figure:
         blocks.append(draw(figure, "learning curves", main=True))

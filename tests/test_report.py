@@ -442,6 +442,19 @@ def test_the_command_of_a_row_is_its_config(tmp_path):
     assert report.command(row).startswith("# ")
 
 
+def test_settings_other_than_the_defaults(tmp_path):
+    from algorithms import bc
+
+    rows = [
+        SimpleNamespace(algorithm="bc", label="bc", dataset=name, config={"hidden": hidden})
+        for name, hidden in (("a", [8, 8]), ("b", list(bc.Config.hidden)))
+    ]
+    rows.append(SimpleNamespace(algorithm="gone", label="gone", dataset="a", config={}))
+    rows.append(SimpleNamespace(algorithm="awr", label="awr", dataset="a", config={}))
+    widths = " ".join(map(str, bc.Config.hidden))
+    assert cells(report.settings(rows)) == [["bc", "hidden", widths, "8 8", widths]]
+
+
 def test_the_part_of_a_readme(tmp_path, capsys):
     file = tmp_path / "README.md"
     file.write_text("before\n<!-- page -->\nold\n<!-- /page -->\nafter\n")
