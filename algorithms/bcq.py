@@ -42,7 +42,7 @@ class Config:
     target_rate: float = 0.005  # tau, Polyak step of the target networks
     hidden: tuple[int, ...] = (400, 300)  # widths of actor and critics
     num_critics: int = 2  # K, see lam
-    reward_shift: float = 0.0  # added to data set rewards (AntMaze: -1)
+    reward_shift: float = 0.0  # added to data set rewards
     # BCQ
     vae_learning_rate: float = 1e-3  # Adam
     vae_hidden: tuple[int, ...] = (750, 750)  # widths of encoder and decoder

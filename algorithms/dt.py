@@ -9,8 +9,9 @@ Results     benchmarks/results
 Deviations  windows are padded at their end in training, at their start in evaluation; the reference
             pads both at the start (masked: no difference). 1e-3 is added to the std, there 1e-6.
             One target return per run, there two. Left out, since without effect: heads for
-            observations and returns, the keys' bias. Rows at a truncation are kept where their
-            next observation is known.
+            observations and returns, the keys' bias. Rows at a truncation are left out where their
+            next observation is unknown (there: kept), and so their reward in the returns-to-go. An
+            unfinished last episode is kept (there: left out).
 
 Shapes: S seeds, N data, B batch, K context, T = 3 K tokens, D embedding, O observation, A action.
 """
@@ -273,7 +274,7 @@ def train(cfg, options):
     # jit with the state donated; seeds by vmap on an accelerator, one after the other on CPU.
     train_seeds = experiment.over_seeds(partial(train_chunk, cfg=cfg), update)
     act = partial(policy, state.actor.apply_fn)
-    best = views.return_range(dataset)[1]
+    best = float(data.returns_to_go[views.episodes(dataset)[0]].max())  # of what it was trained on
     target_return = best if cfg.target_return is None else cfg.target_return
     memory = blank_steps(cfg.eval_episodes, example, target_return, cfg)
 

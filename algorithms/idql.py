@@ -9,8 +9,8 @@ Results     benchmarks/results
 Deviations  as the code has it since 7582571, not before: one batch and one step per update for all
             networks. The best sample acts (paper: also one drawn by its weight). All rows train
             (code: 95 %), those at a truncation too where their next observation is known. IFQL:
-            the reference has one Adam on losses of the state before, online critics choose,
-            the actor's loss is a mean over actions; configs turn off what its actor lacks.
+            the reference has one Adam, its losses and targets are of the state before, its online
+            critics choose, the actor's loss is a mean over actions; configs turn off the rest.
 
 Shapes: S seeds, K critics, N samples, B batch, E episodes, O observation, A action. All float32.
 """

@@ -4,7 +4,7 @@
 Paper       https://arxiv.org/abs/2303.15810
 Reference   https://github.com/ryanxhr/IVR
 Run         python algorithms/ivr.py --config configs/ivr/antmaze.yaml
-Parent      iql.py (61 lines)
+Parent      iql.py (63 lines)
 Results     benchmarks/results
 Deviations  from the paper's derivation, as in its code: the clone's weight is max(A, 0) in place of
             max(1 + A / (2 alpha), 0), EQL's has a factor 10 (inverse_temperature), its A / alpha
@@ -143,7 +143,7 @@ def create_state(key, batch, cfg):
 
 # --- Losses -------------------------------------------------------------------------------------
 def critic_loss(params, state, batch, cfg):
-    """TD error to r + gamma V(s'), mean over B, summed over K. Eq. 6."""
+    """TD error to r + gamma V(s'), mean over B, summed over K. Eq. 6 of IQL."""
     next_value = state.value_net.apply_fn(state.value_net.params, batch.next_observation)  # [B]
     # Bootstrap through truncations, never through terminations.
     target = batch.reward + cfg.discount * (1.0 - batch.termination) * next_value

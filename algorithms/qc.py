@@ -9,7 +9,7 @@ Results     benchmarks/results
 Deviations  those of fql.py; offline only, the paper goes on online. Rewards after a termination
             inside a chunk do not count (reference: they do, the bootstrap stops). The critics also
             learn from chunks that a termination cuts at an episode's end (reference: dropped;
-            OGBench has none); such a chunk goes on with the actions of the rows behind it.
+            OGBench has few); such a chunk goes on with the actions of the rows behind it.
 
 Shapes: S seeds, K critics, N samples, h steps of a chunk, B batch or rows, E episodes,
         O observation, A action. Arrays are float32.
