@@ -3,10 +3,11 @@
 
 Columns: `algorithm` is our file and `config` the values its run must have; `column` the heading
 here; `updates`, `episodes` and `selection` ("last", or the mean of the last 3 evaluations so far
-apart) the protocol; `ddof` that of the std, empty where the source does not say; `source` where the
-number is printed. Only rows whose source states seeds, updates and selection are in the file, none
-that a source quotes from elsewhere, and none selected by looking at the scores. Left out, too, is
-JAX-CORL's AWAC, whose weights its code broadcasts into plain cloning.
+apart) the protocol, episodes as in the source's own configurations (d3rlpy's are not stated);
+`ddof` that of the std, empty where the source does not say; `source` where the number is printed.
+Only rows whose source states seeds, updates and selection are in the file, none that a source
+quotes from elsewhere, and none selected by looking at the scores. Left out, too, is JAX-CORL's
+AWAC, whose weights its code broadcasts into plain cloning.
 
 A number is shown only where the protocol is the same: the data set has D4RL's or OGBench's own name
 (a file, a recipe, Minari's data are others, whatever their name) and is evaluated in its own env,

@@ -35,6 +35,7 @@ class Result:
     variant: str = ""  # where methods of one algorithm are compared: what sets this one apart
     others: list = field(default_factory=list)  # folders of runs with further seeds
     copy: str = ""  # which data, where two data sets have one name
+    joined: list = field(default_factory=list)  # the result.json of every run of the row
 
     @property
     def algorithm(self):
@@ -54,6 +55,16 @@ class Result:
         return (self.result.get("code") or {}).get("algorithm", "")
 
     @property
+    def made(self):
+        """What else than config and algorithm a run is made of, where result.json says it."""
+        common = (self.result.get("code") or {}).get("common", "")
+        return {"common": common, "precision": self.result.get("matmul_precision", "")}
+
+    @property
+    def results(self):
+        return self.joined or [self.result]
+
+    @property
     def reference(self):
         return self.config.get("record", {}).get("reference", [None, None])
 
@@ -61,6 +72,13 @@ class Result:
     def scores(self):
         """[S] of the last policy; NaN where a seed diverged or nothing was evaluated."""
         return numbers(self.result["score"])
+
+    @property
+    def best(self):
+        """[S] highest evaluation during training; NaN where a seed diverged."""
+        gone = self.result["diverged"]
+        each = self.result["best_score"].items()
+        return numbers({seed: None if seed in gone else score for seed, score in each})
 
     @property
     def scale(self):
@@ -113,7 +131,7 @@ def find(folders):
             fail(f"{folder}: no such folder; runs are in runs/<algorithm>/<data set>/<name>")
     found = {path.parent for folder in folders for path in folder.rglob("config.yaml")}
     found |= {path.parent for folder in folders for path in folder.rglob("result.json")}
-    found = sorted(folder for folder in found if "wandb" not in folder.parts)  # wandb's own files
+    found = sorted(folder for folder in found if not any(map(_of_a_run, [folder, *folder.parents])))
     notes = []
     runs = [run for run in (read(folder, notes) for folder in found) if run is not None]
     if not runs:
@@ -121,6 +139,11 @@ def find(folders):
         where = " ".join(map(str, folders))
         fail(f"{where}: no finished run (a folder with result.json) in there{words}")
     return tell_apart(runs, notes), notes
+
+
+def _of_a_run(folder):
+    """Whether it is the folder of wandb's own files in a run folder."""
+    return folder.name == "wandb" and (folder.parent / "config.yaml").exists()
 
 
 def read(folder, notes):
@@ -207,9 +230,9 @@ def _of_wandb(entry):
     config = {key: x for key, x in entry.config.items() if not key.startswith("_")}
     seed, algorithm = config.pop("seed"), config.pop("algorithm")
     code, updates = config.pop("code", {}), config["num_updates"]
-    points, values = [], {}
+    points, values, last = [], {}, None
     for row in entry.scan_history():
-        if row.get("score") is not None:
+        if math.isfinite(float(row.get("score") or "nan")):  # wandb gives NaN as "NaN"
             points.append((row["_step"], float(row["score"])))
             values = {name: row.get(name) for name in ("score", "return", "success", "length")}
         last = row["_step"]
@@ -259,6 +282,11 @@ def tell_apart(runs, notes):
             words = [f"{key}={run.config[key]}" for key in run.config if key in keys]
             words += [f"code={run.code or 'unrecorded'}"] if len(versions) > 1 else []
             run.variant = " ".join([*words, *([run.variant] if run.variant else [])])
+        for key in ("common", "precision"):  # named only where nothing else tells rows apart
+            names = collections.Counter((run.dataset, run.variant) for run in group)
+            if max(names.values()) > 1 and len({run.made[key] for run in group}) > 1:
+                for run in group:
+                    run.variant = f"{run.variant} {key}={run.made[key] or 'unrecorded'}".strip()
     return rows
 
 
@@ -275,7 +303,7 @@ def _join(runs, notes):
     groups = collections.defaultdict(list)
     for run in runs:
         config = {key: x for key, x in run.config.items() if key not in NO_CONFIG}
-        key = [run.algorithm, run.family, run.dataset, config, run.result.get("code")]
+        key = [run.algorithm, run.family, run.dataset, config, run.code, run.made]
         groups[json.dumps(key, sort_keys=True)].append(run)
     rows = []
     for group in groups.values():
@@ -327,5 +355,5 @@ def _union(runs):
         result["eval_share"] = seconds[0] / sum(seconds)
     config = first.config | {"seeds": [seed for run in runs for seed in run.config["seeds"]]}
     curves = {seed: curve for run in runs for seed, curve in run.curves.items()}
-    others = [run.folder for run in runs[1:]]
-    return replace(first, config=config, result=result, curves=curves, others=others)
+    others, each = [run.folder for run in runs[1:]], [run.result for run in runs]
+    return replace(first, config=config, result=result, curves=curves, others=others, joined=each)

@@ -37,8 +37,14 @@ from pages import Figure, Folded, Heading, Table, Text, markdown, page
 ROOT = Path(__file__).resolve().parents[1]
 UNITS = {"normalised": "score", "success": "success", "return": "return"}
 WORDS = {"normalised": "normalised score", "success": "success in %", "return": "plain return"}
-PUBLISHED = "Published scores: same data, updates and selection, the source's own settings (seeds)"
-FEW = 5  # seeds below which an interval is said to be too narrow
+PUBLISHED = "Published scores: same data, updates, episodes and selection, evaluated here "
+PUBLISHED += (
+    "in the counterpart env of docs/data.md where D4RL's; the source's own settings (seeds)"
+)
+FEW = 10  # seeds below which an interval is said to be too narrow
+MANY = 5  # seeds from which every evaluation is printed as mean ± std
+METHODS = ("fraction",)  # numbers that papers have as methods of their own: 10%BC
+NARROW = "its 95 % interval is too narrow: the true one is wider"
 EXPLAINED = """
 Score: last policy, mean ± std over seeds (ddof 0): normalised (0 to 100 by the reference pair),
 success rate in percent for OGBench, plain return where there is no pair. Best: highest evaluation
@@ -64,6 +70,7 @@ class Arguments:
     html: bool = False  # also one self-contained page, the stem with .html
     readme: Path | None = None  # file whose part between the marks is rewritten
     reference: Path = published.FILE  # published scores
+    command: str | None = None  # said to make the page, where this one alone does not
 
 
 # --- Cells --------------------------------------------------------------------------------------
@@ -116,7 +123,7 @@ def _cells(row):
         row.dataset,
         *("" if np.isnan(x) else f"{x:.1f}" for x in data),
         spread(row.scores),
-        spread(readers.numbers(result["best_score"])),
+        spread(row.best),
         spread(readers.numbers(result.get("return", {}))),
         " ".join(result["score"]) + lost(row),
         f"{result['num_updates']:,}",
@@ -138,6 +145,8 @@ def by_method(rows):
     """label -> data set -> row, of one family."""
     methods = collections.defaultdict(dict)
     for row in rows:
+        if row.dataset in methods[row.label]:
+            raise ValueError(f"two rows are called {row.label} on {row.dataset}")
         methods[row.label][row.dataset] = row
     return methods
 
@@ -165,7 +174,8 @@ def name_choices(rows):
             continue
         for known in dataclasses.fields(default):
             value = row.config.get(known.name)
-            if known.name == "dataset" or not isinstance(known.default, str):
+            words = isinstance(known.default, str) or known.name in METHODS
+            if known.name == "dataset" or not words:
                 continue
             word = f"{known.name}={value}"
             if value not in (None, known.default) and word not in row.variant.split():
@@ -197,27 +207,29 @@ def plain(value):
     return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
-def usual_size(rows):
-    """(updates, seeds) of most rows."""
-    sizes = collections.Counter((row.result["num_updates"], len(row.scores)) for row in rows)
-    return sizes.most_common(1)[0][0]
+def usual_sizes(rows):
+    """data set -> (updates, seeds) of most of its rows."""
+    sizes = collections.defaultdict(collections.Counter)
+    for row in rows:
+        sizes[row.dataset][row.result["num_updates"], len(row.scores)] += 1
+    return {name: counts.most_common(1)[0][0] for name, counts in sizes.items()}
 
 
 def matrix(rows, best=False):
     """Methods by data sets, as papers print them, and the mean over the data sets.
 
-    A cell of other updates or another number of seeds than most says so.
+    A cell of other updates or another number of seeds than most of its data set says so.
     """
     names, methods = list(dict.fromkeys(row.dataset for row in rows)), by_method(rows)
-    updates, seeds = usual_size(rows)
+    usual = usual_sizes(rows)
     lines = []
     for label, found in methods.items():
         line = [label]
         for name in names:
             row = found.get(name)
-            each = row and (readers.numbers(row.result["best_score"]) if best else row.scores)
+            each = row and (row.best if best else row.scores)
             gone = row and len(row.result["diverged"])
-            words = [f"{gone} diverged"] if gone else []
+            words, (updates, seeds) = [f"{gone} diverged"] if gone else [], usual[name]
             if row and row.result["num_updates"] != updates:
                 words.append(f"{row.result['num_updates']:,} updates")
             if row and len(row.scores) != seeds:
@@ -236,7 +248,7 @@ def evaluations(row):
     """The score of every seed at every evaluation; of many seeds mean ± std."""
     updates = sorted({int(update) for curve in row.curves.values() for update in curve[0]})
     lines = []
-    if len(row.curves) >= FEW:
+    if len(row.curves) >= MANY:
         at = [dict(curve.T) for curve in row.curves.values()]
         found = [[scores[update] for scores in at if update in scores] for update in updates]
         line = [f"{len(at)} seeds", *(spread(np.array(scores)) for scores in found)]
@@ -320,11 +332,10 @@ def statistics(rows, summary):
         ]
         blocks.append(Table(["row beats column", *summary.scores], lines))
     words = INTERVALS.strip()
-    fewest = min(map(len, summary.scores.values()))
-    if fewest == 1:
-        words += "\nOne seed has no interval."
-    elif fewest < FEW:
-        words += f"\nFrom {fewest} seeds an interval is too narrow: read it as a lower bound."
+    counts = {*map(len, summary.scores.values())}
+    words += "\nOne seed has no interval." if 1 in counts else ""
+    if few := [count for count in sorted(counts) if 1 < count < FEW]:
+        words += f"\nOf {joined(few)} seeds {NARROW}."
     if summary.words:
         words += f"\nNot compared here: {'; '.join(summary.words)}."
     return [*blocks, Text(words)]
@@ -391,7 +402,8 @@ def command(row):
             known = (ROOT / "algorithms" / f"{row.algorithm}.py").exists()
             why = f"of another version of {row.algorithm}.py" if known else "not of algorithms/"
             return f"# {row.folder}/config.yaml: {why}"
-    return f"{start} --config {row.folder / 'config.yaml'}"
+    seeds = ["--seeds", *row.result["score"]] if row.others else []
+    return f"{start} --config {shlex.join([str(row.folder / 'config.yaml'), *seeds])}"
 
 
 def commands(rows):
@@ -400,6 +412,8 @@ def commands(rows):
 
 def own_command(arguments):
     """The command that makes the page again."""
+    if arguments.command:
+        return arguments.command
     words = ["python", "benchmarks/report.py", *map(str, arguments.folders)]
     default = Arguments()
     for name in ("wandb", "output", "title", "note", "readme", "reference"):
@@ -435,7 +449,8 @@ def blocks_of(rows, notes, arguments, draw):
     with figures.curves(rows, labels) as figure:
         blocks.append(draw(figure, "learning curves", main=True))
     words = f"Line: mean over seeds. Band: 95 % bootstrap interval, from {figures.BAND_SEEDS} seeds"
-    blocks.append(Text(f"{words} on; with fewer, thin lines are the seeds."))
+    words += f" on (of fewer than {FEW} {NARROW}); with fewer, thin lines are the seeds."
+    blocks.append(Text(words))
     blocks += [Text(EXPLAINED)] if len(families) == 1 else []
     blocks += problems(rows, notes)
     inner = [Text("The runs:"), commands(rows), Text("This page:")]
@@ -467,9 +482,10 @@ def problems(rows, notes):
 def environment(rows):
     """Blocks: hardware and versions."""
     blocks = [Heading("Made with")]
-    hardware = joined(row.result["hardware"] for row in rows if "hardware" in row.result)
+    results = [result for row in rows for result in row.results]
+    hardware = joined(result["hardware"] for result in results if "hardware" in result)
     blocks += [Text(f"Hardware: {hardware}.")] if hardware else []
-    found = [row.result["versions"] for row in rows if "versions" in row.result]
+    found = [result["versions"] for result in results if "versions" in result]
     versions = sorted({json.dumps(x, sort_keys=True) for x in found})
     for record in versions:
         each = joined(f"{name} {version}" for name, version in json.loads(record).items())
@@ -480,22 +496,24 @@ def environment(rows):
     return blocks
 
 
-def readme(rows, arguments):
-    """README's part: scores by data set, published ones, commands of every table, the curves."""
+def readme(rows, notes, arguments):
+    """README's part: scores by data set, published ones, commands, curves, what is to be known."""
     reference = published.load(arguments.reference)
     blocks = [Text("Last policy's score, mean ± std over seeds (ddof 0).")]
     for family, group in by_family(rows).items():
-        updates, seeds = usual_size(group)
-        scale = joined(WORDS[row.scale] for row in group)
-        size = f"{updates:,} updates, {seeds} seed{'s' * (seeds != 1)}"
+        usual, scale = usual_sizes(group), joined(WORDS[row.scale] for row in group)
+        updates, seeds = (dict.fromkeys(sizes) for sizes in zip(*usual.values(), strict=True))
+        size = f"{' / '.join(f'{x:,}' for x in updates)} updates, {joined(seeds)} seeds"
+        size = size.removesuffix("s") if [*seeds] == [1] else size
         mixed = any(
-            (row.result["num_updates"], len(row.scores)) != (updates, seeds) for row in group
+            (row.result["num_updates"], len(row.scores)) != usual[row.dataset] for row in group
         )
         size += ", where a cell does not say others" if mixed else ""
         blocks.append(Text(f"**{family}** ({scale}; {size}):"))
         blocks += [matrix(group), *beside(group, reference)]
         blocks.append(Folded("commands of this table", [commands(group)]))
     blocks.append(Figure(arguments.output.with_suffix(".png").as_posix(), "learning curves"))
+    blocks += problems(rows, notes)[1:]
     blocks.append(
         Text(
             f"Made by `{own_command(arguments)}`, which also writes [{_page(arguments)}]"
@@ -554,7 +572,7 @@ def main(arguments):
         stem.with_name(f"{stem.name}.html").write_text(page(arguments.title, blocks))
         written.append(f"{stem}.html")
     if arguments.readme:
-        arguments.readme.write_text(before + readme(rows, arguments).strip() + after)
+        arguments.readme.write_text(before + readme(rows, notes, arguments).strip() + after)
         written.append(str(arguments.readme))
     print(*notes, sep="\n", end="\n\n" if notes else "")
     print(markdown([table(rows)]))

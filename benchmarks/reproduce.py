@@ -42,11 +42,12 @@ from typing import Annotated, Literal
 import numpy as np
 import tyro
 
-from common import config, datasets, fail, one_line
+from common import config, datasets, fail, one_line, provenance
 
 ROOT = Path(__file__).resolve().parents[1]
 OURS = ("config", "dataset", "seeds", "name", "resume", "runs-dir")  # flags set for every cell
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+LATE = 90  # seconds that files of a job may be late on a shared disk
 FREED = 60  # seconds of the 90 that SLURM leaves a job to save before its time is up
 
 
@@ -239,7 +240,13 @@ class Progress:
         text = f"{np.mean(scores):.1f}" if scores else "not evaluated"
         text += f" ± {np.std(scores):.1f}" if len(scores) > 1 else ""
         lost = f" ({len(result['diverged'])} seeds diverged)" if result["diverged"] else ""
-        self.line(cell, f"score {text}{lost}{took if seconds is not None else ', finished before'}")
+        before = ", finished before"
+        script = ROOT / "algorithms" / f"{cell.algorithm}.py"
+        if seconds is None and script.exists():
+            made = (result.get("code") or {}).get("algorithm")
+            other = f" by another version of {cell.algorithm}.py"
+            before += other * (made != provenance.code([script]))
+        self.line(cell, f"score {text}{lost}{took if seconds is not None else before}")
 
     def working(self, cells):
         if sys.stdout.isatty():
@@ -273,11 +280,14 @@ def ending(code):
 
 # --- Workers on this machine --------------------------------------------------------------------
 def work(cells, arguments, progress):
-    """Run the cells, `workers` at a time. -> the number of the signal that stopped them, or None"""
+    """Run the cells, `workers` at a time. -> the number of the signal that stopped them, or None
+
+    A cell has as many cores in a later call as in the first: their number changes how sums round.
+    """
     devices = gpus()
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     most = len(devices) or (1 if importlib.util.find_spec("libtpu") else len(cores) or 1)
-    workers = min(arguments.workers or most, len(cells))
+    workers = min(arguments.workers or most, len(progress.cells))
     size = max(1, len(cores) // workers)  # the same for all
     print(f"{workers} at a time" + (f", {size} of {len(cores)} cores each" if cores else ""))
     waiting, running, stops, told = list(cells), {}, [], False
@@ -302,6 +312,9 @@ def work(cells, arguments, progress):
             for worker, (cell, process, began, sent) in list(running.items()):
                 if process.poll() is not None:
                     del running[worker]
+                    if cell.result is None and locked(cell):  # another process was faster
+                        waiting.append(cell)
+                        continue
                     progress.end(cell, ending(process.returncode), time.monotonic() - began)
                 elif sent < len(stops):  # one signal: save at the next border; two: leave at once
                     process.terminate()  # not SIGINT, which a process may inherit as ignored
@@ -504,24 +517,27 @@ def await_jobs(jobs, own, cluster, progress):
             if job in there and cell.result is None:
                 continue
             since = gone.setdefault(cell, time.monotonic())
-            if cell.result is None and time.monotonic() - since < 10 and cluster == "slurm":
-                continue  # its files may be late on a shared disk
+            if cell.result is None and time.monotonic() - since < LATE and cluster == "slurm":
+                continue
             del jobs[cell]
             cell.beside(".job").unlink(missing_ok=True)
             progress.end(cell, f"job {job} left the queue", time.monotonic() - began)
 
 
 # --- The call -----------------------------------------------------------------------------------
-def report(cells, arguments):
-    """The command that makes the table of the finished cells."""
+def report(cells, arguments, overrides, argv):
+    """The command that makes the table; only the suite's own matrix goes to benchmarks/results."""
     note = ROOT / "benchmarks" / "notes" / f"{arguments.suite}.md"
-    output = arguments.output or ROOT / "benchmarks" / "results" / arguments.suite
+    whole = not (arguments.output or arguments.datasets or overrides)
+    output = ROOT / "benchmarks" / "results" / arguments.suite
+    output = output if whole else arguments.output or Path(arguments.runs_dir) / arguments.suite
     words = [sys.executable, short(ROOT / "benchmarks" / "report.py")]
     words += [str(cell.folder) for cell in cells]
+    words += ["--command", shlex.join(["python", "benchmarks/reproduce.py", *argv])]
     words += ["--output", short(output), "--title", arguments.suite]
     words += ["--note", short(note)] if note.exists() else []
     readme = ROOT / "README.md"
-    if arguments.output is None and f"<!-- {output.name} -->" in readme.read_text():
+    if whole and f"<!-- {output.name} -->" in readme.read_text():
         words += ["--readme", short(readme)]
     return words
 
@@ -533,7 +549,7 @@ def main(argv):
     if arguments.dry_run:
         for cell in cells:
             print(("" if cell in left else "# finished: ") + shlex.join(cell.words))
-        print(shlex.join(report(cells, arguments)))
+        print(shlex.join(report(cells, arguments, overrides, argv)))
         return 0
     print(f"{len(cells)} cells, {len(cells) - len(left)} of them finished before")
     progress, stopped = Progress(cells), None
@@ -551,8 +567,10 @@ def main(argv):
         print(
             f"{len(progress.failed)} of {len(cells)} cells failed; the same call tries them again"
         )
-    if finished:
-        code = subprocess.run(report(finished, arguments), check=False).returncode
+    if finished:  # the page names those that were begun and are not finished
+        begun = [cell for cell in cells if cell.folder.is_dir()]
+        words = report(begun, arguments, overrides, argv)
+        code = subprocess.run(words, check=False).returncode
         return 1 if progress.failed else code
     return 1
 

@@ -46,7 +46,8 @@ def build(rows, notes, entity, project, title):
 
 def _grid(wr, entity, project, name, rows):
     keys = [word.split("=")[0] for row in rows for word in row.variant.split() if "=" in word]
-    keys = [key for key in dict.fromkeys(keys) if any(key in row.config for row in rows)]
+    code = ["code.algorithm"] * ("code" in keys)
+    keys = [key for key in dict.fromkeys(keys) if any(key in row.config for row in rows)] + code
     algorithms = ", ".join(f"'{x}'" for x in dict.fromkeys(row.algorithm for row in rows))
     runs = wr.Runset(
         entity=entity,

@@ -95,8 +95,10 @@ class Run:
             fail(f"{self.folder}: cannot be written ({error.strerror}); choose another --runs-dir")
         try:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             fail(f"{self.folder}: another process trains in it; wait for it or choose a --name")
+        except OSError as error:
+            print(f"WARNING: {self.folder}: this disk has no locks ({error.strerror})")
         try:
             with checkpoints.storage(self.folder):
                 self._open()
@@ -132,7 +134,8 @@ class Run:
                 raise error  # looked at by checkpoints.storage
             self.manager.close()
             self.wandb.close()
-            if kind is None:
+            lost = len(self.diverged) == len(self.cfg.seeds)
+            if kind is None or (kind is SystemExit and lost):
                 self._finish()
         if kind is None and self.diverged:
             raise SystemExit(1)
@@ -152,6 +155,10 @@ class Run:
                 if not same:
                     what = f"resumed by another version of the {part} code, {self.code[part]}"
                     print(f"WARNING: {what}", file=sys.stderr)
+            processor, there = provenance.processor(), meta.get("processor")
+            if there not in (None, processor) and start < self.cfg.num_updates:
+                what = f"begun on {there}, resumed on {processor}: they round differently"
+                print(f"WARNING: {what}", file=sys.stderr)
             self.diverged = {int(index): border for index, border in meta["diverged"].items()}
             print(f"resuming at update {start:,}")
         elif self.options.resume:
@@ -194,7 +201,7 @@ class Run:
 
             meta = {"update": step, "metrics": metrics, "seconds": self.seconds}
             meta |= {"waiting": self.waiting, "best": self.best.tolist(), "diverged": self.diverged}
-            meta |= {"code": self.code}
+            meta |= {"code": self.code, "processor": provenance.processor()}
             items = {"state": ocp.args.StandardSave(host), "meta": ocp.args.JsonSave(meta)}
             self.manager.save(step, args=ocp.args.Composite(**items))
         if number := processes.agree(self.signals.number or 0):
@@ -273,6 +280,8 @@ class Run:
     def _finish(self):
         """Write result.json and say the final score."""
         cfg, train, evaluation = self.cfg, self.seconds["train"], self.seconds["eval"]
+        self.scores = np.array(_blank(self.scores, self.diverged))  # if none came to its end
+        self.last = {name: _blank(x, self.diverged) for name, x in self.last.items()}
         # The first chunk compiles; the median is robust to what else runs on the machine.
         chunks = self.chunks[1:] or self.chunks or [train * cfg.log_every / cfg.num_updates]
         speed = cfg.log_every * len(cfg.seeds) / statistics.median(chunks)
@@ -300,6 +309,9 @@ class Run:
         lost = (
             "" if not self.diverged else f", {left} of {len(cfg.seeds)} seeds: the others diverged"
         )
+        if not left:
+            print(f"all seeds diverged, in {self.folder}")
+            return
         if np.isnan(self.scores).all():
             print(f"trained without an evaluation{lost}, in {self.folder}")
             return

@@ -35,9 +35,11 @@ def code(paths):
 
 
 def processor():
-    """Number and model of this machine's cores."""
+    """Number and model of this machine's cores, and how many of them this process may use."""
     model = platform.machine()
     with contextlib.suppress(OSError):
         found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
         model = found[1] if found else model
-    return f"{os.cpu_count()} cores of {model}"
+    count = os.cpu_count()
+    here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else count
+    return f"{'' if here == count else f'{here} of '}{count} cores of {model}"

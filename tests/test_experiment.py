@@ -474,7 +474,7 @@ def test_the_digest_is_of_what_the_code_does(tmp_path):
     assert first != digest("def f(x):\n    return x + 2\n")
 
 
-def test_a_run_resumed_by_other_code_says_so(name, tiny, monkeypatch, capsys):
+def test_a_run_resumed_elsewhere_says_so(name, tiny, monkeypatch, capsys):
     def log(self, step, *args):
         original(self, step, *args)
         if step == 8 and versions[0] == "first":
@@ -482,11 +482,14 @@ def test_a_run_resumed_by_other_code_says_so(name, tiny, monkeypatch, capsys):
 
     original, versions = experiment.Run.log, ["first"]
     monkeypatch.setattr(provenance, "code", lambda paths: versions[0])
+    monkeypatch.setattr(provenance, "processor", lambda: f"the {versions[0]} processor")
     monkeypatch.setattr(experiment.Run, "log", log)
     folder = run(name, tiny, expected=128 + signal.SIGTERM)
     versions[0] = "second"
     run(name, [*tiny, "--resume"])
-    assert "WARNING: resumed by another version" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "WARNING: resumed by another version" in error
+    assert "begun on the first processor, resumed on the second processor" in error
     versions[0] = "third"
     run(name, [*tiny, "--resume"])  # nothing is left to train
     result = json.loads((folder / "result.json").read_text())
@@ -632,6 +635,15 @@ def test_a_seed_that_diverges(name, tiny, reference, monkeypatch, capsys, what):
     )
     if what == "metrics":
         dies_and_goes_on(name, tiny, monkeypatch, metrics(folder))
+
+
+def test_a_run_whose_seeds_all_diverge_has_a_result(name, tiny, monkeypatch, capsys):
+    poisoned(monkeypatch, 0, 8, "metrics")
+    with jax.debug_nans(False):
+        folder = run(name, tiny, expected=1)
+    result = json.loads((folder / "result.json").read_text())
+    assert result["score"] == {"0": None} and result["diverged"] == {"0": 12}
+    assert "all seeds diverged" in capsys.readouterr().out
 
 
 def dies_and_goes_on(name, tiny, monkeypatch, text):

@@ -2,6 +2,7 @@
 """benchmarks/report.py: what the page says of made-up run folders."""
 
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -327,7 +328,8 @@ def test_what_is_not_d4rls_has_no_published_score_beside_it(tmp_path, dataset):
 
 
 def d4rl_run(tmp_path, **options):
-    options = {"updates": 1_000_000, "dataset": "hopper-medium-v2", "algorithm": "rebrac"} | options
+    options = {"dataset": "hopper-medium-v2", "algorithm": "rebrac", "episodes": 10} | options
+    options = {"updates": 1_000_000} | options
     write_run(tmp_path / "one", [101.0, 103.0], **options)
     (row,) = readers.find((tmp_path,))[0]
     return report.beside([row], published.load())
@@ -344,13 +346,21 @@ def test_published_scores_stand_beside_ours(tmp_path):
 
 @pytest.mark.parametrize(
     "options",
-    [{"updates": 30_000}, {"env": "Hopper-v5"}, {"algorithm": "awr"}, {"env_steps": 100}],
+    [
+        {"updates": 30_000},
+        {"episodes": 1},
+        {"env": "Hopper-v5"},
+        {"algorithm": "awr"},
+        {"env_steps": 100},
+    ],
 )
 def test_another_protocol_has_none(tmp_path, options):
     blocks = d4rl_run(tmp_path, **options)
     assert all(isinstance(block, report.Text) for block in blocks)
     if "updates" in options:
         assert "CORL: 1,000,000 updates" in blocks[0].markdown
+    elif "episodes" in options:
+        assert "CORL: 10 episodes" in blocks[0].markdown
     else:
         assert blocks == []
 
@@ -513,6 +523,51 @@ def test_columns_sort_in_a_browser(tmp_path):
     assert float(down[0].split()[0]) == max(scores) and names == sorted(names)
 
 
+# --- Rows of one name ---------------------------------------------------------------------------
+def test_rows_that_differ_in_common_only_are_told_apart(tmp_path):
+    other = CODE | {"common": "ddd"}
+    write_run(tmp_path / "a", [10.0, 20.0], dataset="x.hdf5")
+    write_run(tmp_path / "b", {2: 90.0, 3: 90.0}, dataset="x.hdf5", code=other)
+    write_run(tmp_path / "c", [10.0, 20.0], dataset="y.hdf5")
+    found, _ = readers.find((tmp_path,))
+    assert {row.label for row in found} == {"bc common=ccc", "bc common=ddd"}
+    table = {line[0]: line[1:] for line in cells(report.matrix(found))}
+    assert table["bc common=ccc"] == ["15.0 ± 5.0", "15.0 ± 5.0", "15.0"]
+    assert table["bc common=ddd"][:2] == ["90.0 ± 0.0", ""]
+    for row in found:
+        row.variant = ""
+    with pytest.raises(ValueError, match="two rows are called bc on x"):
+        report.matrix(found)
+
+
+def test_a_row_of_several_runs_says_where_all_were_made(tmp_path):
+    write_run(tmp_path / "a", [10.0])
+    write_run(tmp_path / "b", {1: 20.0})
+    file = tmp_path / "b" / "result.json"
+    made = {"hardware": "another", "versions": {"python": "4"}}
+    file.write_text(json.dumps(json.loads(file.read_text()) | made))
+    found, _ = readers.find((tmp_path,))
+    assert len(found) == 1
+    text = " ".join(block.markdown for block in report.environment(found)[1:])
+    assert "Hardware: none, another." in text and "python 3" in text and "python 4" in text
+    assert "--seeds 0 1" in report.command(found[0]) or report.command(found[0]).startswith("# ")
+
+
+def test_the_best_of_a_seed_that_diverged_does_not_count(tmp_path):
+    write_run(tmp_path / "a", [10.0, None, 30.0])
+    file = tmp_path / "a" / "result.json"
+    best = {"best_score": {"0": 10.0, "1": 400.0, "2": 30.0}}
+    file.write_text(json.dumps(json.loads(file.read_text()) | best))
+    (row,) = rows(tmp_path)
+    assert row[4:6] == ["20.0 ± 10.0", "20.0 ± 10.0"]
+
+
+def test_a_run_may_be_called_wandb(tmp_path):
+    write_run(tmp_path / "wandb", [10.0])
+    write_run(tmp_path / "wandb" / "wandb" / "offline-run" / "files", [10.0])
+    assert len(readers.find((tmp_path,))[0]) == 1
+
+
 # --- wandb --------------------------------------------------------------------------------------
 def entry(seed, scores, state="finished", **config):
     """A run as wandb.Api returns it."""
@@ -544,12 +599,19 @@ def test_a_wandb_project_is_read_like_folders(tmp_path):
     assert len(notes) == 3 and "running at update 10 of 20" in notes[0] and "other" in notes[2]
 
 
-def test_a_diverged_run_of_wandb(tmp_path):
-    entries = [entry(0, [(10, 5.0), (20, None)]), entry(1, [(10, 30.0), (20, 20.0)])]
+@pytest.mark.parametrize("gone", [None, math.nan, "NaN"])
+def test_a_diverged_run_of_wandb(gone):
+    entries = [entry(0, [(10, 5.0), (20, gone)]), entry(1, [(10, 30.0), (20, 20.0)])]
     rows, _ = readers.from_wandb("me/atoll", SimpleNamespace(runs=lambda project: entries))
     (row,) = cells(report.table(rows))
     assert row[4] == "20.0" and row[7] == "0 1 (diverged, not in the means: 0)"
     assert np.isnan(rows[0].scores[0])
+
+
+def test_an_empty_run_of_wandb_is_left_out():
+    entries = [entry(0, []), entry(1, [(10, 30.0), (20, 20.0)])]
+    rows, notes = readers.from_wandb("me/atoll", SimpleNamespace(runs=lambda project: entries))
+    assert len(rows) == 1 and "finished at update None of 20" in notes[0]
 
 
 def test_wandb_without_an_answer_is_one_line(tmp_path, capsys):

@@ -145,13 +145,25 @@ def test_files_of_a_suite_need_their_folder(here, monkeypatch, capsys):
         monkeypatch.setenv("ATOLL_DATA", ".")
 
 
+def test_only_the_whole_matrix_goes_to_the_results(here, capsys):
+    def table(*words):
+        call("--dry-run", *words)
+        return capsys.readouterr().out.splitlines()[-1]
+
+    assert "--output benchmarks/results/v4" in table() or "/benchmarks/results/v4 " in table()
+    for trial in (["--", "--eval-episodes", "3"], ["--datasets", "hopper-tiny-v4.hdf5"]):
+        assert "--output runs/v4 " in table(*trial) and "--readme" not in table(*trial)
+    assert "--output here/mine " in table("--output", "here/mine")
+    assert "--command 'python benchmarks/reproduce.py --suite v4 " in table()
+
+
 # --- Cells that end badly -----------------------------------------------------------------------
 def test_a_failed_cell_is_reported_and_does_not_stop_the_others(stand_ins, monkeypatch, capsys):
     cells = stand_ins(WRITE, "raise SystemExit('no such thing')", "os.kill(os.getpid(), 9)", WRITE)
     tables = []
-    monkeypatch.setattr(reproduce, "report", lambda done, _: tables.append(done) or ["true"])
+    monkeypatch.setattr(reproduce, "report", lambda done, *_: tables.append(done) or ["true"])
     assert call("--workers", "1") == 1
-    assert tables == [[cells[0], cells[3]]]
+    assert tables == [cells]  # the page names those that are not finished
     done, failed, killed, last = lines(capsys)
     assert done.startswith("[1/4] toy0 made: score 2.0 ± 1.0, ") and "[4/4] toy3" in last
     log = cells[1].folder.with_name("name.log")
@@ -197,6 +209,29 @@ def test_workers_share_the_cores(stand_ins, capsys):
     shares = [before[:size], before[size:][:size] or before]
     said = [(cell.folder / "cores").read_text() for cell in cells]
     assert said == [f"{share} {size}" for share in shares]
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="this system has no affinity")
+def test_a_cell_has_as_many_cores_in_a_later_call(stand_ins, capsys):
+    """Their number changes how sums round."""
+    say = "open('cores', 'w').write(str(len(os.sched_getaffinity(0)))); "
+    done, left = stand_ins(WRITE, say + WRITE)
+    assert call("--workers", "2", "--dry-run") == 0
+    (done.folder / "result.json").write_text('{"score": {"0": 1.0}, "diverged": {}}')
+    assert call("--workers", "2") == 0
+    size = max(1, len(os.sched_getaffinity(0)) // 2)
+    assert (left.folder / "cores").read_text() == str(size)
+
+
+def test_a_cell_that_another_process_began_first_is_waited_for(stand_ins, capsys):
+    """The lock is taken some seconds after the start."""
+    other = f"import fcntl, time; l = open('.lock', 'w'); fcntl.flock(l, 2); time.sleep(1); {WRITE}"
+    code = f"import subprocess, time; subprocess.Popen([{sys.executable!r}, '-S', '-c', {other!r}])"
+    (cell,) = stand_ins(f"{code}; time.sleep(0.5); raise SystemExit(2)")
+    assert call() == 0
+    (line,) = lines(capsys)
+    assert line.startswith("[1/1] toy0 made: score 2.0 ± 1.0")
+    assert cell.beside(".log").read_text().count("$ ") == 1
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -247,7 +282,7 @@ def test_a_killed_worker_changes_nothing_in_the_end(here, monkeypatch, capsys):
     start = reproduce.start
     monkeypatch.setattr(reproduce, "start", dying)
     with monkeypatch.context() as patch:
-        patch.setattr(reproduce, "report", lambda cells, _: ["true"])
+        patch.setattr(reproduce, "report", lambda *_: ["true"])
         assert call(*tiny) == 1
     killed, other = lines(capsys)
     assert "[1/2] bc hopper-tiny-v4: FAILED, killed by SIGKILL" in killed
@@ -354,7 +389,7 @@ def test_jobs_are_followed_until_they_leave_the_queue(slurm, stand_ins, monkeypa
     assert call("--slurm") == 1
     first, second = lines(capsys)
     assert "toy0 made: score 1.0, 0.3 min" in first
-    assert "toy1 made: FAILED, job 7_1 left the queue, 0.8 min" in second
+    assert "toy1 made: FAILED, job 7_1 left the queue, 2.2 min" in second
 
 
 @pytest.mark.parametrize(
