@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Run folders -> tables, learning curves, intervals: a Markdown page, an HTML page, README's part.
 
-    python benchmarks/report.py runs/rebrac --output benchmarks/results/rebrac_v4
+    python benchmarks/report.py runs/rebrac --output benchmarks/results/mine
 
-writes rebrac_v4.md, rebrac_v4.png (learning curves) and rebrac_v4_1.png, ... (intervals, where
-there are methods to compare); --html adds rebrac_v4.html with all of it in one file, --readme
-README.md rewrites what stands there between `<!-- rebrac_v4 -->` and `<!-- /rebrac_v4 -->`.
+writes mine.md, mine.png (learning curves) and mine_1.png, ... (intervals, where
+there are methods to compare); --html adds mine.html with all of it in one file, --readme
+README.md rewrites what stands there between `<!-- mine -->` and `<!-- /mine -->`.
 
 The score is the last policy's: mean over the evaluation's episodes, then mean ± std (ddof 0) over
 seeds. The best over training stands beside it: it was selected on the evaluation itself and is not
