@@ -9,6 +9,7 @@ import re
 import shutil
 import sys
 import time
+from functools import partial
 
 import jax
 
@@ -69,7 +70,7 @@ def restore(checkpoints, target, keep=False):
             saved = checkpoints.restore(step, args=ocp.args.Composite(**items))
         except Exception as error:
             why = one_line(error)
-            if re.search("shape|tree struct", str(error)):
+            if _another_state(checkpoints, step, target):
                 fail(
                     f"{checkpoints.directory}: checkpoint {step} is of another State than this "
                     f"file makes ({why}); take the file it was made with, or another --name"
@@ -88,6 +89,21 @@ def restore(checkpoints, target, keep=False):
             f"{checkpoints.directory}: no checkpoint can be read; mend it, or start another --name"
         )
     return None, None
+
+
+def _another_state(checkpoints, step, target):
+    """Whether a checkpoint's arrays, as far as it can be read, have other names or shapes."""
+
+    def shapes(tree):
+        name = partial(jax.tree_util.keystr, simple=True, separator=".")
+        return {name(path): tuple(x.shape) for path, x in jax.tree.leaves_with_path(tree)}
+
+    try:
+        saved = checkpoints.item_metadata(step)["state"]
+        saved = shapes(getattr(saved, "tree", saved))
+    except Exception:  # orbax has many; then it is damaged
+        return False
+    return bool(saved) and saved != shapes(target)
 
 
 def write(path, text):

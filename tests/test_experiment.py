@@ -377,6 +377,11 @@ def damage_meta(folder):
     shutil.rmtree(os.path.join(folder, "meta"))
 
 
+def damage_names(folder):
+    """What was saved cannot be told from another State by its error alone."""
+    os.remove(os.path.join(folder, "state", "_METADATA"))
+
+
 def damage_noise(folder):
     for root, _, files in os.walk(folder):
         for file in files:
@@ -387,7 +392,7 @@ def damage_noise(folder):
 
 @pytest.mark.parametrize(
     "damage",
-    [damage_files, damage_nothing_left, damage_meta, damage_noise],
+    [damage_files, damage_nothing_left, damage_meta, damage_names, damage_noise],
     ids=lambda x: x.__name__,
 )
 def test_damaged_checkpoint(name, tiny, reference, capsys, damage):
