@@ -232,8 +232,9 @@ def _of_wandb(entry):
     code, updates = config.pop("code", {}), config["num_updates"]
     points, values, last = [], {}, None
     for row in entry.scan_history():
-        if math.isfinite(float(row.get("score") or "nan")):  # wandb gives NaN as "NaN"
-            points.append((row["_step"], float(row["score"])))
+        score = row.get("score")
+        if score is not None and math.isfinite(float(score)):  # wandb gives NaN as "NaN"
+            points.append((row["_step"], float(score)))
             values = {name: row.get(name) for name in ("score", "return", "success", "length")}
         last = row["_step"]
     if entry.state != "finished" or last != updates:

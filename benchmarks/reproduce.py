@@ -529,8 +529,8 @@ def report(cells, arguments, overrides, argv):
     """The command that makes the table; only the suite's own matrix goes to benchmarks/results."""
     note = ROOT / "benchmarks" / "notes" / f"{arguments.suite}.md"
     whole = not (arguments.output or arguments.datasets or overrides)
-    output = ROOT / "benchmarks" / "results" / arguments.suite
-    output = output if whole else arguments.output or Path(arguments.runs_dir) / arguments.suite
+    place = ROOT / "benchmarks" / "results" if whole else Path(arguments.runs_dir)
+    output = arguments.output or place / arguments.suite
     words = [sys.executable, short(ROOT / "benchmarks" / "report.py")]
     words += [str(cell.folder) for cell in cells]
     words += ["--command", shlex.join(["python", "benchmarks/reproduce.py", *argv])]

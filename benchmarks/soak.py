@@ -247,7 +247,8 @@ def trial(fault, algorithm, data, folder, moment, expected, draw):
         if saved is not None and resumed is not None and resumed < saved - behind:
             problems.append(f"lost updates {resumed} to {saved}")
         if fault == "damage" and note and "cannot be read" not in run.log.read_text():
-            note += ", which nothing reads"  # the numbers above say so
+            note += ", which nothing reads"  # else the numbers above differ
+            problems += ["damage not noticed"] if resumed != saved else []
         if note.startswith("NOT"):
             problems.append("the second process was not refused")
     finally:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints by orbax, files written whole, and disks that take no more."""
+"""Checkpoints by orbax, and disks that take no more."""
 
 import contextlib
 import errno
@@ -9,7 +9,6 @@ import re
 import shutil
 import sys
 import time
-from functools import partial
 
 import jax
 
@@ -70,7 +69,10 @@ def restore(checkpoints, target, keep=False):
             saved = checkpoints.restore(step, args=ocp.args.Composite(**items))
         except Exception as error:
             why = one_line(error)
-            if _another_state(checkpoints, step, target):
+            shapes = {}
+            with contextlib.suppress(Exception):  # orbax has many; then it is damaged
+                shapes = _shapes(checkpoints.item_metadata(step)["state"].tree)
+            if shapes and shapes != _shapes(target):
                 fail(
                     f"{checkpoints.directory}: checkpoint {step} is of another State than this "
                     f"file makes ({why}); take the file it was made with, or another --name"
@@ -91,23 +93,6 @@ def restore(checkpoints, target, keep=False):
     return None, None
 
 
-def _another_state(checkpoints, step, target):
-    """Whether a checkpoint's arrays, as far as it can be read, have other names or shapes."""
-
-    def shapes(tree):
-        name = partial(jax.tree_util.keystr, simple=True, separator=".")
-        return {name(path): tuple(x.shape) for path, x in jax.tree.leaves_with_path(tree)}
-
-    try:
-        saved = checkpoints.item_metadata(step)["state"]
-        saved = shapes(getattr(saved, "tree", saved))
-    except Exception:  # orbax has many; then it is damaged
-        return False
-    return bool(saved) and saved != shapes(target)
-
-
-def write(path, text):
-    """Write a whole file or nothing of it."""
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(text)
-    os.replace(part, path)
+def _shapes(tree):
+    leaves = jax.tree.leaves_with_path(tree)
+    return {jax.tree_util.keystr(k, simple=True, separator="."): x.shape for k, x in leaves}

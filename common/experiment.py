@@ -86,6 +86,7 @@ class Run:
         self.seconds = {"train": 0.0, "eval": 0.0}
         self.chunks = []  # seconds of the chunks of this start
         self.signals, self.bar = signals.Signals(), None
+        self.processor = provenance.processor()
 
     def __enter__(self):
         try:
@@ -98,7 +99,8 @@ class Run:
         except BlockingIOError:
             fail(f"{self.folder}: another process trains in it; wait for it or choose a --name")
         except OSError as error:
-            print(f"WARNING: {self.folder}: this disk has no locks ({error.strerror})")
+            what = f"{self.folder}: this disk has no locks ({error.strerror})"
+            print(f"WARNING: {what}", file=sys.stderr)
         try:
             with checkpoints.storage(self.folder):
                 self._open()
@@ -116,7 +118,7 @@ class Run:
         record["reference"] = [self.dataset.ref_min_score, self.dataset.ref_max_score]
         values = config.resolved(self.cfg, self.options) | {"record": record}
         if not (self.folder / "config.yaml").exists():
-            checkpoints.write(
+            _write(
                 self.folder / "config.yaml",
                 yaml.safe_dump(values, sort_keys=False, default_flow_style=None),
             )
@@ -155,9 +157,9 @@ class Run:
                 if not same:
                     what = f"resumed by another version of the {part} code, {self.code[part]}"
                     print(f"WARNING: {what}", file=sys.stderr)
-            processor, there = provenance.processor(), meta.get("processor")
-            if there not in (None, processor) and start < self.cfg.num_updates:
-                what = f"begun on {there}, resumed on {processor}: they round differently"
+            there = meta.get("processor", self.processor)
+            if there != self.processor and start < self.cfg.num_updates:
+                what = f"begun on {there}, resumed on {self.processor}: they round differently"
                 print(f"WARNING: {what}", file=sys.stderr)
             self.diverged = {int(index): border for index, border in meta["diverged"].items()}
             print(f"resuming at update {start:,}")
@@ -171,7 +173,7 @@ class Run:
             if file.exists():
                 header, *rows = file.read_text().splitlines(keepends=True) or [""]
                 rows = [row for row in rows if row[-1] == "\n" and int(row.split(",")[0]) < first]
-                checkpoints.write(file, "".join([header, *rows] if rows else []))
+                _write(file, "".join([header, *rows] if rows else []))
         from tqdm import tqdm
 
         start = processes.agree(start)
@@ -201,7 +203,7 @@ class Run:
 
             meta = {"update": step, "metrics": metrics, "seconds": self.seconds}
             meta |= {"waiting": self.waiting, "best": self.best.tolist(), "diverged": self.diverged}
-            meta |= {"code": self.code, "processor": provenance.processor()}
+            meta |= {"code": self.code, "processor": self.processor}
             items = {"state": ocp.args.StandardSave(host), "meta": ocp.args.JsonSave(meta)}
             self.manager.save(step, args=ocp.args.Composite(**items))
         if number := processes.agree(self.signals.number or 0):
@@ -298,13 +300,12 @@ class Run:
             "train_seconds": round(train, 1),
             "eval_seconds": round(evaluation, 1),
             "eval_share": round(evaluation / max(train + evaluation, 1e-9), 3),
-            "hardware": f"{len(jax.devices())} x {jax.devices()[0].device_kind}; "
-            + provenance.processor(),
+            "hardware": f"{len(jax.devices())} x {jax.devices()[0].device_kind}; " + self.processor,
             "matmul_precision": jax.config.jax_default_matmul_precision or "default",
             "code": self.code,
             "versions": {"python": platform.python_version()} | dict(provenance.versions()),
         }
-        checkpoints.write(self.folder / "result.json", json.dumps(result, indent=2) + "\n")
+        _write(self.folder / "result.json", json.dumps(result, indent=2) + "\n")
         left = len(cfg.seeds) - len(self.diverged)
         lost = (
             "" if not self.diverged else f", {left} of {len(cfg.seeds)} seeds: the others diverged"
@@ -326,6 +327,13 @@ class Run:
 
 
 # --- Files --------------------------------------------------------------------------------------
+def _write(path, text):
+    """Write a whole file or nothing of it."""
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(text)
+    part.replace(path)
+
+
 def _blank(numbers, lost):
     return [math.nan if i in lost else float(x) for i, x in enumerate(numbers)]
 

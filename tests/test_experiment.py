@@ -407,6 +407,18 @@ def test_damaged_checkpoint(name, tiny, reference, capsys, damage):
     assert metrics(folder) == metrics(reference(name))
 
 
+def test_a_checkpoint_of_another_state_is_not_called_damaged(name, tiny, reference, capsys):
+    folder = copy_of(reference(name), name)
+    file = folder / "config.yaml"
+    config = yaml.safe_load(file.read_text())
+    file.write_text(yaml.safe_dump(config | {"hidden": [3, 3]}))
+    with pytest.raises(SystemExit) as leave:
+        experiment.load(runs.module(name), folder)
+    error = capsys.readouterr().err
+    assert leave.value.code == 2
+    assert "checkpoint 24 is of another State" in error and "cannot be read" not in error
+
+
 def test_every_checkpoint_damaged(name, tiny, reference, capsys):
     folder = copy_of(reference(name), name)
     for checkpoint in (folder / "checkpoints").iterdir():

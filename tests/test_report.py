@@ -608,6 +608,12 @@ def test_a_diverged_run_of_wandb(gone):
     assert np.isnan(rows[0].scores[0])
 
 
+def test_a_score_of_zero_of_wandb_is_a_score():
+    entries = [entry(0, [(10, 5.0), (20, 0.0)])]
+    (row,) = readers.from_wandb("me/atoll", SimpleNamespace(runs=lambda project: entries))[0]
+    assert row.scores.tolist() == [0.0] and not row.result["diverged"]
+
+
 def test_an_empty_run_of_wandb_is_left_out():
     entries = [entry(0, []), entry(1, [(10, 30.0), (20, 20.0)])]
     rows, notes = readers.from_wandb("me/atoll", SimpleNamespace(runs=lambda project: entries))

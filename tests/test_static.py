@@ -22,7 +22,7 @@ import yaml
 COMMON_LINES = {
     "__init__.py": 30,
     "cartpole_recipe.py": 100,
-    "checkpoints.py": 115,
+    "checkpoints.py": 100,
     "config.py": 250,
     "d4rl.py": 350,
     "datasets.py": 400,
