@@ -17,6 +17,8 @@ in [-1, 1] (or as integers). Nothing algorithmic happens here: reward shifts, ob
 normalisation and filters are visible lines of the algorithm files.
 """
 
+import math
+import numbers
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -137,14 +139,14 @@ def _dataset(dataset_id, source):
     size = rows["observations"].shape[1]
     if "next_observations" in rows and rows["next_observations"].shape[1] != size:
         fail(f"{dataset_id}: next_observations and observations differ in width")
-    env, spec, limit = None, None, horizon
+    env, spec, limit, pair = None, None, horizon, _checked_pair(dataset_id, pair)
     if make_env is not None:
         env = make_env()
         spec = env.spec
         limit = spec.max_episode_steps or horizon
         if limit is None:
             fail(f"{dataset_id}: {spec.id} has no step limit; set --env-steps")
-        if (pair[0] is None or pair[1] is None) and not by_success:
+        if pair == (None, None) and not by_success:
             pair = _family_pair(dataset_id, spec.id)
         _check_observation(dataset_id, env, keys, size)
     rows["actions"], num_actions, box = _actions(dataset_id, rows["actions"], env, box)
@@ -164,8 +166,8 @@ def _dataset(dataset_id, source):
         episode_returns=returns,
         make_env=make_env and environments.in_our_units(make_env, keys, box),
         horizon=None if limit is None else int(limit),
-        ref_min_score=None if pair[0] is None else float(pair[0]),
-        ref_max_score=None if pair[0] is None else float(pair[1]),
+        ref_min_score=pair[0],
+        ref_max_score=pair[1],
         num_actions=num_actions,
         score_is_success=by_success,
         record={
@@ -289,6 +291,19 @@ def _check_observation(dataset_id, env, keys, size):
     fits = isinstance(observation, dict) == bool(keys)
     if not fits or environments.flatten(observation, keys).shape != (size,):
         fail(f"{dataset_id}: {size} numbers per observation, {env.spec.id} gives others; see --env")
+
+
+def _checked_pair(dataset_id, pair):
+    """Both reference returns as numbers, the one for 0 below the one for 100, or neither."""
+    if tuple(pair) == (None, None):
+        return None, None
+    good = all(isinstance(score, numbers.Real) and math.isfinite(score) for score in pair)
+    if not good or pair[0] >= pair[1]:
+        fail(
+            f"{dataset_id}: reference scores {pair[0]!r} and {pair[1]!r}: two finite numbers are "
+            "wanted, ref_min_score below ref_max_score, or neither of them"
+        )
+    return float(pair[0]), float(pair[1])
 
 
 def _family_pair(dataset_id, env_id):

@@ -6,6 +6,7 @@ import hashlib
 import http.client
 import json
 import os
+import re
 import urllib.error
 import urllib.request
 from collections.abc import Callable
@@ -23,9 +24,10 @@ class Unusable(Exception):
 def fetch(urls: list[str], path: Path, check: Callable[[Path], None]) -> None:
     """Download `path` from the first of `urls` that has it, unless it is there already.
 
-    The bytes so far lie in `path.part`, which a later call goes on with. `check` raises `Unusable`
-    where the whole file is not what it should be. Address, size and SHA-256 are recorded in
-    `path.json`.
+    The bytes so far lie in `path.part`, what the server calls that version of the file in
+    `path.part.json`; a later call goes on with them if the server still has that version, and
+    begins anew if not. `check` raises `Unusable` where the whole file is not what it should be.
+    Address, size and SHA-256 are recorded in `path.json`.
 
     Raises:
         OSError: no address delivered the file; the message has the reason of each.
@@ -36,20 +38,13 @@ def fetch(urls: list[str], path: Path, check: Callable[[Path], None]) -> None:
     with _locked(path.with_name(path.name + ".lock")):
         if path.exists():  # another process was first
             return
-        resumed = part.exists() and part.stat().st_size > 0
         url = _from_any(urls, part)
+        record_of(part).unlink(missing_ok=True)
         try:
             check(part)
         except Unusable:
             part.unlink()
-            if not resumed:
-                raise
-            url = _from_any(urls, part)  # the old half may be of another file
-            try:
-                check(part)
-            except Unusable:
-                part.unlink()
-                raise
+            raise
         record = {"url": url, "bytes": part.stat().st_size, "sha256": sha256(part)}
         record_of(path).write_text(json.dumps(record, indent=1) + "\n")
         os.replace(part, path)
@@ -62,11 +57,15 @@ def record_of(path: Path) -> Path:
 def changed(path: Path) -> str | None:
     """What differs from the record of the download, None without a record or difference."""
     try:
-        wanted = json.loads(record_of(path).read_text())["bytes"]
+        record = json.loads(record_of(path).read_text())
+        size, digest = record["bytes"], record["sha256"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    found = path.stat().st_size
-    return None if found == wanted else f"{found:,} bytes, but {wanted:,} were downloaded"
+    if (found := path.stat().st_size) != size:
+        return f"{found:,} bytes, but {size:,} were downloaded"
+    if (found := sha256(path)) != digest:  # 0.7 s for each GB
+        return f"SHA-256 {found[:12]}..., but {digest[:12]}... was downloaded"
+    return None
 
 
 def sha256(path: Path) -> str:
@@ -98,8 +97,8 @@ def _get(url, part):
     """One connection. Raises where fewer bytes came than the server promised."""
     from tqdm import tqdm
 
-    have = part.stat().st_size if part.exists() else 0
-    headers = {"Range": f"bytes={have}-"} if have else {}
+    have, version = _begun(url, part)
+    headers = {"Range": f"bytes={have}-", "If-Range": version} if have else {}
     try:
         response = urllib.request.urlopen(
             urllib.request.Request(url, headers=headers), None, TIMEOUT
@@ -110,19 +109,52 @@ def _get(url, part):
         raise
     with response:
         length = response.headers.get("Content-Length")
-        if response.status != 206:  # the server sends the whole file
-            have = 0
-        total = None if length is None else have + int(length)
+        if response.status == 206:
+            total = _total(response.headers.get("Content-Range"), have, part)
+        else:  # the whole file: the server has no ranges, or another version than before
+            have, total = 0, None if length is None else int(length)
+            part.unlink(missing_ok=True)
+            note = {"address": _address(url), "version": _version(response.headers)}
+            record_of(part).write_text(json.dumps(note) + "\n")
         bar = tqdm(
             total=total, initial=have, unit="B", unit_scale=True, desc=part.stem, disable=None
         )
-        with part.open("ab" if have else "wb") as file, bar:
+        with part.open("ab") as file, bar:
             while block := response.read(CHUNK):
                 file.write(block)
                 bar.update(len(block))
     got = part.stat().st_size
     if total is not None and got != total:
         raise OSError(f"the connection ended after {got:,} of {total:,} bytes")
+
+
+def _begun(url, part):
+    """How many bytes are here of the file at `url`, and of which version: 0 where not known."""
+    try:
+        note = json.loads(record_of(part).read_text())
+        same = note["address"] == _address(url) and isinstance(note["version"], str)
+        return (part.stat().st_size, note["version"]) if same else (0, None)
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0, None
+
+
+def _address(url):
+    return url.partition("://")[2]  # https and http of one server have one file
+
+
+def _version(headers):
+    """What tells one version of a file from another (RFC 9110, 13.1.5): no weak entity tag."""
+    tag = headers.get("ETag", "W/")
+    return headers.get("Last-Modified") if tag.startswith("W/") else tag
+
+
+def _total(content_range, have, part):
+    """Bytes of the whole file, where the server sends those that are not here yet."""
+    found = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+)", content_range or "")
+    if not found or int(found[1]) != have or int(found[2]) != int(found[3]) - 1:
+        part.unlink(missing_ok=True)
+        raise OSError(f"the server sent {content_range or 'no range'}, not bytes from {have:,} on")
+    return int(found[3])
 
 
 @contextlib.contextmanager

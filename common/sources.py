@@ -108,7 +108,7 @@ def _minari(dataset_id, env, env_steps):
 
     has_env = env or source.env_spec or metadata.get("eval_env_spec")
     pair = metadata.get("ref_min_score"), metadata.get("ref_max_score")
-    if None in pair:
+    if pair == (None, None):
         pair = _documented_pair(dataset_id)
     facts = {"minari_version": str(metadata.get("minari_version", ""))}
     return Source(rows, make_env if has_env else None, pair, keys, facts=facts)
@@ -224,6 +224,8 @@ def _hdf5(path, env, env_steps, row):
     numbers = ("ref_min_score", "ref_max_score", "max_episode_steps")
     _check_attributes(path, facts, numbers)
     known = {key: float(row[key]) if key in numbers else row[key] for key in row if row[key]}
+    if "ref_min_score" in facts or "ref_max_score" in facts:  # a pair is the file's or the name's
+        known |= {"ref_min_score": None, "ref_max_score": None}
     facts = known | facts
     chosen, env = env, env or facts.get("env_id")
     recorded = facts.get("max_episode_steps")
@@ -373,7 +375,7 @@ def _observation_keys(dataset_id, observations):
     if not isinstance(observations, dict):
         return ()
     if "antmaze" in dataset_id.lower():
-        return ("achieved_goal", "observation")  # x, y and the rest; the goal is fixed
+        return ("achieved_goal", "observation", "desired_goal")  # x and y first, as in D4RL
     if "pointmaze" in dataset_id.lower():
         return ("observation", "desired_goal")  # the goal moves in the data
     return ("observation",) if "observation" in observations else tuple(sorted(observations))

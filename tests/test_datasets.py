@@ -211,6 +211,25 @@ def test_scores(tmp_path, capsys):
     assert by_success.score(np.array([-3.0, -9.0]), np.array([0.25, 1.0])).tolist() == [25, 100]
 
 
+@pytest.mark.parametrize("env", [None, "Pendulum-v1"])
+@pytest.mark.parametrize("name", ["x", "hopper-medium-v2"])  # with and without a pair of its name
+@pytest.mark.parametrize("pair", [(1.0, None), (None, 1.0), (2.0, 1.0), (1.0, 1.0)])
+def test_half_a_pair_or_one_without_a_span_is_one_line(tmp_path, capsys, env, name, pair):
+    given = zip(("ref_min_score", "ref_max_score"), pair, strict=True)
+    given = {key: score for key, score in given if score is not None}
+    path = write(tmp_path / f"{name}.hdf5", ROWS | PENDULUM, **given)
+    text = error_of(capsys, datasets.load, path, env=env)
+    assert "ref_min_score below ref_max_score, or neither" in text and repr(pair[0]) in text
+
+
+def test_a_files_own_pair_comes_before_the_one_of_its_name(tmp_path):
+    hopper = {"observations": np.zeros((6, 11)), "actions": np.zeros((6, 3))}
+    path = write(
+        tmp_path / "hopper-medium-v2.hdf5", ROWS | hopper, ref_min_score=1.0, ref_max_score=3.0
+    )
+    assert datasets.load(path).score(2.0) == 50
+
+
 def test_the_pair_of_an_env_family_is_used_and_said(tmp_path, capsys):
     hopper = {"observations": np.zeros((6, 11)), "actions": np.zeros((6, 3))}
     dataset = datasets.load(write(tmp_path / "x.hdf5", ROWS | hopper), env="Hopper-v5")

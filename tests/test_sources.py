@@ -1,6 +1,7 @@
 """Where data come from: D4RL's and OGBench's files over a loopback server, Minari, the envs."""
 
 import contextlib
+import hashlib
 import http.server
 import json
 import os
@@ -36,12 +37,17 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if body is None:
             return self.send_error(404)
         start, found = 0, re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
-        if found and server.ranges:
+        tag = f'"{hashlib.sha256(body).hexdigest()}"'
+        if found and server.ranges and self.headers.get("If-Range", tag) == tag:
             start = int(found[1])
             if start >= len(body):
                 return self.send_error(416)
         self.send_response(206 if start else 200)
         self.send_header("Content-Length", str(len(body) - start))
+        if server.version:
+            self.send_header(server.version, tag)
+        if start:
+            self.send_header("Content-Range", server.said.format(start, len(body) - 1, len(body)))
         self.end_headers()
         end = len(body)
         if server.drops > 0:
@@ -57,7 +63,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 def server():
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         server.files, server.asked, server.drops, server.drop = {}, [], 0, 0
-        server.ranges = True
+        server.ranges, server.version, server.said = True, "ETag", "bytes {}-{}/{}"
         threading.Thread(target=server.serve_forever, daemon=True).start()
         server.url = f"http://127.0.0.1:{server.server_port}/"
         yield server
@@ -88,13 +94,15 @@ def test_download_is_resumed_where_the_connection_broke(server, tmp_path):
     assert download.changed(tmp_path / "x") is None
     (tmp_path / "x").write_bytes(body[:-1])
     assert "99,999 bytes, but 100,000" in download.changed(tmp_path / "x")
+    (tmp_path / "x").write_bytes(body[:-1] + bytes([body[-1] ^ 1]))
+    assert re.fullmatch(r"SHA-256 .* was downloaded", download.changed(tmp_path / "x"))
 
 
 def test_a_later_call_goes_on_with_the_half(server, tmp_path):
     server.files["/x"], server.drops, server.drop = b"a" * 1000, 10, 100
     with pytest.raises(OSError, match="after 500 of 1,000 bytes"):
         download.fetch([server.url + "x"], tmp_path / "x", no_check)
-    assert listing(tmp_path) == ["x.part"]
+    assert listing(tmp_path) == ["x.part", "x.part.json"]
     server.drops = 0
     download.fetch([server.url + "x"], tmp_path / "x", no_check)
     assert server.asked[-1][1] == "bytes=500-"
@@ -107,17 +115,48 @@ def test_a_server_without_ranges_starts_again(server, tmp_path):
     assert (tmp_path / "x").read_bytes() == b"a" * 1000
 
 
-def test_a_half_of_another_file_is_thrown_away(server, tmp_path):
-    def check(path):
-        if path.read_bytes() != b"new" * 100:
-            raise download.Unusable("not it")
+@pytest.mark.parametrize("version", ["ETag", "Last-Modified"])
+def test_a_file_replaced_between_two_calls_is_not_joined_to_the_old_half(server, tmp_path, version):
+    new, server.version = b"b" * 1000, version
+    server.files["/x"], server.drops, server.drop = b"a" * 1000, 10, 100
+    with pytest.raises(OSError, match="connection ended"):
+        download.fetch([server.url + "x"], tmp_path / "x", no_check)
+    server.files["/x"], server.drops = new, 0  # as long as the old one: only the version tells
+    download.fetch([server.url + "x"], tmp_path / "x", no_check)
+    assert server.asked[-1][1] == "bytes=500-" and (tmp_path / "x").read_bytes() == new
+    assert listing(tmp_path) == ["x", "x.json"]
 
+
+@pytest.mark.parametrize("half", [b"old" * 10, b"old" * 1000])  # shorter, longer than the file
+def test_a_half_of_which_nothing_is_known_is_thrown_away(server, tmp_path, half):
     server.files["/x"] = b"new" * 100
-    for half in (b"old" * 10, b"old" * 1000):  # shorter and longer than the file
-        (tmp_path / "x.part").write_bytes(half)
-        download.fetch([server.url + "x"], tmp_path / "x", check)
-        assert (tmp_path / "x").read_bytes() == b"new" * 100
-        (tmp_path / "x").unlink()
+    (tmp_path / "x.part").write_bytes(half)
+    download.fetch([server.url + "x"], tmp_path / "x", no_check)
+    assert (tmp_path / "x").read_bytes() == b"new" * 100
+    assert [asked for _, asked in server.asked] == [None]
+
+
+def test_a_server_that_names_no_version_starts_again(server, tmp_path):
+    server.files["/x"], server.drops, server.drop, server.version = b"a" * 1000, 1, 100, None
+    download.fetch([server.url + "x"], tmp_path / "x", no_check)
+    assert (tmp_path / "x").read_bytes() == b"a" * 1000
+    assert [asked for _, asked in server.asked] == [None, None]
+
+
+@pytest.mark.parametrize("said", ["bytes 0-{1}/{2}", "bytes {0}-{1}/*", "bytes {0}-{0}/{2}", ""])
+def test_bytes_of_another_range_are_not_appended(server, tmp_path, said):
+    server.files["/x"], server.drops, server.drop, server.said = b"ab" * 500, 1, 101, said
+    download.fetch([server.url + "x"], tmp_path / "x", no_check)
+    assert (tmp_path / "x").read_bytes() == b"ab" * 500
+    assert [asked for _, asked in server.asked] == [None, "bytes=101-", None]
+
+
+def test_a_half_is_not_continued_from_another_server(server, tmp_path):
+    server.files |= {"/one/x": b"a" * 1000, "/two/x": b"b" * 1000}
+    server.drops, server.drop = 5, 100
+    download.fetch([server.url + "one/x", server.url + "two/x"], tmp_path / "x", no_check)
+    assert (tmp_path / "x").read_bytes() == b"b" * 1000
+    assert server.asked[-1] == ("/two/x", None)
 
 
 def test_the_second_address_is_tried(server, tmp_path):
@@ -210,10 +249,29 @@ def test_d4rl_wrong_files_are_one_line_and_leave_nothing(d4rl_server, tmp_path, 
 def test_d4rl_file_changed_since_the_download_is_one_line(d4rl_server, tmp_path, capsys):
     d4rl_server.put("hopper-medium-v2", d4rl_rows(11, 3))
     datasets.load("hopper-medium-v2")
-    with (tmp_path / "d4rl" / "hopper_medium-v2.hdf5").open("ab") as file:
+    path = tmp_path / "d4rl" / "hopper_medium-v2.hdf5"
+    with h5py.File(path, "r+") as file:
+        file["rewards"][3] += 1  # as long as before
+    text = error_of(capsys, datasets.load, "hopper-medium-v2")
+    assert "SHA-256" in text and "delete it to download it again" in text
+    with path.open("ab") as file:
         file.write(b"x")
     text = error_of(capsys, datasets.load, "hopper-medium-v2")
-    assert "delete it to download it again" in text
+    assert "bytes, but" in text and "delete it to download it again" in text
+
+
+def test_d4rl_file_with_a_damaged_part_is_refused_at_the_download(d4rl_server, tmp_path, capsys):
+    """Compressed rows are unpacked once, so damage in the middle does not wait for the load."""
+    name = "hopper-medium-v2"
+    with h5py.File(tmp_path / "source.hdf5", "w") as file:
+        for key, array in d4rl_rows(11, 3).items():
+            file.create_dataset(key, data=array, compression="gzip")
+        place = file["observations"].id.get_chunk_info(0).byte_offset
+    body = bytearray((tmp_path / "source.hdf5").read_bytes())
+    body[place : place + 20] = bytes(20)
+    d4rl_server.files["/data/" + d4rl.table()[name]["file"]] = bytes(body)
+    assert "not an HDF5 file" in error_of(capsys, datasets.load, name)
+    assert listing(tmp_path / "d4rl") == []
 
 
 def test_d4rl_without_a_server_is_one_line(tmp_path, monkeypatch, capsys):
@@ -266,6 +324,16 @@ def test_antmaze_walks_go_on_after_the_goal(d4rl_server):
     t = dataset.transitions
     np.testing.assert_array_equal(t.next_observation[9], t.observation[10])
     assert dataset.record["env"] == "AntMaze_UMaze-v4 + D4RLAntMaze" and dataset.horizon == 700
+
+
+def test_antmaze_without_time_limits_is_cut_at_jumps_not_at_goals(tmp_path, capsys):
+    pytest.importorskip("gymnasium_robotics")
+    rows = antmaze_rows()
+    del rows["timeouts"]
+    dataset = datasets.load(write(tmp_path / "antmaze-umaze-v2.hdf5", rows))
+    assert dataset.episode_ends.tolist() == [29, 38]
+    assert np.flatnonzero(dataset.transitions.termination).tolist() == [9]
+    assert "cut at jumps of x or y only" in capsys.readouterr().out
 
 
 def test_maze2d_flags_are_new_targets(d4rl_server):
@@ -478,7 +546,12 @@ def record(dataset_id, env_id, steps=5, episodes=2, data_format="hdf5", **option
 @pytest.mark.parametrize(
     ("dataset_id", "env_id", "keys", "size"),
     [
-        ("D4RL/antmaze/umaze-v1", "AntMaze_UMaze-v4", ["achieved_goal", "observation"], 29),
+        (
+            "D4RL/antmaze/umaze-diverse-v1",
+            "AntMaze_UMaze-v4",
+            ["achieved_goal", "observation", "desired_goal"],
+            31,
+        ),
         ("D4RL/pointmaze/umaze-v2", "PointMaze_UMaze-v3", ["observation", "desired_goal"], 6),
         ("D4RL/kitchen/complete-v2", "FrankaKitchen-v1", ["observation"], 59),
         ("D4RL/door/human-v2", "AdroitHandDoor-v1", [], 39),
@@ -503,6 +576,34 @@ def test_minari_suites(minari_root, capsys, dataset_id, env_id, keys, size):
     said = {"door": "D4RL's of door-human-v1", "kitchen": "kitchen-complete-v0"}
     said |= {"hopper": "D4RL's of hopper-", "maze": "plain return"}
     assert next(words for part, words in said.items() if part in dataset_id) in text
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_minari_antmaze_shows_the_goal_of_each_episode(minari_root):
+    """The goal moves between the episodes of 5 of D4RL's 6 AntMaze data sets on Minari."""
+    pytest.importorskip("gymnasium_robotics")
+    source = record("D4RL/antmaze/medium-play-v1", "AntMaze_Medium-v4")
+    goals = [episode.observations["desired_goal"][0] for episode in source.iterate_episodes()]
+    assert np.abs(goals[0] - goals[1]).max() > 1
+    dataset = datasets.load("D4RL/antmaze/medium-play-v1")
+    shown = dataset.transitions.observation[:, -2:].reshape(2, 5, 2)
+    np.testing.assert_allclose(shown, np.repeat(np.float32(goals)[:, None], 5, axis=1))
+    env = dataset.make_env()
+    observation, _ = env.reset(seed=1)
+    np.testing.assert_allclose(observation[-2:], env.unwrapped.goal, rtol=1e-6)
+    np.testing.assert_allclose(observation[:2], env.unwrapped.ant_env.data.qpos[:2], rtol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "pair", [{"ref_max_score": 3.0}, {"ref_min_score": 3.0, "ref_max_score": 1.0}]
+)
+def test_minari_metadata_with_half_or_a_reversed_pair_are_one_line(minari_root, capsys, pair):
+    record("test/cartpole-v0", "CartPole-v1")
+    path = minari_root / "test/cartpole-v0/data/metadata.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | pair))
+    text = error_of(capsys, datasets.load, "test/cartpole-v0", actions="any")
+    assert "ref_min_score below ref_max_score, or neither" in text
 
 
 def column_of(array):
