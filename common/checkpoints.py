@@ -1,34 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints by orbax, and disks that take no more."""
+"""Checkpoints by orbax."""
 
 import contextlib
-import errno
 import logging
-import os
-import re
 import shutil
 import sys
 import time
 
 import jax
 
-from common import fail, one_line
-
-
-@contextlib.contextmanager
-def storage(folder):
-    """A full, read-only or failing disk, whichever library met it, is one line and exit code 2."""
-    try:
-        yield
-    except (OSError, ValueError) as error:
-        code = re.search(r"os_error_code='(\d+)'", str(error))  # of tensorstore
-        number = int(code[1]) if code else getattr(error, "errno", None)
-        if number not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO):
-            raise
-        fail(
-            f"{folder}: cannot be written ({os.strerror(number)}); once it can, go on with the "
-            "same command and --resume"
-        )
+from common import disks, fail, one_line
 
 
 def manager(folder):
@@ -54,6 +35,7 @@ def manager(folder):
     )
 
 
+@disks.quiet_loops()
 def restore(checkpoints, target, keep=False):
     """(state, meta) of the newest checkpoint that can be read, (None, None) where there is none.
 

@@ -25,7 +25,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from common import checkpoints, config, datasets, fail, processes, provenance, signals
+from common import checkpoints, config, datasets, disks, fail, processes, provenance, signals
 from common.devices import over_seeds, place, setup, streams
 from common.wandb_mirror import Mirror
 
@@ -102,7 +102,7 @@ class Run:
             what = f"{self.folder}: this disk has no locks ({error.strerror})"
             print(f"WARNING: {what}", file=sys.stderr)
         try:
-            with checkpoints.storage(self.folder):
+            with disks.storage(self.folder):
                 self._open()
         except BaseException:
             self.lock.close()
@@ -128,7 +128,7 @@ class Run:
         self.signals.listen()
 
     def __exit__(self, kind, error, trace):
-        with self.lock, checkpoints.storage(self.folder):
+        with self.lock, disks.storage(self.folder):
             if self.bar is not None:
                 self.bar.close()
             self.signals.close()

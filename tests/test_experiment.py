@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs: what they leave behind, and that neither death nor company changes a number."""
 
+import asyncio
 import errno
 import json
 import os
@@ -20,7 +21,7 @@ import numpy as np
 import pytest
 import yaml
 
-from common import evaluation, experiment, provenance
+from common import disks, evaluation, experiment, provenance
 
 SEEDS = ["--seeds", "0", "1"]
 BORDERS = [0, 4, 8, 12, 16, 20, 24]
@@ -390,21 +391,46 @@ def damage_noise(folder):
                 out.write(b"\xa5" * os.path.getsize(path))
 
 
+def damage_manifest(folder):
+    with open(os.path.join(folder, "state", "manifest.ocdbt"), "w"):
+        pass
+
+
+DAMAGES = [damage_files, damage_nothing_left, damage_meta, damage_names, damage_noise]
+
+
 @pytest.mark.parametrize(
     "damage",
-    [damage_files, damage_nothing_left, damage_meta, damage_names, damage_noise],
+    [*DAMAGES, damage_manifest],
     ids=lambda x: x.__name__,
 )
-def test_damaged_checkpoint(name, tiny, reference, capsys, damage):
+def test_damaged_checkpoint(name, tiny, reference, capfd, damage):
     folder = copy_of(reference(name), name)
     newest = folder / "checkpoints" / "24"
     assert newest.exists()
     damage(newest)
     run(name, [*tiny, *SEEDS, "--resume"])
-    out, error = capsys.readouterr()
+    out, error = capfd.readouterr()
     assert "WARNING: checkpoint 24 cannot be read" in out + error
-    assert "resuming at update 20" in out
+    assert "resuming at update 20" in out and "Traceback" not in out + error
     assert metrics(folder) == metrics(reference(name))
+
+
+def test_late_calls_of_a_closed_loop_are_silent_only_where_orbax_made_it():
+    """A thread of tensorstore that ends after orbax gave up calls the loop orbax closed."""
+    before, reached = asyncio.get_event_loop_policy(), []
+    with disks.quiet_loops():
+        loop = asyncio.new_event_loop()
+    assert asyncio.get_event_loop_policy() is before
+    loop.call_soon_threadsafe(lambda: (reached.append(1), loop.stop()))
+    loop.run_forever()
+    loop.close()
+    loop.call_soon_threadsafe(reached.append, 2)
+    assert reached == [1]
+    other = asyncio.new_event_loop()
+    other.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        other.call_soon_threadsafe(reached.append, 3)
 
 
 def test_a_checkpoint_of_another_state_is_not_called_damaged(name, tiny, reference, capsys):

@@ -26,6 +26,7 @@ COMMON_LINES = {
     "config.py": 250,
     "d4rl.py": 350,
     "datasets.py": 400,
+    "disks.py": 70,
     "download.py": 200,
     "environments.py": 150,
     "evaluation.py": 200,
