@@ -20,6 +20,7 @@ SERVERS = (
 )
 LICENCE = "CC BY 4.0 (D4RL: Fu et al., 2020, arXiv:2004.07219), unless its authors say otherwise"
 KEYS = ("observations", "actions", "rewards", "terminals")
+COLUMNS = (*KEYS, "timeouts", "next_observations")
 CHUNK = 1 << 16  # rows read at once when a file is checked
 
 
@@ -35,6 +36,31 @@ def row_of(name: str) -> dict[str, str]:
     if name.replace("_", "-") in rows:
         return rows[name.replace("_", "-")]
     return next((row for row in rows.values() if Path(row["file"]).stem == name), {})
+
+
+def known(row: dict, env_id: str | None, facts: dict, numbers: tuple) -> dict:
+    """What a name tells of its file: pair and step limit where the file is evaluated in that task.
+
+    Args:
+        row: the table's, {} for other names.
+        env_id: the env that `--env` or the file asks for, if any.
+        facts: the file's attributes. Half a pair there is not completed by the name's.
+        numbers: which of the row's values are numbers.
+    """
+    found = {key: float(row[key]) if key in numbers else row[key] for key in row if row[key]}
+    family = row.get("env_id", "").rpartition("-v")[0]
+    if env_id and env_id.rpartition("-v")[0] != family:
+        found = {key: value for key, value in found.items() if key not in numbers}
+    if "ref_min_score" in facts or "ref_max_score" in facts:
+        found |= {"ref_min_score": None, "ref_max_score": None}
+    return found
+
+
+def needed(row: dict, path: Path) -> tuple[str, ...]:
+    """The arrays a file must have: AntMaze's walks go on after the goal, to a time limit."""
+    if not row and path.stem.startswith("antmaze-"):
+        print(f"{path}: D4RL's AntMaze data are antmaze-...-v2; this one is cut at terminals too")
+    return (*KEYS, "timeouts") if row.get("suite") == "antmaze" else KEYS
 
 
 def folder() -> Path:
@@ -59,8 +85,6 @@ def file_of(name: str) -> Path:
                 f"{name}: not in {folder()} and the download failed ({reason}); put "
                 f"{SERVERS[-1]}{row['file']} there by hand or set D4RL_DATASET_DIR"
             )
-    if difference := download.changed(path):
-        fail(f"{name}: {path} has {difference}; delete it to download it again")
     return path
 
 
@@ -70,7 +94,7 @@ def _check(path):
     try:
         with h5py.File(path) as file:
             missing = [key for key in KEYS if key not in file]
-            lengths = {key: len(file[key]) for key in KEYS if key in file}
+            lengths = {key: len(file[key]) for key in COLUMNS if key in file}
             for key, length in lengths.items():  # once through all rows: compressed parts unpack
                 for start in range(0, length, CHUNK):
                     _ = file[key][start : start + CHUNK]
@@ -99,11 +123,14 @@ def repair(suite: str, rows: dict[str, np.ndarray]) -> bool:
     if is_ant and np.any(rows["observations"][:, 27:]):
         print("contact forces in the data are not zero, but they are in the evaluation env")
     if suite == "antmaze":
-        jump = np.abs(np.diff(rows["observations"][:, :2], axis=0)).max(axis=1) > 2
-        timeouts = np.asarray(rows.get("timeouts", np.zeros(len(terminals)))).reshape(-1)
         if "timeouts" not in rows:
-            print("no 'timeouts' in the AntMaze data, so episodes are cut at jumps of x or y only")
-        rows["timeouts"] = (timeouts > 0) | np.append(jump, True)
+            fail(
+                "AntMaze data of D4RL without 'timeouts': where walks end cannot be told; rename it"
+            )
+        timeouts = np.asarray(rows["timeouts"]).reshape(-1)
+        if len(timeouts) == len(terminals) == len(rows["observations"]):
+            jump = np.abs(np.diff(rows["observations"][:, :2], axis=0)).max(axis=1) > 2
+            rows["timeouts"] = (timeouts > 0) | np.append(jump, True)
         return False
     return True
 

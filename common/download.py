@@ -6,11 +6,12 @@ import hashlib
 import http.client
 import json
 import os
-import re
 import urllib.error
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
+
+from common import one_line
 
 ATTEMPTS = 5  # connections per address that may break, as long as each brings something
 TIMEOUT = 30  # seconds without a byte before a connection counts as broken
@@ -39,15 +40,15 @@ def fetch(urls: list[str], path: Path, check: Callable[[Path], None]) -> None:
         if path.exists():  # another process was first
             return
         url = _from_any(urls, part)
-        record_of(part).unlink(missing_ok=True)
         try:
             check(part)
         except Unusable:
-            part.unlink()
+            _forget(part)
             raise
         record = {"url": url, "bytes": part.stat().st_size, "sha256": sha256(part)}
         record_of(path).write_text(json.dumps(record, indent=1) + "\n")
         os.replace(part, path)
+        record_of(part).unlink(missing_ok=True)
 
 
 def record_of(path: Path) -> Path:
@@ -55,16 +56,20 @@ def record_of(path: Path) -> Path:
 
 
 def changed(path: Path) -> str | None:
-    """What differs from the record of the download, None without a record or difference."""
+    """What differs from the record of the download and the remedy, None without a difference."""
     try:
         record = json.loads(record_of(path).read_text())
-        size, digest = record["bytes"], record["sha256"]
-    except (OSError, ValueError, KeyError, TypeError):
+        size, digest = record.get("bytes"), record.get("sha256")
+    except (OSError, ValueError, AttributeError):
         return None
-    if (found := path.stat().st_size) != size:
-        return f"{found:,} bytes, but {size:,} were downloaded"
-    if (found := sha256(path)) != digest:  # 0.7 s for each GB
-        return f"SHA-256 {found[:12]}..., but {digest[:12]}... was downloaded"
+    remedy = f"; delete it and {record_of(path).name} beside it, then start again"
+    try:
+        if isinstance(size, int) and (found := path.stat().st_size) != size:
+            return f"{found:,} bytes, but {size:,} were downloaded{remedy}"
+        if isinstance(digest, str) and (found := sha256(path)) != digest:  # 1 to 2 s for each GB
+            return f"SHA-256 {found[:12]}..., but {digest[:12]}... was downloaded{remedy}"
+    except OSError as error:
+        return f"cannot be read ({one_line(error)})"
     return None
 
 
@@ -81,7 +86,7 @@ def _from_any(urls, part):
             try:
                 _get(url, part)
                 return url
-            except (OSError, http.client.HTTPException) as error:
+            except (OSError, ValueError, http.client.HTTPException) as error:
                 reason = " ".join(str(getattr(error, "reason", error)).split())
                 if isinstance(error, urllib.error.HTTPError):
                     reason = f"HTTP {error.code} {reason}"
@@ -97,7 +102,9 @@ def _get(url, part):
     """One connection. Raises where fewer bytes came than the server promised."""
     from tqdm import tqdm
 
-    have, version = _begun(url, part)
+    have, total, version = _begun(url, part)
+    if have and have == total:  # only the check is still to be done
+        return
     headers = {"Range": f"bytes={have}-", "If-Range": version} if have else {}
     try:
         response = urllib.request.urlopen(
@@ -105,17 +112,18 @@ def _get(url, part):
         )
     except urllib.error.HTTPError as error:
         if error.code == 416:  # nothing after what is here: too long, or of another file
-            part.unlink()
+            _forget(part)
         raise
     with response:
-        length = response.headers.get("Content-Length")
+        length, now = response.headers.get("Content-Length"), _version(response.headers)
         if response.status == 206:
-            total = _total(response.headers.get("Content-Range"), have, part)
+            _check_range(response.headers.get("Content-Range"), now, have, total, version, part)
         else:  # the whole file: the server has no ranges, or another version than before
-            have, total = 0, None if length is None else int(length)
-            part.unlink(missing_ok=True)
-            note = {"address": _address(url), "version": _version(response.headers)}
+            _forget(part)
+            total = None if length is None else int(length)
+            note = {"address": _address(url), "bytes": total, "version": now}
             record_of(part).write_text(json.dumps(note) + "\n")
+            have = 0
         bar = tqdm(
             total=total, initial=have, unit="B", unit_scale=True, desc=part.stem, disable=None
         )
@@ -129,13 +137,21 @@ def _get(url, part):
 
 
 def _begun(url, part):
-    """How many bytes are here of the file at `url`, and of which version: 0 where not known."""
+    """(bytes here, bytes of the whole, version) of the file at `url`; 0 bytes where not known."""
     try:
         note = json.loads(record_of(part).read_text())
-        same = note["address"] == _address(url) and isinstance(note["version"], str)
-        return (part.stat().st_size, note["version"]) if same else (0, None)
+        have, total, version = part.stat().st_size, note["bytes"], note["version"]
+        same = note["address"] == _address(url) and isinstance(total, int)
+        if same and isinstance(version, str) and 0 < have <= total:
+            return have, total, version
     except (OSError, ValueError, KeyError, TypeError):
-        return 0, None
+        pass
+    return 0, None, None
+
+
+def _forget(part):
+    part.unlink(missing_ok=True)
+    record_of(part).unlink(missing_ok=True)
 
 
 def _address(url):
@@ -143,18 +159,22 @@ def _address(url):
 
 
 def _version(headers):
-    """What tells one version of a file from another (RFC 9110, 13.1.5): no weak entity tag."""
-    tag = headers.get("ETag", "W/")
-    return headers.get("Last-Modified") if tag.startswith("W/") else tag
+    """What tells one version of a file from another, None where nothing surely does.
+
+    RFC 9110, 13.1.5: a strong entity tag; the date only where there is no tag at all.
+    """
+    tag = headers.get("ETag")
+    if tag is None:
+        return headers.get("Last-Modified") or None
+    return tag if tag.startswith('"') else None
 
 
-def _total(content_range, have, part):
-    """Bytes of the whole file, where the server sends those that are not here yet."""
-    found = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+)", content_range or "")
-    if not found or int(found[1]) != have or int(found[2]) != int(found[3]) - 1:
-        part.unlink(missing_ok=True)
-        raise OSError(f"the server sent {content_range or 'no range'}, not bytes from {have:,} on")
-    return int(found[3])
+def _check_range(said, now, have, total, version, part):
+    """A part of a file must go on where the half ends, and be of the same version and size."""
+    wanted = f"bytes {have}-{(total or 0) - 1}/{total}"
+    if said != wanted or now not in (None, version):
+        _forget(part)
+        raise OSError(f"the server sent {said or 'no range'} of {now}, not {wanted} of {version}")
 
 
 @contextlib.contextmanager

@@ -56,6 +56,34 @@ def _tidy(env):
                     os.remove(path)
 
 
+def recovered(dataset_id, source):
+    """Arguments under which the eval env of a Minari data set is the data's own task."""
+    import gymnasium
+
+    if dataset_id.startswith("D4RL/kitchen/"):
+        # The recording's: no task is ever taken off the list, all done ones pay at every step.
+        print(f"{dataset_id}: its rewards count tasks at every step, the env pays each task once")
+        return {"remove_task_when_completed": True, "terminate_on_tasks_completed": True}
+    text = source.storage.metadata.get("eval_env_spec")
+    if not text or source.env_spec is None:
+        return {}
+    data = source.env_spec.kwargs.get("maze_map")
+    maze = gymnasium.envs.registration.EnvSpec.from_json(text).kwargs.get("maze_map")
+    if not data or not maze or _walls(maze) == _walls(data):
+        return {}
+    mirrored = [row[::-1] for row in maze]
+    for turned in (mirrored, maze[::-1], mirrored[::-1]):
+        if _walls(turned) == _walls(data):
+            print(f"{dataset_id}: its eval env has the maze mirrored; turned to the data's walls")
+            return {"maze_map": turned}
+    print(f"{dataset_id}: its eval env has other walls than the data")
+    return {}
+
+
+def _walls(maze):
+    return [[cell == 1 for cell in row] for row in maze]
+
+
 def in_our_units(make_env, keys, box):
     """The env as the algorithm sees it: flat float32 observations, actions in [-1, 1]."""
 

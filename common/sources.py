@@ -88,12 +88,13 @@ def _minari(dataset_id, env, env_steps):
         source = minari.load_dataset(dataset_id)
         metadata = source.storage.metadata
         rows, keys = _minari_rows(dataset_id, source)
+        options = {} if env else environments.recovered(dataset_id, source)
     except Exception as error:
         fail(
             f"{dataset_id}: {folder} is damaged ({one_line(error)}); delete that folder and "
             "start again"
         )
-    options = {} if env_steps is None else {"max_episode_steps": env_steps}
+    options |= {} if env_steps is None else {"max_episode_steps": env_steps}
     env_id = env or (source.env_spec and source.env_spec.id)
     flipped = d4rl.flipped(env_id, rows)
 
@@ -204,6 +205,8 @@ def _hdf5(path, env, env_steps, row):
 
     if path.is_dir():
         fail(f"{path}: a directory; pass an HDF5 file")
+    if difference := path.exists() and download.changed(path):
+        fail(f"{path}: {difference}")
     if not path.exists():
         names = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
         near = difflib.get_close_matches(path.name, names, 3, 0.4)
@@ -216,17 +219,15 @@ def _hdf5(path, env, env_steps, row):
             facts = {name: _plain(value) for name, value in file.attrs.items()}
     except (OSError, RuntimeError, KeyError, TypeError, ValueError) as error:
         fail(f"{path}: cannot be read as HDF5, truncated or another format ({one_line(error)})")
-    for name in d4rl.KEYS:
+    for name in d4rl.needed(row, path):
         if name not in rows:
             fail(f"{path}: no array {name!r} in it, only {', '.join(arrays) or 'nothing'}")
         if np.ndim(rows[name]) == 0:
             fail(f"{path}: {name} is not an array of numbers but a single value")
     numbers = ("ref_min_score", "ref_max_score", "max_episode_steps")
     _check_attributes(path, facts, numbers)
-    known = {key: float(row[key]) if key in numbers else row[key] for key in row if row[key]}
-    if "ref_min_score" in facts or "ref_max_score" in facts:  # a pair is the file's or the name's
-        known |= {"ref_min_score": None, "ref_max_score": None}
-    facts = known | facts
+    chosen = env or facts.get("env_id")
+    facts = d4rl.known(row, chosen, facts, numbers) | facts
     chosen, env = env, env or facts.get("env_id")
     recorded = facts.get("max_episode_steps")
     limit = env_steps or recorded
@@ -297,14 +298,14 @@ def _ogbench(name, folder, env, env_steps):
             import ogbench
         from ogbench.relabel_utils import relabel_dataset
     except ImportError as error:
-        fail(f"{name}: needs the package ogbench ({one_line(error)}); pip install ogbench")
+        fail(f"{name}: needs ogbench ({one_line(error)}); pip install ogbench, Python below 3.13")
     data, task = OGBENCH_ID.fullmatch(name).groups(default="")
     env_id = f"{data.rpartition('-')[0]}-singletask{task}-v0"
     path = folder / f"{data}-v0.npz"
     if not path.exists():
         _download_ogbench(name, f"{ogbench.utils.DATASET_URL}/{path.name}", path)
     if difference := download.changed(path):
-        fail(f"{name}: {path} has {difference}; delete it to download it again")
+        fail(f"{name}: {path}: {difference}")
     options = {} if env_steps is None else {"max_episode_steps": env_steps}
 
     def make_env(render_mode=None):
@@ -315,7 +316,7 @@ def _ogbench(name, folder, env, env_steps):
     try:
         raw = ogbench.load_dataset(str(path), add_info=True)
         relabel_dataset(env_id, task_env, raw)
-    except (OSError, KeyError, ValueError, IndexError, zipfile.BadZipFile) as error:
+    except Exception as error:  # of zipfile, zlib, NumPy, ogbench
         fail(f"{name}: {path} is damaged ({one_line(error)}); delete it and start again")
     task_env.close()
     rows = {
@@ -345,7 +346,7 @@ def _check_npz(path):
     try:
         with zipfile.ZipFile(path) as file:
             broken, names = file.testzip(), {name.removesuffix(".npy") for name in file.namelist()}
-    except (zipfile.BadZipFile, OSError) as error:
+    except Exception as error:  # of zipfile and zlib: there are many
         raise download.Unusable(f"what came is not an npz file: {error}") from error
     missing = {"observations", "actions", "terminals", "qpos", "qvel"} - names
     if broken or missing:
