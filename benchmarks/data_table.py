@@ -250,7 +250,7 @@ def speed_table(folder):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--episodes", type=int, default=2, help="of a recipe not made yet")
-    parser.add_argument("--out", help="write the page there as well")
+    parser.add_argument("--out", help="print the page and write it there, too")
     args = parser.parse_args()
     lines = []
 

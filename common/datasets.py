@@ -157,6 +157,7 @@ def _dataset(dataset_id, source):
     transitions, ends, returns = cut(rows, horizon or limit, ends_episode)
     if not len(ends):
         fail(f"{dataset_id}: no row with a known next observation")
+    left_out = count - len(transitions.reward)  # rows whose next observation is not known
     low_high = [] if box is None else [np.asarray(bound).tolist() for bound in box]
     return Dataset(
         id=dataset_id,
@@ -173,6 +174,7 @@ def _dataset(dataset_id, source):
             "observation_keys": list(keys),
             "env": spec and _env_name(spec),
             "action_box": low_high,
+            "rows_left_out": left_out,
         }
         | facts,
     )
@@ -260,36 +262,67 @@ def _actions(dataset_id, action, env, box):
     space = None if env is None else env.action_space
     discrete = space is not None and hasattr(space, "n")
     if action.dtype.kind == "i" and (space is None or discrete):
+        if action.size != len(action):
+            fail(
+                f"{dataset_id}: integer actions of shape {list(action.shape)}: one number per row "
+                "is wanted, [N]; continuous actions as floats"
+            )
         action = action.reshape(len(action)) - (int(space.start) if discrete else 0)
         number = int(space.n) if discrete else int(action.max()) + 1
         if action.min() < 0 or action.max() >= number:
             fail(f"{dataset_id}: actions {action.min()} to {action.max()}, but only {number} exist")
         return action, number, None
     if discrete:
-        fail(f"{dataset_id}: continuous actions, but {env.spec.id} takes {space.n} discrete ones")
+        takes = f"{env.spec.id} takes {space.n} discrete ones; store them as integers"
+        fail(f"{dataset_id}: continuous actions, but {takes}")
     action = action.astype(np.float32).reshape(len(action), -1)
     if space is not None and space.shape != action.shape[1:]:
         fail(f"{dataset_id}: {action.shape[1]} action dimensions, {env.spec.id} has {space.shape}")
-    low, high = (np.asarray(x, np.float32) for x in ((space.low, space.high) if space else box))
+    low, high = (space.low, space.high) if space else _box(dataset_id, box, action.shape[1])
     if not (np.isfinite(low).all() and np.isfinite(high).all()):
         fail(f"{dataset_id}: the action box has no bounds; wrap the env in ClipAction")
-    if (low != -1).any() or (high != 1).any():
-        action = 2 * (action - low) / (high - low) - 1
-    excess = np.abs(action).max(axis=1) - 1
+    scaled = (
+        2 * (action - low) / (high - low) - 1 if (low != -1).any() or (high != 1).any() else action
+    )
+    excess = np.abs(scaled).max(axis=1) - 1
     if excess.max() > EXCESS:
-        where = "the env's action box" if space else "[-1, 1], and no env tells another box (--env)"
-        row = f"row {excess.argmax()}: {action[excess.argmax()].tolist()} with the box scaled to ±1"
-        fail(f"{dataset_id}: actions leave {where}; {row}")
+        row = excess.argmax()
+        where = f"[{low.min():g}, {high.max():g}], " + (
+            "the env's box"
+            if space
+            else "and no env tells another box (--env, or attributes action_low and action_high)"
+        )
+        fail(f"{dataset_id}: actions leave {where}; row {row}: {action[row].tolist()}")
+    action = scaled
     if excess.max() > 0:
         print(f"{dataset_id}: actions leave their box by up to {excess.max():.1e}: clipped")
     return action.clip(-1, 1), None, (low, high)
 
 
+def _box(dataset_id, box, size):
+    """Bounds of the actions as the file's attributes give them, -1 and 1 without."""
+    low, high = (-1.0, 1.0) if box[0] is None and box[1] is None else box
+    try:
+        low, high = (np.broadcast_to(np.asarray(x, np.float32), size) for x in (low, high))
+        good = (low < high).all()
+    except (TypeError, ValueError):
+        good = False
+    if not good:
+        fail(
+            f"{dataset_id}: attributes action_low {box[0]} and action_high {box[1]}: two "
+            f"numbers or arrays of {size} are wanted, each low below its high, or neither attribute"
+        )
+    return low, high
+
+
 def _check_observation(dataset_id, env, keys, size):
     observation, _ = env.reset(seed=0)
     fits = isinstance(observation, dict) == bool(keys)
-    if not fits or environments.flatten(observation, keys).shape != (size,):
-        fail(f"{dataset_id}: {size} numbers per observation, {env.spec.id} gives others; see --env")
+    shape = environments.flatten(observation, keys).shape if fits else "a dict or its parts"
+    if shape != (size,):
+        fail(
+            f"{dataset_id}: {size} numbers per observation, {env.spec.id} gives {shape}; see --env"
+        )
 
 
 def _checked_pair(dataset_id, pair):
@@ -319,15 +352,17 @@ def _family_pair(dataset_id, env_id):
 def _summary(dataset):
     t, returns = dataset.transitions, dataset.episode_returns
     action = dataset.num_actions or t.action.shape[1]
+    left_out = dataset.record["rows_left_out"]
+    without = f" ({left_out:,} rows without a next observation left out)" if left_out else ""
     return (
-        f"data {dataset.id}: {len(t.reward):,} transitions, {len(returns):,} episodes, return "
-        f"{returns.min():.1f} / {returns.mean():.1f} / {returns.max():.1f} (min / mean / max), "
+        f"data {dataset.id}: {len(t.reward):,} transitions{without}, {len(returns):,} episodes, "
+        f"return {returns.min():.1f} / {returns.mean():.1f} / {returns.max():.1f} (min / mean / max), "
         f"{int(t.termination.sum()):,} terminations, {int(t.truncation.sum()):,} truncations, "
         f"O={t.observation.shape[1]} A={action}, {sum(x.nbytes for x in t) / 1e6:.1f} MB"
     )
 
 
 if __name__ == "__main__":
-    from common import views
+    from common import shell, views
 
-    views.main()
+    shell.run(views.main)

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Files from a server: resumed where a connection broke, checked, then put in place at once."""
 
-import contextlib
 import hashlib
 import http.client
 import json
@@ -11,7 +10,7 @@ import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
-from common import one_line
+from common import locks, one_line
 
 ATTEMPTS = 5  # connections per address that may break, as long as each brings something
 TIMEOUT = 30  # seconds without a byte before a connection counts as broken
@@ -36,7 +35,7 @@ def fetch(urls: list[str], path: Path, check: Callable[[Path], None]) -> None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
-    with _locked(path.with_name(path.name + ".lock")):
+    with locks.locked(path.with_name(path.name + ".lock")):
         if path.exists():  # another process was first
             return
         url = _from_any(urls, part)
@@ -175,25 +174,3 @@ def _check_range(said, now, have, total, version, part):
     if said != wanted or now not in (None, version):
         _forget(part)
         raise OSError(f"the server sent {said or 'no range'} of {now}, not {wanted} of {version}")
-
-
-@contextlib.contextmanager
-def _locked(path):
-    """Two processes must not append to one file: the second waits for the first."""
-    try:
-        import fcntl
-    except ImportError:  # Windows: no lock
-        yield
-        return
-    while True:
-        with path.open("w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            # The one before may have removed the file while this one waited for it.
-            held = os.fstat(file.fileno())
-            if not path.exists() or not os.path.samestat(held, path.stat()):
-                continue
-            try:
-                yield
-            finally:
-                path.unlink()
-            return

@@ -12,6 +12,7 @@ one process or many. Importing this module needs NumPy only.
 import json
 import os
 import shutil
+import signal
 import warnings
 from importlib.metadata import version
 from pathlib import Path
@@ -19,7 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from common import environments, fail
+from common import environments, fail, locks
 
 STEPS = 1001  # rows per episode: 1000 transitions and the last observation
 EPISODES = 100  # of the training file where nothing is asked for
@@ -58,6 +59,12 @@ def make(name: str, folder: Path, episodes: int | None = None, workers: int | No
     Raises:
         SystemExit: code 2 after one line, for another size than the file on disk has.
     """
+    folder.mkdir(parents=True, exist_ok=True)
+    with locks.locked(folder / f".{name}.lock"):
+        _make(name, folder, episodes, workers)
+
+
+def _make(name, folder, episodes, workers):
     final, recipe = folder / f"{name}.npz", RECIPES[name]
     about = folder / f"{name}.about.json"
     if final.exists():
@@ -65,7 +72,7 @@ def make(name: str, folder: Path, episodes: int | None = None, workers: int | No
         if episodes is not None and have not in (None, episodes):
             fail(f"{final} holds {have} episodes, not {episodes}; delete it to make another one")
         return
-    episodes, workers = episodes or EPISODES, workers or min(os.cpu_count() or 1, 8)
+    episodes, workers = episodes or EPISODES, workers or min(_cores(), 8)
     todo = [("train", i) for i in range(episodes)]
     todo += [("val", i) for i in range(max(1, episodes // VALIDATION))]
     parts = folder / f".making-{name}"
@@ -74,19 +81,25 @@ def make(name: str, folder: Path, episodes: int | None = None, workers: int | No
     seconds = len(left) * recipe.steps / recipe.speed / workers
     print(
         f"making {name} ({episodes} episodes of {recipe.steps} rows and {len(todo) - episodes} for "
-        f"validation, {len(left)} to go, {workers} processes, about {seconds / 60:.0f} min) in "
-        f"{folder}; other sizes: python -m common.recipes local/ogbench/{name} --episodes N",
+        f"validation, {len(left)} to go, {workers} processes, about {seconds:.0f} s) in {folder}. "
+        "Killed, it goes on where it was. Other sizes: "
+        f"python -m common.recipes local/ogbench/{name} --episodes N",
         flush=True,
     )
     _make_parts(name, parts, left, workers)
-    if final.exists():  # another process was first, with the same episodes
-        return
     for split, path in (("val", folder / f"{name}-val.npz"), ("train", final)):
         _join(parts, [job for job in todo if job[0] == split], path)
         if split == "val":
             made_with = {package: version(package) for package in ("ogbench", "mujoco")}
             about.write_text(json.dumps({"episodes": episodes, **made_with}) + "\n")
     shutil.rmtree(parts, ignore_errors=True)
+    print(f"made: {final}")
+
+
+def _cores():
+    """Cores that this process may use."""
+    count = getattr(os, "sched_getaffinity", None)
+    return len(count(0)) if count else os.cpu_count() or 1
 
 
 def _episodes_of(about):
@@ -116,12 +129,17 @@ def _make_parts(name, parts, jobs, workers):
 
         # Spawned, not forked: the caller may have threads (JAX has).
         context = multiprocessing.get_context("spawn")
-        with context.Pool(min(workers, len(jobs)), _start, (name, parts)) as pool:
+        with context.Pool(min(workers, len(jobs)), _start_worker, (name, parts)) as pool:
             for _ in pool.imap_unordered(_make_part, jobs):
                 bar.update()
 
 
 _worker: dict = {}  # of this process: the env, the oracles, the folder
+
+
+def _start_worker(name, parts):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the caller's
+    _start(name, parts)
 
 
 def _start(name, parts):

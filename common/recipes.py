@@ -275,25 +275,26 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--workers", type=int, help="processes (OGBench's only)")
     args = parser.parse_args(argv)
     if args.id not in ids:
-        near = difflib.get_close_matches(args.id, ids) or ids
-        fail(f"no recipe makes {args.id}; did you mean {' or '.join(near)}?")
+        near = " or ".join(difflib.get_close_matches(args.id, ids)) or "one that --help lists"
+        fail(f"no recipe makes {args.id}; did you mean {near}?")
     for name in ("episodes", "workers"):
         if (value := getattr(args, name)) is not None and value < 1:
             fail(f"--{name} {value}: at least 1 is wanted")
     if args.id in IDS and (sources.minari_folder(args.id) / "data").exists():
         if args.episodes:
             fail(f"{args.id} is made already; delete {sources.minari_folder(args.id)} first")
-    elif args.id in IDS:
-        make(args.id, args.episodes)
-    else:
-        name, folder = args.id.removeprefix("local/ogbench/"), sources.ogbench_folder("local")
-        try:
-            ogbench_recipes.make(name, folder, args.episodes, args.workers)
-        except OSError as error:
-            fail(f"{args.id}: cannot be made in {folder} ({error})")
+        return
+    local, folder = args.id in IDS, sources.ogbench_folder("local")
+    folder = sources.minari_folder("") if local else folder
+    try:
+        if local:
+            return make(args.id, args.episodes)
+        ogbench_recipes.make(Path(args.id).name, folder, args.episodes, args.workers)
+    except OSError as error:
+        fail(f"{args.id}: cannot be made in {folder} ({error})")
 
 
 if __name__ == "__main__":
-    from common import recipes
+    from common import recipes, shell
 
-    recipes.main()
+    shell.run(recipes.main)

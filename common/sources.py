@@ -6,7 +6,6 @@ wait until something is read or made: training on arrays needs none of them.
 """
 
 import difflib
-import math
 import os
 import re
 import shutil
@@ -22,7 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from common import d4rl, download, environments, fail, one_line, recipes
+from common import d4rl, download, environments, fail, hdf5, one_line, recipes
 
 MINARI_ID = re.compile(r"[\w.-]+(/[\w.-]+)+-v\d+")
 OGBENCH_ID = re.compile(r"((?:\w+-)+\w+)-singletask(-task[1-5])?-v0")
@@ -36,7 +35,7 @@ class Source(NamedTuple):
     make_env: Callable[..., Any] | None  # (render_mode=None) -> the env as recorded
     pair: tuple = (None, None)  # returns that score 0 and 100
     keys: tuple[str, ...] = ()  # parts of a dict observation, in this order
-    box: tuple = (-1.0, 1.0)  # bounds of the actions where no env tells them
+    box: tuple = (None, None)  # bounds of the actions where no env tells them, else -1 and 1
     horizon: int | None = None  # step limit of the recording
     ends: bool = True  # whether a termination ends an episode, or only `timeouts` do
     by_success: bool = False  # whether the score is the success rate
@@ -50,6 +49,8 @@ def read(dataset_id: str, env: str | None, env_steps: int | None) -> Source:
         SystemExit: code 2 after one clear line.
     """
     path = Path(dataset_id).expanduser()
+    if not dataset_id.strip():
+        fail("an empty data set id; see common/datasets.py for the forms")
     if dataset_id.startswith("local/") and not path.exists():
         if dataset_id.startswith("local/ogbench/"):
             return _local_ogbench(dataset_id, env, env_steps)
@@ -201,31 +202,11 @@ def _documented_pair(dataset_id):
 
 # --- D4RL ---------------------------------------------------------------------------------------
 def _hdf5(path, env, env_steps, row):
-    import h5py
-
-    if path.is_dir():
-        fail(f"{path}: a directory; pass an HDF5 file")
-    if difference := path.exists() and download.changed(path):
+    if difference := path.is_file() and download.changed(path):
         fail(f"{path}: {difference}")
-    if not path.exists():
-        names = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
-        near = difflib.get_close_matches(path.name, names, 3, 0.4)
-        fail(f"{path}: no such file" + (f"; near it: {', '.join(near)}" if near else ""))
-    try:
-        with h5py.File(path) as file:
-            arrays = [name for name in file if isinstance(file[name], h5py.Dataset)]
-            wanted = [*d4rl.KEYS, "timeouts", "next_observations"]
-            rows = {name: file[name][()] for name in wanted if name in arrays}
-            facts = {name: _plain(value) for name, value in file.attrs.items()}
-    except (OSError, RuntimeError, KeyError, TypeError, ValueError) as error:
-        fail(f"{path}: cannot be read as HDF5, truncated or another format ({one_line(error)})")
-    for name in d4rl.needed(row, path):
-        if name not in rows:
-            fail(f"{path}: no array {name!r} in it, only {', '.join(arrays) or 'nothing'}")
-        if np.ndim(rows[name]) == 0:
-            fail(f"{path}: {name} is not an array of numbers but a single value")
     numbers = ("ref_min_score", "ref_max_score", "max_episode_steps")
-    _check_attributes(path, facts, numbers)
+    rows, facts = hdf5.read(path, d4rl.COLUMNS, d4rl.needed(row, path))
+    hdf5.check_attributes(path, facts, numbers)
     chosen = env or facts.get("env_id")
     facts = d4rl.known(row, chosen, facts, numbers) | facts
     chosen, env = env, env or facts.get("env_id")
@@ -246,21 +227,10 @@ def _hdf5(path, env, env_steps, row):
     except (IndexError, TypeError, ValueError):
         ends = True  # the checks of datasets.py tell what is wrong with the arrays
     pair = facts.get("ref_min_score"), facts.get("ref_max_score")
-    box = facts.get("action_low", -1.0), facts.get("action_high", 1.0)
+    box = facts.get("action_low"), facts.get("action_high")
     record = {"file": str(path), "file_bytes": path.stat().st_size}
     horizon = recorded or env_steps
     return Source(rows, make_env if env else None, pair, (), box, horizon, ends=ends, facts=record)
-
-
-def _check_attributes(path, facts, numbers):
-    for name in ("env_id", *numbers):
-        value = facts.get(name)
-        text = name == "env_id"
-        good = isinstance(value, str) if text else isinstance(value, int | float)
-        good = good and (text or (math.isfinite(value) and (name[0] == "r" or value >= 1)))
-        if value is not None and not good:
-            wanted = "a name" if text else "a finite number" + ", 1 or more" * (name[0] == "m")
-            fail(f"{path}: attribute {name} {value!r}: {wanted} is wanted")
 
 
 # --- OGBench ------------------------------------------------------------------------------------
@@ -338,7 +308,8 @@ def _download_ogbench(name, url, path):
     except (OSError, download.Unusable) as error:
         fail(
             f"{name}: not in {path.parent} and the download failed ({one_line(error)}); with a "
-            f'network: python -c "import ogbench; ogbench.download_datasets([{path.stem!r}])"'
+            f'network: python -c "import ogbench; ogbench.download_datasets([{path.stem!r}], '
+            f'{str(path.parent)!r})"'
         )
 
 
@@ -365,7 +336,8 @@ def _unknown(dataset_id):
     )
     if re.fullmatch(r"[\w.-]+(/[\w.-]+)+", dataset_id) and not MINARI_ID.fullmatch(dataset_id):
         versions = [name for name in minari if name.startswith(f"{dataset_id}-v")]
-        near = versions or [f"{dataset_id}-v0"]  # Minari's ids end in a version
+        local = dataset_id.startswith("local/")
+        near = versions or (near if local else [f"{dataset_id}-v0"])  # Minari's end in a version
     hint = f"did you mean {' or '.join(near)}?" if near else "see common/datasets.py for the forms"
     fail(f"{dataset_id!r}: no such data set; {hint}")
 
@@ -390,9 +362,3 @@ def minari_folder(dataset_id):
 def ogbench_folder(part=""):
     root = os.environ.get("OGBENCH_DATASET_DIR") or "~/.ogbench/data"
     return Path(root).expanduser() / part
-
-
-def _plain(value):
-    value = value.item() if isinstance(value, np.generic) else value
-    value = value.decode("utf-8", "replace") if isinstance(value, bytes) else value
-    return value.encode("utf-8", "replace").decode() if isinstance(value, str) else value

@@ -113,8 +113,10 @@ def describe(dataset) -> str:
         action = f"{t.action.shape[1]} numbers, {_range(t.action)}, |a| = 1 in "
         action += f"{np.mean(np.abs(t.action) >= 1):.1%} of them"
     else:
-        action = f"{dataset.num_actions} discrete, counts {np.bincount(t.action).tolist()}"
-    std = t.observation.std(axis=0)
+        counts = np.bincount(t.action, minlength=dataset.num_actions)
+        rest = "" if len(counts) <= 20 else " for the first 20"
+        action = f"{dataset.num_actions} discrete, counts {counts[:20].tolist()}{rest}"
+    std, env = t.observation.std(axis=0), (dataset.record or {}).get("env")
     lines = [
         ("transitions", f"{len(t.reward):,} in {len(ends):,} episodes"),
         ("episode length", _range(lengths)),
@@ -125,7 +127,7 @@ def describe(dataset) -> str:
         ("action", action),
         ("observation", f"{t.observation.shape[1]} numbers, {_range(t.observation)}"),
         ("constant", f"{int((std == 0).sum())} of them never change"),
-        ("evaluated in", f"{(dataset.record or {}).get('env')}, {dataset.horizon} steps"),
+        ("evaluated in", f"{env}, {dataset.horizon} steps" if env else "nothing: no env is known"),
     ]
     shown = {"env", "action_box"}
     lines += [(k, str(value)) for k, value in (dataset.record or {}).items() if k not in shown]
@@ -151,17 +153,21 @@ def plot(dataset, file: str) -> None:
     for axis, values, name in zip(
         axes, (dataset.episode_returns, ends - starts), ("return", "length"), strict=False
     ):
-        axis.hist(values, bins=50)
+        axis.hist(values, bins=50 if np.ptp(values) else [values[0] - 0.5, values[0] + 0.5])
+        if not np.ptp(values):  # one bar, named by its value
+            axis.set_xticks([values[0]], [f"{values[0]:g}"])
         axis.set_xlabel(f"{name} of an episode")
         axis.set_ylabel("episodes")
-        axis.ticklabel_format(useOffset=False)
+        if np.ptp(values):
+            axis.ticklabel_format(useOffset=False)
     if maze:
         place = dataset.transitions.observation[:, :2]
-        axes[2].hist2d(*place.T, bins=100, norm="log", cmin=1)
+        *_, drawn = axes[2].hist2d(*place.T, bins=100, norm="log", cmin=1)
+        figure.colorbar(drawn, label="visits (log scale)")
         axes[2].set_xlabel("x")
         axes[2].set_ylabel("y")
         axes[2].set_aspect("equal")
-    figure.suptitle(dataset.id)
+    figure.suptitle(datasets.slug(dataset.id))
     figure.tight_layout()
     figure.savefig(file, dpi=150)
     pyplot.close(figure)

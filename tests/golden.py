@@ -35,7 +35,7 @@ def versions():
     return {name: metadata.version(name) for name in PACKAGES}
 
 
-def measure(name, seeds=(0,), chunk=10, lane=0):
+def measure(name, seeds=(0,), chunk=10, lane=0, updates=100):
     """{updates: {metric or norm: value}} of one seed, on 512 random rows; arrays of all states."""
     module = importlib.import_module(f"algorithms.{name}")
     cfg = probes.config(module, **SETTINGS, log_every=chunk)
@@ -43,7 +43,7 @@ def measure(name, seeds=(0,), chunk=10, lane=0):
     starts = [probes.start(module, data, cfg, seed) for seed in seeds]
     (state, keys), rows = probes.stacked([x[:2] for x in starts]), starts[0][2]
     train, found = experiment.over_seeds(functools.partial(module.train_chunk, cfg=cfg)), {}
-    for step in range(0, max(AFTER), chunk):
+    for step in range(0, updates, chunk):
         state, metrics = train(state, keys, step, rows)
         if step + chunk in AFTER:
             values = {metric: float(value[lane]) for metric, value in metrics.items()}

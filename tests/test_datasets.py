@@ -165,11 +165,11 @@ def test_a_larger_excess_is_an_error(tmp_path, capsys):
     assert "actions leave [-1, 1]" in error_of(capsys, datasets.load, path)
     path = write(tmp_path / "y.hdf5", ROWS | PENDULUM | {"actions": 3 * ROWS["actions"]})
     text = error_of(capsys, datasets.load, path, env="Pendulum-v1")
-    assert "leave the env's action box; row 0: [-1.5]" in text
+    assert "actions leave [-2, 2], the env's box; row 0: [-3.0]" in text
 
 
 def test_an_infinite_box_is_an_error(tmp_path, capsys):
-    path = write(tmp_path / "x.hdf5", ROWS, action_low=-np.inf)
+    path = write(tmp_path / "x.hdf5", ROWS, action_low=-np.inf, action_high=1)
     assert "box has no bounds" in error_of(capsys, datasets.load, path)
 
 
@@ -196,6 +196,38 @@ def test_actions_of_another_env_are_errors(tmp_path, capsys):
     path = write(tmp_path / "z.hdf5", ROWS | PENDULUM | {"actions": np.zeros((6, 2))})
     text = error_of(capsys, datasets.load, path, env="Pendulum-v1")
     assert "2 action dimensions" in text
+
+
+@pytest.mark.parametrize(
+    ("low", "high"),
+    [
+        (1.0, -1.0),
+        (-1.0, -1.0),
+        ([-1, -1, -1.0], [1, 1, 1.0]),
+        ("a", "b"),
+        (-2.0, None),
+        (np.nan, 1),
+    ],
+)
+def test_a_box_that_is_none_is_one_line(tmp_path, capsys, low, high):
+    given = {"action_low": low, "action_high": high}
+    given = {key: value for key, value in given.items() if value is not None}
+    path = write(tmp_path / "x.hdf5", ROWS | {"actions": np.zeros((6, 2))}, **given)
+    assert "each low below its high, or neither attribute" in error_of(capsys, datasets.load, path)
+
+
+def test_a_box_of_one_number_or_of_one_for_each_action(tmp_path):
+    rows = ROWS | {"actions": np.tile(np.float32([1, 3]), (6, 1))}
+    path = write(tmp_path / "x.hdf5", rows, action_low=[-1.0, 1.0], action_high=[3.0, 3.0])
+    assert datasets.load(path).transitions.action[0].tolist() == [0, 1]
+    path = write(tmp_path / "y.hdf5", rows, action_low=-3.0, action_high=3.0)
+    np.testing.assert_allclose(datasets.load(path).transitions.action[0], [1 / 3, 1], rtol=1e-6)
+
+
+def test_integer_actions_are_one_number_for_each_row(tmp_path, capsys):
+    path = write(tmp_path / "x.hdf5", ROWS | {"actions": np.eye(6, 2, dtype=np.int32)})
+    text = error_of(capsys, datasets.load, path, actions="any")
+    assert "integer actions of shape [6, 2]: one number per row" in text
 
 
 # --- Scores and names ---------------------------------------------------------------------------
@@ -266,8 +298,8 @@ def test_load_says_what_it_read_in_one_line(tmp_path, capsys):
     datasets.load(path)
     text = capsys.readouterr().out
     assert text == (
-        f"data {path}: 5 transitions, 2 episodes, return 6.0 / 33.0 / 60.0 (min / mean / max), "
-        "1 terminations, 1 truncations, O=1 A=1, 0.0 MB\n"
+        f"data {path}: 5 transitions (1 rows without a next observation left out), "
+        "2 episodes, return 6.0 / 33.0 / 60.0 (min / mean / max), 1 terminations, 1 truncations, O=1 A=1, 0.0 MB\n"
     )
 
 
@@ -325,7 +357,7 @@ def test_bad_files_are_one_line(tmp_path, capsys):
 def test_an_env_of_another_shape_is_one_line(tmp_path, capsys):
     path = write(tmp_path / "x.hdf5", ROWS)
     text = error_of(capsys, datasets.load, path, env="Pendulum-v1")
-    assert "1 numbers per observation, Pendulum-v1 gives others" in text
+    assert "1 numbers per observation, Pendulum-v1 gives (3,)" in text
     assert "cannot be made" in error_of(capsys, datasets.load, path, env="Penduluum-v1")
 
 

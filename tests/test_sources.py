@@ -965,6 +965,46 @@ def test_ogbench_recipe_is_the_same_file_interrupted_or_parallel(tmp_path, monke
     assert again.record["env"] == "pointmaze-medium-singletask-task2-v0"
 
 
+def test_two_processes_that_make_one_recipe_make_it_once(tmp_path):
+    pytest.importorskip("ogbench")
+    name, flags = "pointmaze-medium-navigate-v0", ("--episodes", "3", "--workers", "1")
+    ends = []
+    pair = [
+        threading.Thread(target=lambda: ends.append(run_recipe(tmp_path, name, *flags)))
+        for _ in range(2)
+    ]
+    for thread in pair:
+        thread.start()
+    for thread in pair:
+        thread.join()
+    assert [code for _, code in ends] == [0, 0], ends
+    assert sum("made: " in text for text, _ in ends) == 1, ends
+    assert not [x for x in listing(tmp_path / "local") if x.startswith(".")]
+
+
+def test_ctrl_c_and_a_closed_pipe_leave_no_traceback(tmp_path):
+    def ends(body, out=subprocess.PIPE):
+        code = f"""
+import signal
+from common import shell
+def main():
+    {body}
+shell.run(main)
+"""
+        command = [sys.executable, "-c", code]
+        return subprocess.run(command, cwd=ROOT, stdout=out, stderr=subprocess.PIPE, text=True)
+
+    done = ends("signal.raise_signal(signal.SIGINT)")
+    assert done.returncode == 130 and done.stderr == "interrupted; the same command goes on\n"
+    done = ends("signal.raise_signal(signal.SIGTERM)")
+    assert done.returncode == 143 and done.stderr == ""
+    read, write_end = os.pipe()
+    os.close(read)
+    with os.fdopen(write_end, "w") as closed:
+        done = ends("print('x' * 100000)", closed)
+    assert done.returncode == 0 and done.stderr == ""
+
+
 @pytest.mark.parametrize("kind", ["play", "noisy"])
 @pytest.mark.parametrize("name", ["cube-single", "cube-double", "scene", "puzzle-3x3"])
 def test_manipulation_episodes_depend_on_their_seed_alone(tmp_path, monkeypatch, name, kind):
