@@ -355,8 +355,9 @@ def _summary(dataset):
     left_out = dataset.record["rows_left_out"]
     without = f" ({left_out:,} rows without a next observation left out)" if left_out else ""
     return (
-        f"data {dataset.id}: {len(t.reward):,} transitions{without}, {len(returns):,} episodes, "
-        f"return {returns.min():.1f} / {returns.mean():.1f} / {returns.max():.1f} (min / mean / max), "
+        f"data {dataset.id}: {len(t.reward):,} transitions{without}, "
+        f"{len(returns):,} episodes, return "
+        f"{returns.min():.1f} / {returns.mean():.1f} / {returns.max():.1f} (min / mean / max), "
         f"{int(t.termination.sum()):,} terminations, {int(t.truncation.sum()):,} truncations, "
         f"O={t.observation.shape[1]} A={action}, {sum(x.nbytes for x in t) / 1e6:.1f} MB"
     )

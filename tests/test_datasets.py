@@ -299,7 +299,8 @@ def test_load_says_what_it_read_in_one_line(tmp_path, capsys):
     text = capsys.readouterr().out
     assert text == (
         f"data {path}: 5 transitions (1 rows without a next observation left out), "
-        "2 episodes, return 6.0 / 33.0 / 60.0 (min / mean / max), 1 terminations, 1 truncations, O=1 A=1, 0.0 MB\n"
+        "2 episodes, return 6.0 / 33.0 / 60.0 (min / mean / max), 1 terminations, "
+        "1 truncations, O=1 A=1, 0.0 MB\n"
     )
 
 
