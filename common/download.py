@@ -65,8 +65,8 @@ def changed(path: Path) -> str | None:
     try:
         if isinstance(size, int) and (found := path.stat().st_size) != size:
             return f"{found:,} bytes, but {size:,} were downloaded{remedy}"
-        if isinstance(digest, str) and (found := sha256(path)) != digest:  # 1 to 2 s for each GB
-            return f"SHA-256 {found[:12]}..., but {digest[:12]}... was downloaded{remedy}"
+        if isinstance(digest, str) and (now := sha256(path)) != digest:  # 1 to 2 s for each GB
+            return f"SHA-256 {now[:12]}..., but {digest[:12]}... was downloaded{remedy}"
     except OSError as error:
         return f"cannot be read ({one_line(error)})"
     return None

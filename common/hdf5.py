@@ -46,8 +46,10 @@ def check_attributes(path: Path, facts: dict, numbers: tuple) -> None:
     for name in ("env_id", *numbers):
         value = facts.get(name)
         text = name == "env_id"
-        good = isinstance(value, str) if text else isinstance(value, int | float)
-        good = good and (text or (math.isfinite(value) and (name[0] == "r" or value >= 1)))
+        if isinstance(value, int | float) and not text:
+            good = math.isfinite(value) and (name[0] == "r" or value >= 1)
+        else:
+            good = isinstance(value, str) and text
         if value is not None and not good:
             wanted = "a name" if text else "a finite number" + ", 1 or more" * (name[0] == "m")
             fail(f"{path}: attribute {name} {value!r}: {wanted} is wanted")
