@@ -142,6 +142,10 @@ def resolved(cfg, options):
     return values | {key: getattr(options, key) for key in IN_YAML if getattr(options, key)}
 
 
+def _one_file(was, now):
+    return Path(str(was)).expanduser().resolve() == Path(now).expanduser().resolve()
+
+
 def run_folder(cfg, options):
     """`<runs-dir>/<algorithm>/<data set>/<name>`.
 
@@ -149,7 +153,8 @@ def run_folder(cfg, options):
         SystemExit: code 2 where the folder holds a run and --resume is missing, or another config.
     """
     values = resolved(cfg, options)
-    digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
+    known = values | {"dataset": datasets.slug(cfg.dataset)}  # however the path was spelled
+    digest = hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:8]
     name = digest if options.name is None else options.name
     if not re.fullmatch(r"\w[\w.-]*", name):
         fail(f"--name {name!r}: letters, digits, '_', '-' and, inside, '.' only")
@@ -160,8 +165,8 @@ def run_folder(cfg, options):
             fail(f"{folder} exists; go on with --resume or start another run with --name")
         before = resolved(*read_run(folder, type(cfg)))
         for key in sorted({*before, *values}):
-            if before.get(key) != values.get(key):
-                was, now = before.get(key), values.get(key)
+            was, now = before.get(key), values.get(key)
+            if was != now and not (key == "dataset" and _one_file(was, now)):
                 fail(f"{folder} has {key} {was}, not {now}; resume with that or choose a --name")
     return folder
 

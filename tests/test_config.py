@@ -4,6 +4,7 @@
 import dataclasses
 import importlib.util
 import sys
+from pathlib import Path
 
 import helpers_runs as runs
 import pytest
@@ -332,6 +333,19 @@ def test_default_name_is_a_stable_hash(toy):
 def test_folder_of_a_file_has_its_stem(toy):
     cfg, options = config.parse(toy, ["--dataset", "some/where/data.hdf5", "--name", "a"])
     assert str(config.run_folder(cfg, options)) == "runs/toy/data/a"
+
+
+def test_a_file_is_the_same_run_however_its_path_is_spelled(toy, tmp_path, capsys):
+    def folder(path, *words):
+        return config.run_folder(*config.parse(toy, ["--dataset", str(path), *words]))
+
+    cfg, options = config.parse(toy, ["--dataset", "data.hdf5"])
+    made = write_run(cfg, options)
+    for path in ("./data.hdf5", Path("data.hdf5").absolute()):
+        assert folder(path, "--resume") == made
+    Path("elsewhere").mkdir()
+    line = error(capsys, toy, "--dataset elsewhere/data.hdf5 --resume")
+    assert "dataset data.hdf5, not elsewhere/data.hdf5" in line
 
 
 def test_resume_wants_the_same_config(toy, capsys):
