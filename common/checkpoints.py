@@ -2,6 +2,7 @@
 """Checkpoints by orbax."""
 
 import contextlib
+import json
 import logging
 import shutil
 import sys
@@ -9,7 +10,7 @@ import time
 
 import jax
 
-from common import disks, fail, one_line
+from common import digests, disks, fail, one_line
 
 
 def manager(folder):
@@ -36,6 +37,17 @@ def manager(folder):
 
 
 @disks.quiet_loops()
+def save(manager, step, state, meta):
+    """The State and what belongs to it, with a digest of both."""
+    import orbax.checkpoint as ocp
+
+    meta = json.loads(json.dumps(meta))  # as it will be read
+    meta |= {"digest": digests.of_checkpoint(state, meta)}
+    items = {"state": ocp.args.StandardSave(state), "meta": ocp.args.JsonSave(meta)}
+    manager.save(step, args=ocp.args.Composite(**items))
+
+
+@disks.quiet_loops()
 def restore(checkpoints, target, keep=False):
     """(state, meta) of the newest checkpoint that can be read, (None, None) where there is none.
 
@@ -49,6 +61,10 @@ def restore(checkpoints, target, keep=False):
         try:
             items = {"state": ocp.args.StandardRestore(target), "meta": ocp.args.JsonRestore()}
             saved = checkpoints.restore(step, args=ocp.args.Composite(**items))
+            if saved["meta"].pop("digest", None) != digests.of_checkpoint(
+                saved["state"], saved["meta"]
+            ):
+                raise ValueError("other bits than were saved")
         except Exception as error:
             why = one_line(error)
             shapes = {}

@@ -12,6 +12,7 @@ import hashlib
 import inspect
 import io
 import json
+import os
 import re
 import sys
 from pathlib import Path
@@ -133,6 +134,8 @@ def read_run(folder, config_class):
     if not file.exists():
         fail(f"{folder}: no config.yaml in it, so no run folder")
     values, _ = read_yaml(file, config_class)
+    if not values:
+        fail(f"{file} is empty: nothing tells what this run was; start another with --name")
     return _cli(config_class, list(_tokens(values)), str(file))
 
 
@@ -143,7 +146,9 @@ def resolved(cfg, options):
 
 
 def _one_file(was, now):
-    return Path(str(was)).expanduser().resolve() == Path(now).expanduser().resolve()
+    return os.path.realpath(os.path.expanduser(str(was))) == os.path.realpath(
+        os.path.expanduser(now)
+    )
 
 
 def run_folder(cfg, options):
@@ -158,8 +163,10 @@ def run_folder(cfg, options):
     name = digest if options.name is None else options.name
     if not re.fullmatch(r"\w[\w.-]*", name):
         fail(f"--name {name!r}: letters, digits, '_', '-' and, inside, '.' only")
-    algorithm = Path(inspect.getfile(type(cfg))).stem
-    folder = Path(options.runs_dir) / algorithm / datasets.slug(cfg.dataset) / name
+    algorithm, slug = Path(inspect.getfile(type(cfg))).stem, datasets.slug(cfg.dataset)
+    if ".." in Path(slug).parts or Path(slug).is_absolute() or "\0" in slug:
+        fail(f"--dataset {cfg.dataset!r}: no data set's name and no file")
+    folder = Path(options.runs_dir) / algorithm / slug / name
     if (folder / "config.yaml").exists():
         if not options.resume:
             fail(f"{folder} exists; go on with --resume or start another run with --name")

@@ -64,7 +64,8 @@ def needed(row: dict, path: Path) -> tuple[str, ...]:
 
 
 def folder() -> Path:
-    return Path(os.environ.get("D4RL_DATASET_DIR") or "~/.d4rl/datasets").expanduser()
+    root = os.environ.get("D4RL_DATASET_DIR") or "~/.d4rl/datasets"
+    return Path(os.path.expanduser(root))
 
 
 def file_of(name: str) -> Path:

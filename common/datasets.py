@@ -18,6 +18,7 @@ normalisation and filters are visible lines of the algorithm files.
 """
 
 import numbers
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -107,7 +108,7 @@ def load(dataset_id, env=None, env_steps=None, actions="continuous") -> Dataset:
 
 def slug(dataset_id: str) -> str:
     """The name of a data set in run folders and config tables: the id, or a file's stem."""
-    path = Path(dataset_id).expanduser()
+    path = Path(os.path.expanduser(dataset_id))
     return path.stem if path.suffix in (".hdf5", ".h5") or path.is_file() else dataset_id
 
 

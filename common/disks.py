@@ -9,6 +9,9 @@ import re
 
 from common import fail
 
+FAILING = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
+FAILING |= {errno.ESTALE, errno.EACCES, errno.ETIMEDOUT}  # of file servers
+
 
 @contextlib.contextmanager
 def storage(folder):
@@ -19,12 +22,27 @@ def storage(folder):
     except (OSError, ValueError) as error:
         code = re.search(r"os_error_code='(\d+)'", str(error))  # of tensorstore
         number = int(code[1]) if code else getattr(error, "errno", None)
-        if number not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO):
+        if number not in FAILING:
             raise
         fail(
             f"{folder}: cannot be written ({os.strerror(number)}); once it can, go on with the "
             "same command and --resume"
         )
+
+
+def write(path, text):
+    """Write a whole file or nothing of it."""
+    part = path.with_name(f"{path.name}.part")
+    with part.open("w") as out:
+        out.write(text)
+        settle(out)
+    part.replace(path)
+
+
+def settle(out):
+    """On the disk before anything that counts on it, as checkpoints are."""
+    out.flush()
+    os.fsync(out.fileno())
 
 
 @contextlib.contextmanager

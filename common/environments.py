@@ -3,7 +3,9 @@
 
 import contextlib
 import io
+import json
 import os
+import re
 import tempfile
 import warnings
 
@@ -56,19 +58,40 @@ def _tidy(env):
                     os.remove(path)
 
 
-def recovered(dataset_id, source):
-    """Arguments under which the eval env of a Minari data set is the data's own task."""
+def trusted(dataset_id, folder, env):
+    """Exit code 2 after one line where a Minari data set's own env would run other code than envs.
+
+    An env's spec names a function to import and to call. Those of packages that have registered
+    envs are called, since that is what they are for; `--env` may name any other.
+    """
     import gymnasium
 
+    metadata = json.loads((folder / "data" / "metadata.json").read_text())
+    if env is not None and {"observation_space", "action_space"} <= {*metadata}:
+        return  # nothing of the data set's own is made
+    gymnasium.register_envs(robotics())
+    recipes.register()
+    known = {str(spec.entry_point).partition(".")[0] for spec in gymnasium.registry.values()}
+    for text in filter(None, (metadata.get("env_spec"), metadata.get("eval_env_spec"))):
+        spec = json.loads(text)
+        for part in (spec, *(spec.get("additional_wrappers") or ())):
+            if re.split("[.:]", str(part["entry_point"]))[0] not in known:
+                what = f"its env is {part['entry_point']}, of no package of envs known here"
+                fail(f"{dataset_id}: {what}; --env NAME evaluates in one that you trust")
+
+
+def recovered(dataset_id, source):
+    """Arguments under which the eval env of a Minari data set is the data's own task."""
+
+    text = source.storage.metadata.get("eval_env_spec")
     if dataset_id.startswith("D4RL/kitchen/"):
         # The recording's: no task is ever taken off the list, all done ones pay at every step.
         print(f"{dataset_id}: its rewards count tasks at every step, the env pays each task once")
         return {"remove_task_when_completed": True, "terminate_on_tasks_completed": True}
-    text = source.storage.metadata.get("eval_env_spec")
     if not text or source.env_spec is None:
         return {}
     data = source.env_spec.kwargs.get("maze_map")
-    maze = gymnasium.envs.registration.EnvSpec.from_json(text).kwargs.get("maze_map")
+    maze = json.loads(text).get("kwargs", {}).get("maze_map")
     if not data or not maze or _walls(maze) == _walls(data):
         return {}
     mirrored = [row[::-1] for row in maze]

@@ -8,7 +8,7 @@ A run folder `<runs-dir>/<algorithm>/<data set>/<name>/` holds
     timing.csv    seconds; the first chunk of every start includes compiling
     checkpoints/  orbax, the newest two
     result.json   written last: final and best score per seed, versions, code, hardware, speed
-    wandb/        offline runs, one per seed
+    wandb/        offline runs, one per seed; wandb.id is the end of their ids
 """
 
 import fcntl
@@ -25,7 +25,17 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from common import checkpoints, config, datasets, disks, fail, processes, provenance, signals
+from common import (
+    checkpoints,
+    config,
+    datasets,
+    digests,
+    disks,
+    fail,
+    processes,
+    provenance,
+    signals,
+)
 from common.devices import over_seeds, place, setup, streams
 from common.wandb_mirror import Mirror
 
@@ -86,7 +96,7 @@ class Run:
         self.seconds = {"train": 0.0, "eval": 0.0}
         self.chunks = []  # seconds of the chunks of this start
         self.signals, self.bar = signals.Signals(), None
-        self.processor = provenance.processor()
+        self.world = digests.world(dataset)
 
     def __enter__(self):
         try:
@@ -118,7 +128,7 @@ class Run:
         record["reference"] = [self.dataset.ref_min_score, self.dataset.ref_max_score]
         values = config.resolved(self.cfg, self.options) | {"record": record}
         if not (self.folder / "config.yaml").exists():
-            _write(
+            disks.write(
                 self.folder / "config.yaml",
                 yaml.safe_dump(values, sort_keys=False, default_flow_style=None),
             )
@@ -157,10 +167,10 @@ class Run:
                 if not same:
                     what = f"resumed by another version of the {part} code, {self.code[part]}"
                     print(f"WARNING: {what}", file=sys.stderr)
-            there = meta.get("processor", self.processor)
-            if there != self.processor and start < self.cfg.num_updates:
-                what = f"begun on {there}, resumed on {self.processor}: they round differently"
-                print(f"WARNING: {what}", file=sys.stderr)
+            for what, there in meta["world"].items():
+                here = self.world.get(what)
+                if there != here and start < self.cfg.num_updates:
+                    print(f"WARNING: begun on {there}, resumed on {here} ({what})", file=sys.stderr)
             self.diverged = {int(index): border for index, border in meta["diverged"].items()}
             print(f"resuming at update {start:,}")
         elif self.options.resume:
@@ -173,7 +183,8 @@ class Run:
             if file.exists():
                 header, *rows = file.read_text().splitlines(keepends=True) or [""]
                 rows = [row for row in rows if row[-1] == "\n" and int(row.split(",")[0]) < first]
-                _write(file, "".join([header, *rows] if rows else []))
+                disks.write(file, "".join([header, *rows] if rows else []))
+        self.wandb.replay(self.folder / "metrics.csv")
         from tqdm import tqdm
 
         start = processes.agree(start)
@@ -199,13 +210,10 @@ class Run:
         self._freeze(step, host, metrics or {})
         self.kept = host
         if step not in self.manager.all_steps():
-            import orbax.checkpoint as ocp
-
             meta = {"update": step, "metrics": metrics, "seconds": self.seconds}
             meta |= {"waiting": self.waiting, "best": self.best.tolist(), "diverged": self.diverged}
-            meta |= {"code": self.code, "processor": self.processor}
-            items = {"state": ocp.args.StandardSave(host), "meta": ocp.args.JsonSave(meta)}
-            self.manager.save(step, args=ocp.args.Composite(**items))
+            meta |= {"code": self.code, "world": self.world}
+            checkpoints.save(self.manager, step, host, meta)
         if number := processes.agree(self.signals.number or 0):
             print(f"saved at update {step:,}; go on with the same command and --resume")
             raise SystemExit(128 + number)
@@ -278,6 +286,7 @@ class Run:
         lines = [row] if file.exists() and file.stat().st_size else [header, row]
         with file.open("a") as out:
             out.write("".join(",".join(map(str, line)) + "\n" for line in lines))
+            disks.settle(out)
 
     def _finish(self):
         """Write result.json and say the final score."""
@@ -300,12 +309,13 @@ class Run:
             "train_seconds": round(train, 1),
             "eval_seconds": round(evaluation, 1),
             "eval_share": round(evaluation / max(train + evaluation, 1e-9), 3),
-            "hardware": f"{len(jax.devices())} x {jax.devices()[0].device_kind}; " + self.processor,
+            "hardware": f"{len(jax.devices())} x {jax.devices()[0].device_kind}; "
+            + self.world["processor"],
             "matmul_precision": jax.config.jax_default_matmul_precision or "default",
             "code": self.code,
             "versions": {"python": platform.python_version()} | dict(provenance.versions()),
         }
-        _write(self.folder / "result.json", json.dumps(result, indent=2) + "\n")
+        disks.write(self.folder / "result.json", json.dumps(result, indent=2) + "\n")
         left = len(cfg.seeds) - len(self.diverged)
         lost = (
             "" if not self.diverged else f", {left} of {len(cfg.seeds)} seeds: the others diverged"
@@ -327,13 +337,6 @@ class Run:
 
 
 # --- Files --------------------------------------------------------------------------------------
-def _write(path, text):
-    """Write a whole file or nothing of it."""
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(text)
-    part.replace(path)
-
-
 def _blank(numbers, lost):
     return [math.nan if i in lost else float(x) for i, x in enumerate(numbers)]
 

@@ -49,7 +49,7 @@ def check_attributes(path: Path, facts: dict, numbers: tuple) -> None:
         if isinstance(value, int | float) and not text:
             good = math.isfinite(value) and (name[0] == "r" or value >= 1)
         else:
-            good = isinstance(value, str) and text
+            good = isinstance(value, str) and text and ":" not in value  # only --env names code
         if value is not None and not good:
             wanted = "a name" if text else "a finite number" + ", 1 or more" * (name[0] == "m")
             fail(f"{path}: attribute {name} {value!r}: {wanted} is wanted")

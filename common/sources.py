@@ -48,9 +48,9 @@ def read(dataset_id: str, env: str | None, env_steps: int | None) -> Source:
     Raises:
         SystemExit: code 2 after one clear line.
     """
-    path = Path(dataset_id).expanduser()
-    if not dataset_id.strip():
-        fail("an empty data set id; see common/datasets.py for the forms")
+    path = Path(os.path.expanduser(dataset_id))
+    if not dataset_id.strip() or "\0" in dataset_id:
+        fail(f"{dataset_id!r} is no data set id; see common/datasets.py for the forms")
     if dataset_id.startswith("local/") and not path.exists():
         if dataset_id.startswith("local/ogbench/"):
             return _local_ogbench(dataset_id, env, env_steps)
@@ -86,6 +86,7 @@ def _minari(dataset_id, env, env_steps):
     if _minari_part(dataset_id):
         _download_minari(dataset_id)
     try:
+        environments.trusted(dataset_id, folder, env)
         source = minari.load_dataset(dataset_id)
         metadata = source.storage.metadata
         rows, keys = _minari_rows(dataset_id, source)
@@ -356,9 +357,9 @@ def _observation_keys(dataset_id, observations):
 
 def minari_folder(dataset_id):
     root = os.environ.get("MINARI_DATASETS_PATH") or "~/.minari/datasets"
-    return Path(root).expanduser() / dataset_id
+    return Path(os.path.expanduser(root)) / dataset_id
 
 
 def ogbench_folder(part=""):
     root = os.environ.get("OGBENCH_DATASET_DIR") or "~/.ogbench/data"
-    return Path(root).expanduser() / part
+    return Path(os.path.expanduser(root)) / part

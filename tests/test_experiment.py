@@ -5,6 +5,7 @@ import asyncio
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -14,6 +15,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import h5py
 import helpers_runs as runs
 import jax
 import jax.numpy as jnp
@@ -517,6 +519,25 @@ def test_the_digest_is_of_what_the_code_does(tmp_path):
     assert first != digest("def f(x):\n    return x + 2\n")
 
 
+def test_a_run_resumed_on_other_data_says_so(name, tiny, capsys):
+    tiny[1] = runs.write_hdf5("mine.hdf5")
+    folder = run(name, [*tiny, "--num-updates", "8"])
+    shutil.rmtree(folder / "checkpoints" / "8")
+    with h5py.File("mine.hdf5", "r+") as file:
+        file["rewards"][3] += 1
+    run(name, [*tiny, "--num-updates", "8", "--resume"])
+    assert re.search(
+        r"begun on digest \w+, resumed on digest \w+ \(data\)", capsys.readouterr().err
+    )
+
+
+def test_an_empty_config_of_a_run_is_one_line(name, tiny, reference, capsys):
+    folder = copy_of(reference(name), name)
+    (folder / "config.yaml").write_text("")
+    run(name, [*tiny, *SEEDS, "--resume"], expected=2)
+    assert "config.yaml is empty" in capsys.readouterr().err
+
+
 def test_a_run_resumed_elsewhere_says_so(name, tiny, monkeypatch, capsys):
     def log(self, step, *args):
         original(self, step, *args)
@@ -768,10 +789,14 @@ def fake(monkeypatch):
 def test_wandb_has_a_run_per_seed(name, tiny, fake, reference):
     wandb = fake()
     folder = run(name, [*tiny, *SEEDS, "--wandb", "offline", "--name", "mine"])
+    token = (folder / "wandb.id").read_text().strip()
     assert [options["id"] for options in wandb.started] == [
-        f"{name}-data-mine-0",
-        f"{name}-data-mine-1",
+        f"{name}-data-mine-0-{token}",
+        f"{name}-data-mine-1-{token}",
     ]
+    sent = wandb.started[0]["settings"]
+    assert not (sent["save_code"] or sent["x_save_requirements"]) and sent["host"] == "-"
+    assert all(sent[f"x_disable_{what}"] for what in ("stats", "meta", "machine_info"))
     assert wandb.finished == [options["id"] for options in wandb.started]
     for seed, options in enumerate(wandb.started):
         assert options["group"] == f"{name}/data/mine" and options["mode"] == "offline"
@@ -785,8 +810,28 @@ def test_wandb_has_a_run_per_seed(name, tiny, fake, reference):
     assert metrics(folder) == metrics(reference(name))
 
 
+def test_wandb_has_all_rows_in_the_offline_run_of_a_resumed_one(name, tiny, fake, reference):
+    """Each start has an offline folder of its own, of one id: the last one is complete."""
+    fake()
+    folder = copy_of(reference(name), name)
+    shutil.rmtree(folder / "checkpoints" / "24")
+    again = fake()
+    run(name, [*tiny, *SEEDS, "--wandb", "offline", "--resume"])
+    for options in again.started:
+        steps = [step for id, step, _ in again.logged if id == options["id"]]
+        assert steps == BORDERS
+
+
+def test_a_deleted_run_started_again_is_another_one_to_wandb(name, tiny, fake):
+    wandb = fake()
+    for _ in range(2):
+        folder = run(name, [*tiny, "--wandb", "offline", "--name", "mine"])
+        shutil.rmtree(folder)
+    assert len({options["id"] for options in wandb.started}) == 2
+
+
 def test_wandb_goes_offline_for_all_seeds_at_the_first_failure(name, tiny, fake, capsys):
-    wandb = fake(lambda call, mode, id, **_: mode == "online" and id.endswith("1"))
+    wandb = fake(lambda call, mode, id, **_: mode == "online" and "-1-" in id)
     run(name, [*tiny, *SEEDS, "--wandb", "online"])
     modes = [options["mode"] for options in wandb.started]
     assert modes == ["online", "offline", "offline"]
@@ -824,4 +869,5 @@ def test_wandb_itself(name, tiny, base, tmp_path):
     folder = runs.only_run("runs") / "wandb"
     files = sorted(file.name for file in folder.glob("offline-run-*/*.wandb"))
     assert len(files) == 2
-    assert [file.rsplit("-", 1)[-1] for file in files] == ["0.wandb", "1.wandb"]
+    assert [file.split("-")[-2] for file in files] == ["0", "1"]
+    assert not list(folder.rglob("requirements.txt"))  # nothing but what the config names
