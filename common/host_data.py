@@ -55,7 +55,7 @@ class Feed:
     """The rows of every chunk, gathered ahead.
 
     Args:
-        update: (state, step, key, data) -> (state, metrics) of one seed.
+        update: (state, step, key, data) -> (state, metrics) of one seed, a `partial` with its cfg.
         state, keys: those of the first chunk, [S]; of the state only the shapes count.
         data: tree of arrays [N, ...] in host memory.
         steps, end: updates per chunk, and in all.
@@ -80,7 +80,7 @@ class Feed:
     def _rows(self, start):
         index = np.asarray(self.draw(self.keys, start)).ravel()
         ids = np.unique(index)
-        # Always as many, or every chunk would be compiled anew.
+        # Always as many, or every chunk would be compiled anew. No step is drawn twice.
         size = min(len(index), len(jax.tree.leaves(self.data)[0]))
         ids = np.pad(ids, (0, size - len(ids)), mode="edge")
         arrays = jax.device_put(jax.tree.map(lambda x: x[ids], self.data))
@@ -99,7 +99,7 @@ def fed(train, feed):
 
 
 def _draws(update, state, data, steps):
-    """(keys [S], start) -> [S, steps, n] row numbers, compiled for where the keys are."""
+    """(keys [S], start) -> [S, calls of update, n] row numbers, compiled for where the keys are."""
 
     def of_one_step(key, step):
         asked = {}
@@ -112,7 +112,8 @@ def _draws(update, state, data, steps):
         update(jax.tree.map(lambda x: jnp.zeros(x.shape[1:], x.dtype), state), step, key, columns)
         return jnp.concatenate([index.ravel() for index in asked.values()])
 
-    def of_one_seed(key, start):
-        return jax.vmap(partial(of_one_step, key))(start + jnp.arange(steps))
+    def of_one_seed(key, start):  # an update with a policy delay is that many steps
+        delay = getattr(update.keywords["cfg"], "policy_delay", 1)
+        return jax.vmap(partial(of_one_step, key))(start + jnp.arange(0, steps, delay))
 
     return jax.jit(jax.vmap(of_one_seed, (0, None)))

@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 from test_algorithms import NAMES
 
-from common import devices, host_data
+from benchmarks import host_data as benchmark
+from common import config, devices, host_data
 
 ROOT = Path(__file__).resolve().parents[1]
 ROWS, BATCH, STEPS, END = 1000, 4, 5, 15
@@ -86,6 +87,36 @@ def test_the_device_gets_each_row_of_a_chunk_once_and_in_order():
     assert np.array_equal(rows.arrays.pair, data().pair[ids]) and rows.count == ROWS
 
 
+def test_no_step_is_drawn_twice_under_a_policy_delay():
+    """An update that reads for two steps, as in td3_bc.py and rebrac.py."""
+
+    class Delayed(NamedTuple):
+        policy_delay: int = 2
+
+    def two(state, step, key, data, cfg):
+        for i in range(cfg.policy_delay):
+            state, metrics = update(state, step + i, key, data, cfg)
+        return state, metrics
+
+    keys, state = jax.random.split(jax.random.key(0)), {"total": jnp.zeros(2)}
+    made = [
+        host_data.Feed(functools.partial(one, cfg=cfg), state, keys, data(), 2 * STEPS, END)(STEPS)
+        for one, cfg in ((update, Settings()), (two, Delayed()))
+    ]
+    assert np.array_equal(made[0].ids, made[1].ids) and len(made[0].ids) < ROWS
+
+
+def test_a_memory_map_is_read_in_rows_not_copied(tmp_path):
+    mapped = []
+    for name, array in data()._asdict().items():
+        np.save(tmp_path / f"{name}.npy", array)
+        mapped.append(np.load(tmp_path / f"{name}.npy", mmap_mode="r"))
+    placed = devices.place(Data(*mapped), config.Options(data="host"))
+    assert all(np.shares_memory(mine, file) for mine, file in zip(placed, mapped, strict=True))
+    for mine, whole in zip(trained(placed), trained(data()), strict=True):
+        assert np.array_equal(mine, whole)
+
+
 def test_chunks_are_gathered_ahead_but_not_past_the_end():
     asked = []
     feed = host_data.Feed(
@@ -140,13 +171,66 @@ def test_what_needs_all_rows_says_so(tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "runs").exists()
 
 
+def test_two_devices_have_the_same_numbers(tmp_path):
+    """Each trains one of the seeds; the numbers are those of one device, data on it."""
+    argv = ["--dataset", runs.write_hdf5(tmp_path / "data.hdf5"), *runs.tiny("rebrac")]
+    argv += ["--seeds", "0", "1", "--num-updates", "16"]
+    found = []
+    for count, where in ((1, "device"), (2, "host")):
+        flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={count}"
+        cache = os.environ["JAX_COMPILATION_CACHE_DIR"]
+        words = runs.command("rebrac", [*argv, "--data", where, "--runs-dir", where])
+        done = runs.call(words, tmp_path, runs.environment(cache, XLA_FLAGS=flags))
+        assert done[0] == 0, done[2]
+        folder = runs.only_run(tmp_path / where)
+        result = json.loads((folder / "result.json").read_text())
+        assert result["hardware"].startswith(f"{count} x cpu")
+        found.append((folder / "metrics.csv").read_text())
+    assert found[0] == found[1]
+
+
+def test_the_rows_of_two_chunks_at_most_are_on_the_device(tmp_path, monkeypatch, capsys):
+    """As the benchmark counts them: with those of the chunk that runs, which Python lets go."""
+    monkeypatch.chdir(tmp_path)
+    # Without the reset of what the kernel noted of pytest's process.
+    monkeypatch.setattr(benchmark, "most_of_process", lambda forget=False: 0)
+    argv = ["--dataset", runs.write_hdf5("data.hdf5", rows=2000), *runs.tiny("rebrac")]
+    argv += ["--seeds", "0", "1", "--data", "host"]
+    benchmark.watched("rebrac", *argv)
+    found = json.loads(capsys.readouterr().out.rpartition("\0")[2])
+    chunk = 4 * 4 * 2 * (4 * (3 + 1 + 1 + 3 + 1 + 1 + 1) + 4)  # updates, batch, seeds, row, number
+    assert found["rows, GB"] in (chunk, 2 * chunk)
+    assert found["device, GB"] > found["rows, GB"]
+
+
+def test_the_kept_record_counts_the_rows_on_the_device():
+    record = json.loads((ROOT / "benchmarks" / "results" / "host_data.json").read_text())
+    device, host = record["rows"]
+    assert host["rows, GB"] == pytest.approx(2 * 1000 * 256 * (benchmark.ROW + 4) / 1e9, rel=0.02)
+    assert device["rows, GB"] == pytest.approx(10_000_000 * benchmark.ROW / 1e9, rel=0.01)
+    for row in (device, host):
+        assert row["rows, GB"] < row["device, GB"] < row["training, GB"] <= row["process, GB"]
+    # Data once, and what Python, JAX, its compiler and two chunks take.
+    assert host["training, GB"] < device["rows, GB"] + 1.5
+
+
 @runs.SLOW
 def test_the_benchmark_compares_both_ways(tmp_path):
-    sizes = ["--transitions", "40000", "--num-updates", "8", "--log-every", "4"]
-    words = [sys.executable, "benchmarks/host_data.py", *sizes, "--output", tmp_path / "record"]
+    count, chunk = 3_000_000, (40, 256, 2)  # updates, batch, seeds
+    sizes = ["--transitions", str(count), "--num-updates", "160", "--log-every", str(chunk[0])]
+    sizes += ["--seeds", "0", "1", "--output", tmp_path / "record"]
+    words = [sys.executable, "benchmarks/host_data.py", *sizes]
     subprocess.run(words, check=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)})
     record = json.loads((tmp_path / "record.json").read_text())
     device, host = record["rows"]
     assert record["metrics.csv of both"] == "the same, byte for byte"
-    assert host["device, GB"] < device["device, GB"] and host["updates/s"] > 0
-    assert "| host |" in (tmp_path / "record.md").read_text()
+    assert host["updates/s"] > 0
+    data, row = count * benchmark.ROW / 1e9, benchmark.ROW + 4
+    assert device["rows, GB"] == pytest.approx(data, rel=0.01)
+    assert host["rows, GB"] == pytest.approx(2 * np.prod(chunk) * row / 1e9, rel=0.1)
+    for found in (device, host):  # the rest is the state of two seeds, some megabytes each
+        assert found["rows, GB"] < found["device, GB"] < found["rows, GB"] + 0.03
+    # On a CPU the device's data are a second copy in the process; here there must be none.
+    assert host["training, GB"] < device["training, GB"] - data / 2
+    assert host["training, GB"] <= host["process, GB"] and host["training, GB"] < data + 1.5
+    assert (tmp_path / "record.md").read_text() == benchmark.page(record)

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every measured number in README and in the results pages is that of a kept record."""
+"""Every measured number in README and in the results pages is that of a kept record.
+
+Records are run folders (report.py makes their pages) or a .json beside the page. WITHOUT names the
+pages that have none: of data.md the facts about recorded files are looked up in the files.
+"""
 
 import contextlib
 import csv
@@ -8,14 +12,18 @@ import re
 import shlex
 from pathlib import Path
 
+import helpers_runs as runs
 import pytest
 import tyro
 
 import figures
-from benchmarks import report
+from benchmarks import data_table, host_data, report, soak, throughput
 
 ROOT = Path(__file__).resolve().parents[1]
-README = (ROOT / "README.md").read_text()
+RESULTS = ROOT / "benchmarks" / "results"
+# Times of loading; what was broken on purpose, in words; the protocol of a trial.
+WITHOUT = {"data.md", "reliability.md", "slurm.md"}
+README, DATA = ((ROOT / x).read_text() for x in ("README.md", "benchmarks/results/data.md"))
 COMMAND = re.compile(r"^python benchmarks/report\.py .*$", re.M)
 
 
@@ -36,7 +44,7 @@ def made_again(page, folder, monkeypatch):
 
 def of_runs():
     """The pages that report.py wrote."""
-    pages = sorted((ROOT / "benchmarks" / "results").glob("*.md"))
+    pages = sorted(RESULTS.glob("*.md"))
     return [page for page in pages if "\nThis page:\n" in page.read_text()]
 
 
@@ -47,10 +55,75 @@ def test_a_results_page_is_what_its_records_give(page, tmp_path, monkeypatch):
     assert (tmp_path / "README.md").read_text() == README
 
 
+def page_of(name):
+    """The text that the script makes of the .json."""
+    record = json.loads((RESULTS / f"{name}.json").read_text())
+    return written(name, record)
+
+
+def written(name, record):
+    tables = {name: rows for name, rows in record.items() if isinstance(rows, list)}
+    facts = {name: fact for name, fact in record.items() if name not in tables}
+    if name == "throughput":
+        return throughput.markdown(facts, tables) + "\n"
+    if name == "soak":
+        return f"# Soak\n\n{soak.markdown(facts, record['rows'])}"
+    assert name == "host_data", "say here how its page is made"
+    return host_data.page(record)
+
+
+FROM_JSON = sorted(file.stem for file in RESULTS.glob("*.json"))
+
+
 def test_every_page_has_a_record():
-    """Those that report.py did not write say which command did."""
-    others = {*(ROOT / "benchmarks" / "results").glob("*.md")} - {*of_runs()}
-    assert {page.name for page in others if "python benchmarks/" not in page.read_text()} == set()
+    made = {page.name for page in of_runs()} | {f"{name}.md" for name in FROM_JSON}
+    assert {page.name for page in RESULTS.glob("*.md")} <= made | WITHOUT
+    for name in {f"{name}.md" for name in FROM_JSON} | WITHOUT:
+        page = RESULTS / name
+        assert not page.exists() or "python benchmarks/" in page.read_text()  # to measure again
+
+
+@pytest.mark.parametrize("name", FROM_JSON)
+def test_a_page_is_what_the_json_beside_it_gives(name):
+    text, again = (RESULTS / f"{name}.md").read_text(), page_of(name)
+    assert text == again
+    assert all(spoilt != again for spoilt in one_digit_changed(text))
+
+
+@pytest.mark.parametrize("name", ["host_data", "throughput"])
+def test_such_a_page_shows_every_number_of_the_json(name):
+    """It is written anew, not copied: a number changed in the record changes the page."""
+    record = json.loads((RESULTS / f"{name}.json").read_text())
+    for i, row in enumerate(record["rows"]):
+        for column, number in row.items():
+            if isinstance(number, int | float):
+                rows = [dict(x) for x in record["rows"]]
+                rows[i][column] = 1.1 * number + 1
+                assert written(name, record | {"rows": rows}) != page_of(name), (i, column)
+
+
+@pytest.mark.parametrize(
+    "name",
+    runs.slow_but(re.findall(r"\$ATOLL_DATA/([\w-]+)", DATA), ["hopper-medium-v4"]),
+)
+def test_a_row_of_data_md_is_what_the_file_gives(name, atoll_data):
+    facts, _, _ = data_table.run(str(atoll_data / f"{name}.hdf5"))
+    (line,) = re.findall(rf"^.*/{name}\.hdf5.*$", DATA, re.M)
+    assert facts_of(line) == facts_of(data_table.row(name, facts))
+    found = [facts_of(spoilt) != facts_of(line) for spoilt in one_digit_changed(line)]
+    assert sum(found) == len(re.findall(r"\d", "".join(facts_of(line)))) > 10
+
+
+def one_digit_changed(text):
+    """The text as often as it has digits, each time another one is wrong."""
+    for digit in re.finditer(r"\d", text):
+        yield text[: digit.start()] + str((int(digit[0]) + 1) % 10) + text[digit.end() :]
+
+
+def facts_of(line):
+    """The cells of a row of data.md but the id and the times."""
+    cells = [cell.strip() for cell in line.split("|")]
+    return cells[2:8] + cells[10:]
 
 
 def test_a_changed_number_is_found(tmp_path, monkeypatch):
@@ -58,7 +131,7 @@ def test_a_changed_number_is_found(tmp_path, monkeypatch):
     spoilt = re.sub(r"(\| cql \| )\S+", r"\g<1>99.9", README)
     assert spoilt != README
     monkeypatch.setitem(globals(), "README", spoilt)
-    made_again(ROOT / "benchmarks" / "results" / "core.md", tmp_path, monkeypatch)
+    made_again(RESULTS / "core.md", tmp_path, monkeypatch)
     assert (tmp_path / "README.md").read_text() != spoilt
 
 
@@ -85,7 +158,7 @@ def test_the_quickstart_shows_a_kept_run():
 
 
 def test_the_speed_beside_d3rlpy_is_that_of_the_record():
-    record = json.loads((ROOT / "benchmarks" / "results" / "throughput.json").read_text())
+    record = json.loads((RESULTS / "throughput.json").read_text())
     rows = {row["algorithm"]: row for row in record["rows"]}
     others = [row for name, row in rows.items() if row["times d3rlpy"] and name != "cql"]
     times = [row["times d3rlpy"] for row in others]
