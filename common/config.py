@@ -32,7 +32,7 @@ class Options:
     resume: bool = False  # go on from the newest checkpoint; start anew where there is none
     runs_dir: str = "runs"  # where run folders go
     wandb: Literal["offline", "online", "disabled"] = "offline"  # offline needs no account
-    data: Literal["device", "host"] = "device"  # host: the device holds one chunk's rows only
+    data: Literal["device", "host"] = "device"  # host: the device holds two chunks of rows only
     devices: int = 1  # that share the batches of one seed; several seeds share all of them anyway
     distributed: str | None = None  # auto or HOST:PORT/COUNT/INDEX: a run over several processes
     env: str | None = None  # Gymnasium id to evaluate in instead of the data set's own
