@@ -4,28 +4,35 @@
     python benchmarks/soak.py --times 50 --algorithms rebrac iql bc --output benchmarks/results/soak
 
 A trial trains on a small synthetic data set until a fault at a random moment, resumes with the same
-command and `--resume` until the run is finished, and compares metrics.csv, the final parameters and
-the scores with the run that nothing happened to. Faults:
+command and `--resume`, and compares metrics.csv, scores and final parameters with the run that
+nothing happened to. A third of the trials mirror to wandb offline, the others have none. Faults:
 
     kill       SIGKILL
-    term       SIGTERM: the run saves at the next border and leaves
-    full       the disk is full: the run folder is on a tmpfs that is filled up, then emptied
-    limit      no file may grow over a size (as a quota does), then it may
-    read-only  the run folder's file system becomes read-only, then writable
-    damage     SIGKILL, then the newest checkpoint is damaged: resume must say so and take the older
-    second     a second process on the same folder, which must be refused with exit code 2
+    term       SIGTERM, in half of the trials to wandb's process as well, as SLURM does: the run
+               saves at the next border and leaves with 143 (-15 where it does not listen yet)
+    full       the disk is filled up: one line and exit code 2; then it is emptied
+    limit      no file may grow over a size (as under a quota): the same
+    read-only  the file system gives up as after an I/O error, for open files too: the same
+    damage     SIGKILL, then one bit of the newest checkpoint flips or one file is emptied,
+               overwritten or deleted: resume says so and takes the older one. Bytes that
+               nothing reads may pass unsaid, other numbers may not
+    second     a second process on the run's folder: refused with exit code 2, the first goes on
 
-`full` and `read-only` mount a tmpfs and need root on Linux; without it they are left out, which the
-record says. Nothing but the chunk under way may be lost: the update that a resumed run starts at is
-compared with the last border that was written before the fault.
+A fault that came too late or too early to take effect is drawn again. Only the chunk under way may
+be lost: resume starts no earlier than the newest checkpoint that is not damaged and, but for that
+one, than the last border in timing.csv. Needs Linux, and root for `full` and `read-only`, which
+mount a loop device; without it they are left out. The record is written after every trial.
 """
 
+import contextlib
 import dataclasses
+import errno
 import json
 import os
 import random
 import re
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
@@ -34,6 +41,7 @@ import tempfile
 import time
 from collections import Counter
 from pathlib import Path
+from typing import NamedTuple
 
 import h5py
 import numpy as np
@@ -42,20 +50,40 @@ import tyro
 from common import fail
 
 ROOT = Path(__file__).resolve().parents[1]
-FAULTS = ("kill", "term", "full", "limit", "read-only", "damage", "second")
+CODES = {"kill": -9, "term": 143, "full": 2, "limit": 2, "read-only": 2, "damage": -9, "second": 0}
+SAYS = {"full": errno.ENOSPC, "limit": errno.EFBIG, "read-only": errno.EROFS}
 MOUNTED = ("full", "read-only")
-UPDATES, LOG_EVERY = 1500, 50
+DAMAGES = ("a bit flipped", "a bit flipped", "emptied", "overwritten", "deleted")
+TRIES = 6  # moments that are drawn for a trial at most
+UPDATES, LOG_EVERY = 2500, 50
 SIZES = ["--num-updates", str(UPDATES), "--log-every", str(LOG_EVERY), "--eval-every", "250"]
-SIZES += ["--eval-episodes", "2", "--batch-size", "32", "--hidden", "32", "32"]
-SIZES += ["--seeds", "0", "1", "--wandb", "disabled"]
+SIZES += ["--eval-episodes", "2", "--batch-size", "32", "--hidden", "32", "32", "--seeds", "0", "1"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
     algorithms: tuple[str, ...] = ("rebrac", "iql", "bc")  # files of algorithms/, without .py
+    faults: tuple[str, ...] = tuple(CODES)
     times: int = 50  # trials, dealt to algorithms and faults in turn
     seed: int = 0  # of the moments
     output: Path | None = None  # record to write, .md and .json
+
+
+class Case(NamedTuple):
+    fault: str
+    algorithm: str
+    wandb: str = "disabled"
+    every: bool = False  # the signal goes to all processes of the run
+
+
+class Whole(NamedTuple):
+    result: tuple  # of an undisturbed run
+    startup: float  # seconds to the first border
+    chunk: float  # seconds from border to border
+
+
+class Failed(Exception):
+    """A fault could not be made: nothing is known about the run."""
 
 
 def write_data(path, rows=2000):
@@ -73,73 +101,62 @@ def write_data(path, rows=2000):
 class Run:
     """A run of one algorithm in its own folder of runs, in a process that can be broken."""
 
-    def __init__(self, algorithm, data, folder):
-        self.algorithm, self.data, self.folder = algorithm, data, folder
-        self.log = folder.with_suffix(".log")
+    def __init__(self, algorithm, data, folder, wandb="disabled", log="log"):
+        self.algorithm, self.data, self.folder, self.wandb = algorithm, data, folder, wandb
+        self.place = folder / algorithm / data.stem / "run"
+        self.files = [folder.with_name(f"{folder.name}.{log}.{x}") for x in ("out", "err")]
 
-    def start(self, *more, limit=None):
+    def start(self, *more):
         script = str(ROOT / "algorithms" / f"{self.algorithm}.py")
         words = [sys.executable, script, "--dataset", str(self.data), *SIZES, "--name", "run"]
-        words += ["--runs-dir", str(self.folder), *more]
-        environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
-        self.before = self.log.stat().st_size if self.log.exists() else 0
-
-        def quota():
-            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-
-        with self.log.open("a") as out:
-            return subprocess.Popen(
-                words,
-                env=environment,
-                stdout=out,
-                stderr=out,
-                stdin=subprocess.DEVNULL,
-                preexec_fn=None if limit is None else quota,
-            )
+        words += ["--runs-dir", str(self.folder), "--wandb", self.wandb, *more]
+        keep = {key: value for key, value in os.environ.items() if not key.startswith("WANDB")}
+        keep |= {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+        keep["JAX_COMPILATION_CACHE_DIR"] = str(self.data.parent / "xla")  # not the user's own
+        none = subprocess.DEVNULL
+        with self.files[0].open("w") as out, self.files[1].open("w") as err:
+            return subprocess.Popen(words, env=keep, stdin=none, stdout=out, stderr=err)
 
     @property
-    def text(self):
-        """What the last start has printed."""
-        return self.log.read_text()[self.before :]
+    def said(self):
+        """What the last start has printed: (stdout, stderr)."""
+        return tuple(file.read_text(errors="replace") for file in self.files)
 
-    @property
-    def place(self):
-        return self.folder / self.algorithm / self.data.stem / "run"
+    def saved(self):
+        """The updates of the checkpoints that are complete, in order."""
+        names = [path.name for path in (self.place / "checkpoints").glob("[0-9]*")]
+        return sorted(int(name) for name in names if name.isdigit())
 
-    def border(self):
-        """The last border of which a checkpoint is complete."""
-        saved = (self.place / "checkpoints").glob("[0-9]*")
-        return max((int(path.name) for path in saved if path.name.isdigit()), default=None)
+    def logged(self):
+        """The last border in timing.csv, or None."""
+        if not (file := self.place / "timing.csv").exists():
+            return None
+        lines = file.read_text().splitlines(keepends=True)[1:]
+        return max((int(x.split(",")[0]) for x in lines if x[-1] == "\n"), default=None)
+
+    def finished(self):
+        return (self.place / "result.json").exists()
 
     def result(self):
-        """What must not depend on faults."""
-        result = json.loads((self.place / "result.json").read_text())
-        names = ("score", "best_score", "return", "length")
-        newest = self.place / "checkpoints" / str(UPDATES)
-        arrays = subprocess.run(
-            [sys.executable, "-c", DIGEST, self.algorithm, str(self.place)],
-            env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert newest.exists() and arrays.returncode == 0, arrays.stderr
-        rows = (self.place / "metrics.csv").read_bytes()
-        return rows, {name: result[name] for name in names}, arrays.stdout.splitlines()[-1]
+        """What must not depend on faults: metrics.csv, scores, parameters."""
+        os.environ["JAX_PLATFORMS"] = "cpu"
+        import jax
+        import orbax.checkpoint as ocp
+
+        numbers = json.loads((self.place / "result.json").read_text())
+        scores = {name: numbers[name] for name in ("score", "best_score", "return", "length")}
+        newest = (self.place / "checkpoints" / str(UPDATES) / "state").resolve()
+        with ocp.StandardCheckpointer() as checkpointer:
+            leaves = jax.tree.leaves_with_path(checkpointer.restore(newest))
+        arrays = [(jax.tree_util.keystr(name), np.asarray(x).tobytes()) for name, x in leaves]
+        return (self.place / "metrics.csv").read_bytes(), scores, arrays
 
 
-DIGEST = """
-import hashlib, importlib, sys
-import jax, numpy as np
-from common import experiment
-module = importlib.import_module(f"algorithms.{sys.argv[1]}")
-leaves = jax.tree.leaves(experiment.load(module, sys.argv[2])[2])
-digest = hashlib.sha256(b"".join(np.asarray(x).tobytes() for x in leaves)).hexdigest()
-print(digest)
-"""
+# --- Processes and disks ------------------------------------------------------------------------
+def updates(words, text):
+    return [int(x.replace(",", "")) for x in re.findall(rf"^{words} ([\d,]+)", text, re.M)]
 
 
-# --- Faults -------------------------------------------------------------------------------------
 def end(process, seconds=120):
     """Its exit code."""
     try:
@@ -150,183 +167,346 @@ def end(process, seconds=120):
         return "hung"
 
 
-def mount(folder, options):
-    words = ["mount", "-t", "tmpfs", "-o", options, "none", str(folder)]
-    return subprocess.run(words, capture_output=True, check=False).returncode == 0
+def call(*words):
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise Failed(f"{words[0]}: {' '.join(done.stderr.split())[:200]}")
+    return done.stdout
 
 
-def disturb(fault, run, moment, draw):
-    """One fault `moment` seconds after a start. Returns (exit code, note) of the broken process."""
-    limit = draw.choice((1_000, 4_000, 16_000)) if fault == "limit" else None
-    more = ["--resume"] if run.place.exists() else []
-    process = run.start(*more, limit=limit)
-    if fault == "limit":
-        return end(process), f"limit of {limit:,} bytes"
-    time.sleep(moment)
-    note = ""
+def family(pid):
+    """A process and all that it started; wandb's has a session of its own."""
+    pairs = [tuple(map(int, line.split())) for line in call("ps", "-Ao", "pid=,ppid=").splitlines()]
+    found = [pid]
+    for parent in found:  # grows
+        found += [child for child, its in pairs if its == parent]
+    return found
+
+
+def tell(pids, number):
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
+
+
+class Disk:
+    """A file system of its own at a folder, in a file beside it."""
+
+    def __init__(self, folder):
+        self.folder, self.image = folder, folder.with_suffix(".ext4")
+
+    def __enter__(self):
+        self.image.touch()
+        os.truncate(self.image, 32 << 20)
+        call("mkfs.ext4", "-q", "-m", "0", self.image)
+        self.mount()
+        return self
+
+    def mount(self):
+        call("mount", "-o", "loop,errors=remount-ro", self.image, self.folder)
+
+    def unmount(self):
+        """Wait for wandb's process, which leaves by itself once the run has ended."""
+        words, until = ["umount", self.folder], time.monotonic() + 60
+        while subprocess.run(words, capture_output=True, check=False).returncode:
+            if time.monotonic() > until:
+                raise Failed("umount: busy")
+            time.sleep(0.1)
+
+    def __exit__(self, *_):
+        self.unmount()
+        self.image.unlink()
+
+    def fill(self, process):
+        """Leave no byte, nor any that the process gives back, until it ends. -> exit code"""
+        filler, until = self.folder / "filler", time.monotonic() + 120
+        while process.poll() is None and time.monotonic() < until:
+            with filler.open("ab", buffering=0) as file:
+                for size in (1 << 20, 1 << 12, 1):
+                    with contextlib.suppress(OSError):
+                        while file.write(b"0" * size):
+                            pass
+            time.sleep(0.01)
+        filler.unlink()
+        return end(process, 1)
+
+    def give_up(self, process):
+        """What an ext4 does after an I/O error, then mount it anew. -> exit code
+
+        All processes stand still meanwhile, so that nothing of what they wrote is lost.
+        """
+        pids = family(process.pid)
+        tell(pids, signal.SIGSTOP)
+        try:
+            call("sync", "-f", self.folder)
+            call("mount", "-o", "remount,abort", self.folder)
+        finally:
+            tell(pids, signal.SIGCONT)
+        code = end(process)
+        self.unmount()
+        self.mount()
+        return code
+
+
+# --- Faults -------------------------------------------------------------------------------------
+def moment(fault, whole, draw):
+    """(border, seconds after it); None is the start of the process."""
+    needs = fault in ("damage", "second")
+    if not needs and draw.random() < 1 / 6:
+        return None, draw.uniform(0, whole.startup)
+    last = UPDATES // 5 if fault == "second" else UPDATES  # a second one takes seconds to start
+    border = draw.choice(range(LOG_EVERY if needs else 0, last, LOG_EVERY))
+    return border, draw.uniform(0, 2 * whole.chunk)
+
+
+def wait_for(run, process, border, seconds):
+    until = time.monotonic() + 120
+    while border is not None and process.poll() is None and time.monotonic() < until:
+        if (logged := run.logged()) is not None and logged >= border:
+            break
+        time.sleep(0.005)
+    time.sleep(seconds)
+
+
+def strike(case, run, process, disk, draw):
+    """One fault on a run under way. Facts, with the exit code of its process."""
+    if process.poll() is not None:
+        return {"when": "late", "exit code": process.returncode}
+    seen = {"when": "in time", "at": run.logged() or 0}
+    if case.fault == "full":
+        return seen | {"exit code": disk.fill(process)}
+    if case.fault == "read-only":
+        return seen | {"exit code": disk.give_up(process)}
+    if case.fault == "second":
+        other = Run(run.algorithm, run.data, run.folder, run.wandb, log="second")
+        seen |= {"second": end(other.start("--resume")), "second stderr": other.said[1]}
+        seen["when"] = "in time" if process.poll() is None else "late"
+    elif case.fault == "limit":
+        limit = draw.choice((4_000, 8_000, 16_000))
+        hard = resource.prlimit(process.pid, resource.RLIMIT_FSIZE)[1]
+        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (limit, hard))
+        seen["note"] = f"limit of {limit:,} bytes"
+    elif case.fault == "term":
+        pids = family(process.pid) if case.every else [process.pid]
+        tell(pids, signal.SIGTERM)
+        seen["note"] = f"sent to {len(pids)} of its processes"
+    else:
+        process.kill()
+    seen["exit code"] = end(process)
+    return seen | (damage(run, draw) if case.fault == "damage" and not run.finished() else {})
+
+
+def damage(run, draw):
+    """Damage the newest checkpoint, where there is an older one."""
+    if len(saved := run.saved()) < 2:
+        return {"when": "early"}
+    newest, how = run.place / "checkpoints" / str(saved[-1]), draw.choice(DAMAGES)
+    parts = [x for x in sorted(newest.iterdir()) if x.is_dir()]  # state and meta
+    files = sorted((draw.choice(parts) if "flipped" in how else newest).rglob("*"))
+    files = [x for x in files if x.is_file() and x.stat().st_size]
+    sizes = [x.stat().st_size for x in files]
+    target = draw.choices(files, sizes if "flipped" in how else None)[0]
+    content = bytearray(target.read_bytes())
+    if how == "deleted":
+        target.unlink()
+    elif "flipped" in how:
+        bit = draw.randrange(8 * len(content))
+        content[bit // 8] ^= 1 << bit % 8
+        target.write_bytes(content)
+        how = f"bit {bit:,} of {8 * len(content):,} flipped"
+    else:
+        target.write_bytes(b"" if how == "emptied" else draw.randbytes(len(content)))
+    return {"note": f"{target.relative_to(run.place)} {how}", "behind": saved[-1] - saved[-2]}
+
+
+# --- Verdicts -----------------------------------------------------------------------------------
+def judge(seen):
+    """(whether the fault took effect, problems) up to the end of the broken process."""
+    fault, code, saved = seen["fault"], seen["exit code"], seen["saved at"]
+    if seen["when"] != "in time":
+        known = seen["when"] == "early" or code == 0
+        return False, [] if known else [f"exit code {code} before the fault"]
+    good = code == CODES[fault]
+    ended = good or (code == 0 and seen["at"] >= UPDATES - 2 * LOG_EVERY)
+    if fault != "second" and seen["finished"] and ended:
+        return False, []
+    if fault == "term" and saved in (None, UPDATES):  # does not listen yet, or no more
+        good |= code == -signal.SIGTERM
+    problems = [] if good else [f"exit code {code}"]
+    problems += ["a traceback"] if "Traceback" in seen["stderr"] else []
+    if fault in SAYS:
+        problems += refusal(seen["stderr"], os.strerror(SAYS[fault]))
     if fault == "second":
-        other = Run(run.algorithm, run.data, run.folder)
-        other.log = run.log.with_suffix(".second.log")
-        until = time.monotonic() + 60
-        while not (run.place / ".lock").exists() and time.monotonic() < until:
-            time.sleep(0.05)
-        code = end(other.start("--resume"))
-        finished = process.poll() is not None
-        said = other.text.strip().splitlines()[-1]
-        note = f"the second exited with {code}: {said}"
-        good = code == 2 and "another process trains in it" in said
-        return end(process), note if good or finished else f"NOT REFUSED, {note}"
-    if fault == "full":
-        fill(run.folder)
-        code = end(process)
-        (run.folder / "filler").unlink()
-        return code, note
-    if fault == "read-only":
-        subprocess.run(["mount", "-o", "remount,ro", run.folder], check=False, capture_output=True)
-        code = end(process)
-        subprocess.run(["mount", "-o", "remount,rw", run.folder], check=True)
-        return code, note
-    process.send_signal(signal.SIGTERM if fault == "term" else signal.SIGKILL)
-    code = end(process)
-    if fault == "damage" and (newest := run.border()) is not None:
-        files = [x for x in (run.place / "checkpoints" / str(newest)).rglob("*") if x.is_file()]
-        target = draw.choice([x for x in files if x.stat().st_size])
-        how = draw.choice(("truncated", "overwritten", "deleted"))
-        if how == "deleted":
-            target.unlink()
-        else:
-            size = target.stat().st_size
-            target.write_bytes(b"" if how == "truncated" else os.urandom(size))
-        note = f"{target.relative_to(run.place)} {how}"
-    return code, note
+        problems += [] if seen["second"] == 2 else [f"the second: exit code {seen['second']}"]
+        problems += refusal(seen["second stderr"], "another process trains in it")
+    return True, problems
 
 
-def fill(folder):
-    """Leave no byte in a file system."""
-    with (folder / "filler").open("wb", buffering=0) as file:
-        for size in (1 << 20, 1 << 12, 1):
-            try:
-                while file.write(b"0" * size):
-                    pass
-            except OSError:
-                continue
+def refusal(err, words):
+    """Problems of what should be one line that says so; warnings may come before."""
+    lines = [x for x in err.splitlines() if not x.startswith("WARNING")]
+    good = len(lines) == 1 and lines[0].startswith("error: ") and words in lines[0]
+    return [] if good else [f"not one line with {words!r}"]
+
+
+def lost_updates(seen):
+    """Updates that the resumed run made again, but for the chunk under way and announced damage.
+
+    What was saved and what was logged both count: a run that stopped saving has lost updates.
+    """
+    reached = max(seen["saved at"] or 0, seen["logged at"] or 0)
+    noticed = "cannot be read" in seen["resumed stderr"]
+    return max(reached - noticed * seen.get("behind", 0) - seen["resumed at"], 0)
+
+
+def differences(run, whole):
+    if not run.finished():
+        return ["not finished"]
+    try:
+        both = zip(("metrics.csv", "scores", "parameters"), run.result(), whole.result, strict=True)
+        return [f"other {name}" for name, one, two in both if one != two]
+    except (OSError, ValueError, KeyError) as error:
+        return [f"the result cannot be read: {str(error)[:200]}"]
+
+
+def resume(run, seen):
+    """The same command again. Facts of it, and problems."""
+    code = end(run.start("--resume"))
+    out, err = run.said
+    resumed = max(updates("resuming at update", out), default=0)
+    more = {"resumed at": resumed, "resumed stderr": err}
+    problems = [] if code == 0 else [f"resume: exit code {code}"]
+    problems += ["a traceback at resume"] if "Traceback" in err else []
+    if code == 0 and (lost := lost_updates(seen | more)):
+        problems.append(f"lost {lost} updates")
+    if seen["fault"] == "damage" and "cannot be read" not in err:
+        more["note"] = f"{seen['note']}, not noticed"
+    return more, problems
 
 
 # --- Trials -------------------------------------------------------------------------------------
-def trial(fault, algorithm, data, folder, moment, expected, draw):
-    """One row of the record."""
+def attempt(case, data, folder, whole, draw):
+    """One row of the record: break a run; if that took effect, resume and compare."""
     folder.mkdir()
-    if fault in MOUNTED and not mount(folder, "size=64m"):
-        fail(f"--times: no tmpfs could be mounted on {folder}")
-    try:
-        run = Run(algorithm, data, folder)
-        code, note = disturb(fault, run, moment, draw)
-        traces = "Traceback" in run.text
-        said = run.text.strip().splitlines()[-1:] or [""]
-        saved, starts = run.border(), 0
-        resumed = None
-        while not (run.place / "result.json").exists() and starts < 3:
-            starts += 1
-            last = end(run.start("--resume"))
-            found = re.search(r"^resuming at update ([\d,]+)", run.text, re.M)
-            resumed = resumed or (int(found[1].replace(",", "")) if found else 0)
-            traces |= "Traceback" in run.text
-            if last != 0 and starts == 3:
-                said = [f"resume ended with {last}: {run.text.strip().splitlines()[-1]}"]
-        problems = ["a traceback"] if traces else []
-        if not (run.place / "result.json").exists():
-            problems.append("not finished")
-        else:
-            for name, one, two in zip(
-                ("metrics.csv", "result", "parameters"), run.result(), expected, strict=True
-            ):
-                problems += [] if one == two else [f"{name} differ"]
-        if code == "hung":
-            problems.append("hung")
-        behind = LOG_EVERY if fault == "damage" else 0
-        if saved is not None and resumed is not None and resumed < saved - behind:
-            problems.append(f"lost updates {resumed} to {saved}")
-        if fault == "damage" and note and "cannot be read" not in run.log.read_text():
-            note += ", which nothing reads"  # else the numbers above differ
-            problems += ["damage not noticed"] if resumed != saved else []
-        if note.startswith("NOT"):
-            problems.append("the second process was not refused")
-    finally:
-        if fault in MOUNTED:
-            subprocess.run(["umount", "-l", folder], check=False)
-    return {
-        "fault": fault,
-        "algorithm": algorithm,
-        "after, s": round(moment, 2),
-        "exit code": code,
-        "said": said[-1][:160],
-        "saved at": saved,
-        "resumed at": resumed,
-        "note": note,
-        "problems": problems,
-    }
+    run = Run(case.algorithm, data, folder, case.wandb)
+    with Disk(folder) if case.fault in MOUNTED else contextlib.nullcontext() as disk:
+        border, seconds = moment(case.fault, whole, draw)
+        after = f"{'start' if border is None else border} + {seconds:.2f} s"
+        seen, process = case._asdict() | {"after": after}, run.start()
+        try:
+            wait_for(run, process, border, seconds)
+            seen |= strike(case, run, process, disk, draw)
+        finally:
+            process.kill()
+            process.wait()
+        out, seen["stderr"] = run.said
+        saved = max([*run.saved(), *updates("saved at update", out)], default=None)
+        seen |= {"saved at": saved, "logged at": run.logged(), "finished": run.finished()}
+        took, problems = judge(seen)
+        if took and not run.finished():
+            more, wrong = resume(run, seen)
+            seen, problems = seen | more, problems + wrong
+        differ = differences(run, whole) if took else []
+        after = "wrong numbers after damage: " if case.fault == "damage" and run.finished() else ""
+        problems += [after + x for x in differ]
+    for name in [x for x in seen if "stderr" in x and len(seen[x]) > 2000]:
+        seen[name] = f"{seen[name][:1500]}\n[...]\n{seen[name][-500:]}"
+    return seen | {"took effect": took, "as undisturbed": not differ, "problems": problems}
+
+
+def trial(case, data, folder, whole, draw):
+    """Attempts until the fault takes effect or something is wrong."""
+    for number in range(1, TRIES + 1):
+        place = folder.with_name(f"{folder.name}-{number}")
+        try:
+            row = attempt(case, data, place, whole, draw)
+        except Failed as error:
+            row = case._asdict() | {"took effect": False, "as undisturbed": False}
+            row |= {"saved at": None, "problems": [f"the fault could not be made: {error}"]}
+        shutil.rmtree(place, ignore_errors=True)
+        if row["took effect"] or row["problems"]:
+            break
+    else:
+        row["problems"].append(f"took no effect at {TRIES} moments")
+    return row | {"tries": number}
+
+
+def undisturbed(algorithm, data, folder):
+    """The second of two runs, which has the compiled programs, as the trials do."""
+    run = Run(algorithm, data, folder)
+    for _ in range(2):
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        began, process = time.monotonic(), run.start()
+        wait_for(run, process, 0, 0)
+        startup = time.monotonic() - began
+        if end(process) != 0:
+            fail(f"{algorithm}: the undisturbed run failed: {run.said[1][-500:]}")
+        training = time.monotonic() - began - startup
+    return Whole(run.result(), startup, training * LOG_EVERY / UPDATES)
 
 
 def markdown(facts, rows):
     lines = [f"- {key}: {value}" for key, value in facts.items()]
-    lines += ["", "| fault | trials | of them before the first save | as undisturbed | problems |"]
-    lines += ["|---|---|---|---|---|"]
+    lines.append(f"- moments drawn again: {sum(row['tries'] - 1 for row in rows)}\n")
+    lines.append("| fault | trials | took effect | before a save | as undisturbed | problems |")
+    lines.append("|---|---|---|---|---|---|")
     for fault in dict.fromkeys(row["fault"] for row in rows):
         some = [row for row in rows if row["fault"] == fault]
-        early = sum(row["saved at"] is None for row in some)
-        good = sum(not row["problems"] for row in some)
+        took = [row for row in some if row["took effect"]]
+        early = sum(row["saved at"] is None for row in took)
+        good = sum(row["as undisturbed"] for row in took)
         found = Counter(problem for row in some for problem in row["problems"])
         words = "; ".join(f"{problem} ({count})" for problem, count in found.items())
-        lines.append(f"| {fault} | {len(some)} | {early} | {good} | {words} |")
+        lines.append(f"| {fault} | {len(some)} | {len(took)} | {early} | {good} | {words} |")
     return "\n".join(lines) + "\n"
 
 
+def write(output, facts, rows):
+    """The record of the trials so far; a whole file or the one before."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    record = json.dumps(facts | {"rows": rows}, indent=1) + "\n"
+    for suffix, text in ((".md", f"# Soak\n\n{markdown(facts, rows)}"), (".json", record)):
+        part = output.with_suffix(f"{suffix}.part")
+        part.write_text(text)
+        part.replace(output.with_suffix(suffix))
+
+
 def main(arguments):
-    faults = FAULTS if os.geteuid() == 0 else tuple(x for x in FAULTS if x not in MOUNTED)
-    files = {x.stem for x in (ROOT / "algorithms").glob("*.py")}
-    if unknown := sorted({*arguments.algorithms} - files):
-        fail(f"--algorithms {unknown[0]}: choose from {', '.join(sorted(files))}")
+    files = sorted(x.stem for x in (ROOT / "algorithms").glob("*.py"))
+    for flag, known in (("algorithms", files), ("faults", list(CODES))):
+        if unknown := sorted({*getattr(arguments, flag)} - {*known}):
+            fail(f"--{flag} {unknown[0]}: choose from {', '.join(known)}")
     if arguments.times < 1:
         fail(f"--times {arguments.times}: at least 1 is wanted")
+    faults = [x for x in arguments.faults if x not in MOUNTED or os.geteuid() == 0]
+    if not faults:
+        fail("--faults: these need root, to mount a file system")
     draw, rows = random.Random(arguments.seed), []
     with tempfile.TemporaryDirectory() as root:
         root = Path(root)
-        data = root / "data.hdf5"
-        write_data(data)
-        expected, seconds = {}, {}
-        for algorithm in arguments.algorithms:
-            run = Run(algorithm, data, root / f"whole-{algorithm}")
-            run.folder.mkdir()
-            for _ in range(2):  # the second start has the compiled programs, as the trials do
-                shutil.rmtree(run.folder)
-                run.folder.mkdir()
-                began = time.monotonic()
-                if end(run.start()) != 0:
-                    fail(f"{algorithm}: the undisturbed run failed: {run.text[-500:]}")
-                seconds[algorithm] = time.monotonic() - began
-            expected[algorithm] = run.result()
+        write_data(data := root / "data.hdf5")
+        whole = {x: undisturbed(x, data, root / x) for x in arguments.algorithms}
+        seconds = (f"{name} {x.startup:.1f} s and {x.chunk:.2f} s" for name, x in whole.items())
+        facts = {
+            "command": f"python benchmarks/soak.py {shlex.join(sys.argv[1:])}",
+            "date": time.strftime("%Y-%m-%d"),
+            "run": f"{UPDATES:,} updates, two seeds, a checkpoint every {LOG_EVERY}",
+            "to the first border and between borders": ", ".join(seconds),
+            "left out": ", ".join(sorted({*arguments.faults} - {*faults})) or "nothing",
+        }
+        offline = draw.sample(range(arguments.times), -(-arguments.times // 3))
         for number in range(arguments.times):
-            algorithm = arguments.algorithms[number % len(arguments.algorithms)]
-            fault = faults[number % len(faults)]
-            moment = draw.uniform(0.2, 1) * seconds[algorithm]
-            folder = root / f"trial-{number}"
-            row = trial(fault, algorithm, data, folder, moment, expected[algorithm], draw)
-            rows.append(row)
-            print(f"{number + 1}/{arguments.times}", json.dumps(row), flush=True)
-    facts = {
-        "command": f"python benchmarks/soak.py --times {arguments.times} --seed {arguments.seed} "
-        f"--algorithms {' '.join(arguments.algorithms)}",
-        "date": time.strftime("%Y-%m-%d"),
-        "run": f"{UPDATES:,} updates, two seeds, a checkpoint every {LOG_EVERY}; "
-        + ", ".join(f"{name} {value:.1f} s" for name, value in seconds.items()),
-        "left out": ", ".join(x for x in FAULTS if x not in faults) or "nothing",
-    }
+            algorithm = arguments.algorithms[number % len(whole)]
+            fault, turn = faults[number % len(faults)], number // len(faults)
+            every = fault == "term" and turn % 2 == 0
+            mode = "offline" if every or number in offline else "disabled"
+            case = Case(fault, algorithm, mode, every)
+            rows.append(trial(case, data, root / f"trial-{number}", whole[algorithm], draw))
+            print(f"{number + 1}/{arguments.times}", json.dumps(rows[-1]), flush=True)
+            if arguments.output is not None:
+                write(arguments.output, facts, rows)
     print(markdown(facts, rows))
-    if arguments.output is not None:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.with_suffix(".md").write_text("# Soak\n\n" + markdown(facts, rows))
-        record = json.dumps(facts | {"rows": rows}, indent=1)
-        arguments.output.with_suffix(".json").write_text(record + "\n")
     raise SystemExit(any(row["problems"] for row in rows))
 
 

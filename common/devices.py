@@ -3,13 +3,14 @@
 
 import os
 import shutil
-from functools import partial
+import zlib
+from functools import partial, reduce
 from pathlib import Path
 
 import jax
 import numpy as np
 
-from common import fail, host_data, meshes
+from common import config, fail, host_data, meshes, processes
 
 
 def streams(seeds, number):
@@ -20,6 +21,9 @@ def streams(seeds, number):
 
 def place(data, options):
     """The arrays of a data set in host memory, on the device, or on each of `--devices`."""
+    if jax.process_count() > 1:
+        arrays = map(np.ascontiguousarray, jax.tree.leaves(data))
+        same({"data with digest": reduce(lambda digest, x: zlib.crc32(x, digest), arrays, 0)})
     if options.data == "host":
         return jax.tree.map(np.asarray, data)
     if options.devices == 1:
@@ -63,6 +67,15 @@ def over_seeds(chunk, update=None):
     return train
 
 
+def same(facts):
+    """Exit code 2 in all processes after one line, where they do not have the same."""
+    first, *others = processes.ask(facts)
+    for index, other in enumerate(others, 1):
+        for name in sorted({*first, *other}):
+            if (value := other.get(name)) != (wanted := first.get(name)):
+                fail(f"--distributed: process {index} has {name} {value}, process 0 has {wanted}")
+
+
 def setup(cfg, options):
     """Every program goes to the persistent cache. Says it where a GPU lies idle."""
     cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", Path.home() / ".cache" / "atoll" / "xla")
@@ -72,13 +85,16 @@ def setup(cfg, options):
     platforms = jax.config.jax_platforms
     if platforms and "cpu" not in platforms.split(","):  # the policy acts on the CPU
         jax.config.update("jax_platforms", f"{platforms},cpu")
+    same(config.resolved(cfg, options) | {"dataset": None})  # its rows are compared by `place`
     devices, seeds = len(jax.devices()), len(cfg.seeds)
+    gpus = int(os.environ.get("SLURM_GPUS_ON_NODE", 0)) * int(os.environ.get("SLURM_NNODES", 1))
+    if jax.process_count() > 1:
+        idle = f"; WARNING: {gpus - devices} GPUs have no process" if gpus > devices else ""
+        print(f"{jax.process_count()} processes with {devices} devices in all{idle}")
     if options.devices != 1:
         meshes.check(cfg, options, devices)
     elif seeds % devices and (seeds > 1 or jax.process_count() > 1):
-        fail(
-            f"--seeds: {seeds} of them cannot be shared out equally to {devices} devices; take a "
-            f"multiple of {devices}, or show JAX fewer devices (CUDA_VISIBLE_DEVICES)"
-        )
+        several = f"{seeds} of them cannot be shared out equally to {devices} devices; take"
+        fail(f"--seeds: {several} a multiple of {devices} or show JAX fewer (CUDA_VISIBLE_DEVICES)")
     if not platforms and jax.default_backend() == "cpu" and shutil.which("nvidia-smi"):
         print("WARNING: there is an NVIDIA GPU but JAX runs on the CPU: pip install 'jax[cuda12]'")

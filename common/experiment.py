@@ -187,7 +187,8 @@ class Run:
         self.wandb.replay(self.folder / "metrics.csv")
         from tqdm import tqdm
 
-        start = processes.agree(start)
+        start, lost = processes.ask([start, [*self.diverged.items()]])[0]
+        self.diverged = dict(lost)
         state = processes.from_first(state)
         self.bar = tqdm(total=self.cfg.num_updates, initial=start, disable=None, unit=" updates")
         return state, metrics, start
@@ -209,7 +210,7 @@ class Run:
             self.seconds["train"] += self.chunks[-1]
         self._freeze(step, host, metrics or {})
         self.kept = host
-        if step not in self.manager.all_steps():
+        if jax.process_index() == 0 and step not in self.manager.all_steps():
             meta = {"update": step, "metrics": metrics, "seconds": self.seconds}
             meta |= {"waiting": self.waiting, "best": self.best.tolist(), "diverged": self.diverged}
             meta |= {"code": self.code, "world": self.world}

@@ -25,11 +25,25 @@ def share_seeds(lanes, devices):
 
     def train(state, keys, start, data):
         if copies.get("of") is not data:  # every device gets the data once, not at every chunk
-            copies.update({"of": data, "data": processes.spread(data, _place(mesh, whole))})
-        state, keys = processes.spread((state, keys), _place(mesh, seed))
+            copies.update({"of": data, "data": spread(data, _place(mesh, whole))})
+        state, keys = spread((state, keys), _place(mesh, seed))
         return processes.gather(shared(state, keys, start, copies["data"]))
 
     return train
+
+
+def spread(tree, sharding):
+    """Arrays that every process has whole, on all processes' devices."""
+    if jax.process_count() == 1:
+        return jax.device_put(tree, sharding)
+
+    def one(x):
+        if jax.numpy.issubdtype(x.dtype, jax.dtypes.prng_key):
+            return jax.random.wrap_key_data(one(jax.random.key_data(x)))
+        x = np.asarray(x)
+        return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+    return jax.tree.map(one, tree)
 
 
 def share_batches(lanes, mesh):
@@ -56,20 +70,19 @@ def of_batches(data):
 
 def check(cfg, options, devices):
     """Whether so many devices can share the batches; else exit code 2 after one line."""
-    asked = f"--devices {options.devices}"
-    if options.devices < 1:
-        fail(f"{asked}: at least 1 is wanted")
-    if options.devices > devices:
-        fail(
-            f"{asked}: JAX sees {devices} (on a CPU --xla_force_host_platform_device_count in "
-            "XLA_FLAGS makes more)"
-        )
-    if len(cfg.seeds) > 1:
-        fail(f"{asked}: they share the batches of one seed; several seeds share devices without it")
-    if cfg.batch_size % options.devices:
-        fail(f"{asked}: --batch-size {cfg.batch_size} cannot be shared out equally to them")
-    if options.data == "host":
-        fail(f"{asked}: not with --data host")
+    number, batch = options.devices, f"--batch-size {cfg.batch_size}"
+    more = "on a CPU --xla_force_host_platform_device_count in XLA_FLAGS makes more"
+    one = "they share the batches of one seed; several seeds share devices without it"
+    for wrong, why in (
+        (number < 1, "at least 1 is wanted"),
+        (options.distributed is not None, "not with --distributed, which shares out seeds"),
+        (number > devices, f"JAX sees {devices} ({more})"),
+        (len(cfg.seeds) > 1, one),
+        (cfg.batch_size % max(number, 1), f"{batch} cannot be shared out equally to them"),
+        (options.data == "host", "not with --data host"),
+    ):
+        if wrong:
+            fail(f"--devices {number}: {why}")
 
 
 def _place(mesh, spec):

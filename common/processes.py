@@ -4,89 +4,97 @@
 Every process runs the same program on the same data. A chunk of updates runs on a mesh of all
 processes' devices, each with its share of the seeds; after it every process has the whole state
 again. Process 0 evaluates and writes; the others write into a temporary folder of their own.
+They meet before each exchange: one that ends says so there, and the others end as well.
 """
 
 import atexit
 import dataclasses
+import itertools
+import json
 import os
 import re
-import shutil
 import sys
 import tempfile
 
 import jax
-import numpy as np
+from jax._src import distributed  # not public, but orbax uses it as well
+from jax.experimental import multihost_utils
 
 from common import fail
+
+MEETINGS = itertools.count()
 
 
 def join(options):
     """Join the others, before JAX looks for devices. Returns this process's own options.
 
-    `--distributed` is `auto` where a cluster tells (SLURM, Open MPI, TPU pods), or
-    `HOST:PORT/COUNT/INDEX` with the address of process 0.
+    `--distributed`: `auto` (SLURM, Open MPI, a TPU pod tell) or process 0's HOST:PORT/COUNT/INDEX.
     """
     if options.distributed is None:
         return options
-    words = {}
+    asked, words = f"--distributed {options.distributed}", ()
     if options.distributed != "auto":
         match = re.fullmatch(r"(\S+:\d+)/(\d+)/(\d+)", options.distributed)
         if match is None or not int(match[3]) < int(match[2]):
-            fail(
-                f"--distributed {options.distributed}: auto is wanted, or HOST:PORT/COUNT/INDEX "
-                "such as node1:1234/2/0 on the first of two processes, INDEX below COUNT"
-            )
-        count, index = int(match[2]), int(match[3])
-        words = {"coordinator_address": match[1], "num_processes": count, "process_id": index}
+            fail(f"{asked}: auto is wanted or HOST:PORT/COUNT/INDEX (a:80/2/0), INDEX below COUNT")
+        words = (match[1], int(match[2]), int(match[3]))
     try:
-        jax.distributed.initialize(**words)
+        jax.distributed.initialize(*words)
     except (RuntimeError, ValueError) as error:
-        fail(f"--distributed {options.distributed}: {str(error).splitlines()[0]}")
-    if jax.process_index() == 0:
-        print(f"{jax.process_count()} processes with {len(jax.devices())} devices in all")
+        fail(f"{asked}: {str(error).splitlines()[0]}")
+    atexit.register(_leave)
+    if distributed.global_state.process_id == 0:  # asking JAX would make it look for devices
         return options
-    folder = tempfile.mkdtemp(prefix="atoll-")
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    folder = tempfile.TemporaryDirectory(prefix="atoll-", ignore_cleanup_errors=True)
+    atexit.register(folder.cleanup)
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115, process 0 speaks for all
-    return dataclasses.replace(options, runs_dir=folder, resume=False, wandb="disabled")
+    return dataclasses.replace(options, runs_dir=folder.name, resume=False, wandb="disabled")
+
+
+def ask(mine):
+    """Every process's `mine` (as JSON keeps it), in order; all have to ask the same questions."""
+    if jax.process_count() == 1:
+        return [mine]
+    said = _meet(json.dumps(mine))
+    if "left" in said:
+        fail(f"process {said.index('left')} of --distributed ended before this one; it said why")
+    return [json.loads(text) for text in said]
 
 
 def agree(number):
     """The largest of all processes' numbers; all have to ask at the same border."""
-    if jax.process_count() == 1:
-        return number
-    from jax.experimental import multihost_utils
-
-    return int(np.max(multihost_utils.process_allgather(np.int32(number))))
+    return max(ask(number))
 
 
 def from_first(tree):
     """Process 0's arrays, in every process."""
-    if jax.process_count() == 1:
-        return tree
-    from jax.experimental import multihost_utils
-
-    return multihost_utils.broadcast_one_to_all(tree)
-
-
-def spread(tree, sharding):
-    """Arrays that every process has whole, on all processes' devices."""
-    if jax.process_count() == 1:
-        return jax.device_put(tree, sharding)
-
-    def one(x):
-        if jax.numpy.issubdtype(x.dtype, jax.dtypes.prng_key):
-            return jax.random.wrap_key_data(one(jax.random.key_data(x)))
-        x = np.asarray(x)
-        return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
-
-    return jax.tree.map(one, tree)
+    ask("first")
+    return tree if jax.process_count() == 1 else multihost_utils.broadcast_one_to_all(tree)
 
 
 def gather(tree):
     """The whole arrays [S, ...] of a tree that lies on all processes' devices, in every process."""
-    if jax.process_count() == 1:
-        return tree
-    from jax.experimental import multihost_utils
+    if jax.process_count() > 1:
+        jax.block_until_ready(tree)  # Gloo's first exchange waits for the others for 30 s only
+        ask("gather")
+        tree = multihost_utils.process_allgather(tree, tiled=True)
+    return tree
 
-    return multihost_utils.process_allgather(tree, tiled=True)
+
+def _meet(text):
+    """What every process says at this meeting; Ctrl-C is seen to every second."""
+    us, said, place = distributed.global_state, [], f"atoll/{next(MEETINGS)}"
+    us.client.key_value_set(f"{place}/{us.process_id}", text)
+    while len(said) < us.num_processes:
+        try:
+            said.append(us.client.blocking_key_value_get(f"{place}/{len(said)}", 1000))
+        except jax.errors.JaxRuntimeError as error:
+            if "DEADLINE_EXCEEDED" not in str(error):
+                raise
+    return said
+
+
+def _leave():
+    """At the end of a process, whatever ended it. JAX by itself gives the others five minutes."""
+    while {*_meet("left")} != {"left"}:
+        pass

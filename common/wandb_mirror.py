@@ -3,6 +3,7 @@
 
 import contextlib
 import csv
+import logging
 import re
 import secrets
 import sys
@@ -33,6 +34,7 @@ class Mirror:
         import wandb
 
         self.close()
+        logging.raiseExceptions = False  # of wandb's log, on a disk that takes no more
         self.mode = mode
         group = f"{run.algorithm}/{datasets.slug(run.cfg.dataset)}/{run.folder.name}"
         values = config.resolved(run.cfg, run.options) | {"algorithm": run.algorithm}
@@ -83,6 +85,8 @@ class Mirror:
             with contextlib.suppress(Exception):  # wandb's own process may be gone already
                 for run in runs.values():
                     run.finish()
+                if runs:
+                    sys.modules["wandb"].teardown()
 
         finish = threading.Thread(target=finish_all, daemon=True)
         finish.start()

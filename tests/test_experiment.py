@@ -8,7 +8,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -220,76 +219,47 @@ def test_length_of_a_chunk_changes_nothing(name, tiny):
     assert [row["score"] for row in rows if row["score"]] == scores
 
 
+def simulated(base, count):
+    """The variables of a command that sees so many CPU devices."""
+    flag = f"--xla_force_host_platform_device_count={count}"
+    return runs.environment(base / "cache", XLA_FLAGS=f"{os.environ['XLA_FLAGS']} {flag}")
+
+
 def test_simulated_devices(name, tiny, base, tmp_path):
-    """Four devices give the metrics of one, also when the run dies and is resumed there."""
-    seeds = ["--seeds", "0", "1", "2", "3"]
+    """Eight devices give the metrics of one, also when four go on after the run's death."""
+    seeds = ["--seeds", *map(str, range(8))]
     one = run(name, [*tiny, *seeds, "--runs-dir", "one"])
-    four = {"XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=4"}
-    environment = runs.environment(base / "cache", **four)
-    argv = [*tiny, *seeds, "--runs-dir", "four"]
-    die = runs.command(name, argv, die="after save 8")
-    assert runs.call(die, tmp_path, environment)[0] == -signal.SIGKILL
-    words = runs.command(name, [*argv, "--resume"])
-    code, _, error = runs.call(words, tmp_path, environment)
+    argv = [*tiny, *seeds, "--resume", "--runs-dir", "many"]
+    words = runs.command(name, argv, die="after save 16")
+    assert runs.call(words, tmp_path, simulated(base, 8))[0] == -signal.SIGKILL
+    code, out, error = runs.call(runs.command(name, argv), tmp_path, simulated(base, 4))
     assert code == 0, error
-    assert metrics(runs.only_run("four")) == metrics(one)
-    result = json.loads((runs.only_run("four") / "result.json").read_text())
+    assert "resuming at update 16" in out
+    assert "begun on 8 x cpu, resumed on 4 x cpu" in error
+    assert metrics(runs.only_run("many")) == metrics(one)
+    result = json.loads((runs.only_run("many") / "result.json").read_text())
     assert result["hardware"].startswith("4 x cpu")
 
 
-@runs.SLOW
-def test_two_processes_train_one_set_of_seeds(name, tiny, base, reference, tmp_path):
-    """A mesh over both; killed and resumed; the numbers of one process, which the first writes."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
-    environment = runs.environment(base / "cache", TMPDIR=str(tmp_path / "tmp"))
-    (tmp_path / "tmp").mkdir()
-
-    def start(*more, die=None):
-        both = []
-        for index in (0, 1):
-            argv = [*tiny, *SEEDS, "--distributed", f"{address}/2/{index}", *more]
-            words = runs.command(name, argv, die=die if index == 0 else None)
-            out = (tmp_path / f"out{index}").open("w")
-            both.append(
-                subprocess.Popen(words, cwd=tmp_path, env=environment, stdout=out, stderr=out)
-            )
-        return [process.wait(120) for process in both]
-
-    codes = start(die="after save 8")
-    assert codes[0] == -signal.SIGKILL and codes[1] != 0  # nobody is left waiting
-    assert start("--resume") == [0, 0], (tmp_path / "out0").read_text()
-    folder = runs.only_run("runs")
-    assert metrics(folder) == metrics(reference(name))
-    assert json.loads((folder / "result.json").read_text())["hardware"].startswith("2 x cpu")
-    said = (tmp_path / "out0").read_text()
-    assert "2 processes with 2 devices" in said and "resuming at update 8" in said
-    assert not list((tmp_path / "tmp").glob("atoll-*")) or codes[1] < 0
+BATCHES = [("rebrac", 2, 2), ("rebrac", 4, 4), ("rebrac", 4, 1)]
+BATCHES += [pytest.param(name, 2, 2, marks=runs.SLOW) for name in ("dt", "qc", "cql")]
 
 
-@pytest.mark.parametrize(
-    ("where", "says"),
-    [("node1", "HOST:PORT/COUNT/INDEX"), ("node1:80/2/2", "INDEX below COUNT")],
-)
-def test_distributed_wants_an_address(tiny, where, says, capsys):
-    with pytest.raises(SystemExit) as leave:
-        runs.start("rebrac", [*tiny, "--distributed", where])
-    assert leave.value.code == 2 and says in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("name", runs.slow_but(["rebrac", "dt", "qc", "cql"], ["rebrac"]))
-def test_devices_share_the_batches_of_one_seed(name, tiny, base, tmp_path):
-    """Sums in another order: nearly the numbers of one device."""
+@pytest.mark.parametrize(("name", "count", "after"), BATCHES)
+def test_devices_share_the_batches_of_one_seed(name, tiny, base, tmp_path, count, after):
+    """Nearly the numbers of one device, sums in another order; resumed on `after` devices, too."""
     argv = [*tiny[:2], *runs.tiny(name), "--log-every", "8"]
     run(name, [*argv, "--runs-dir", "one"])
-    two = {"XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=2"}
-    argv += ["--devices", "2", "--runs-dir", "two"]
-    code, _, error = runs.call(
-        runs.command(name, argv), tmp_path, runs.environment(base / "cache", **two)
-    )
+    argv += ["--resume", "--runs-dir", "many", "--devices"]
+    if count != after:
+        words = runs.command(name, [*argv, str(count)], die="after save 8")
+        assert runs.call(words, tmp_path, simulated(base, count))[0] == -signal.SIGKILL
+    words = runs.command(name, [*argv, str(after)])
+    code, out, error = runs.call(words, tmp_path, simulated(base, after))
     assert code == 0, error
-    rows = [runs.read_csv(runs.only_run(x) / "metrics.csv") for x in ("one", "two")]
+    assert ("resuming at update 8" in out) == (count != after)
+    assert (f"begun on {count} x cpu, resumed on {after} x cpu" in error) == (count != after)
+    rows = [runs.read_csv(runs.only_run(x) / "metrics.csv") for x in ("one", "many")]
     for mine, other in zip(*rows, strict=True):
         for key, value in mine.items():
             if value:
