@@ -11,7 +11,9 @@ def fail(message: str) -> NoReturn:
     Raises:
         SystemExit: always, with code 2 and the message as its cause.
     """
-    print(f"error: {message}", file=sys.stderr)
+    line = " ".join(message.split())
+    line = line if len(line) < 1500 else f"{line[:1400]} ... {line[-80:]}"
+    print(f"error: {line}".encode("utf-8", "backslashreplace").decode(), file=sys.stderr)
     raise SystemExit(2) from ValueError(message)
 
 

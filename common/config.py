@@ -53,7 +53,9 @@ def parse(config_class, argv=None):
     unset = "\0"  # tells a data set chosen on the command line from the default one
     cfg, options = _cli(config_class, ["--dataset", unset, *argv], script.name)
     chosen = None if cfg.dataset == unset else cfg.dataset
-    dataset = chosen or config_class.dataset
+    for flag in ("config", "env", "name", "runs_dir", "distributed"):
+        _printable(f"--{flag.replace('_', '-')}", getattr(options, flag) or "-")
+    dataset = _printable("--dataset", chosen or config_class.dataset)
     file, tokens, missing = options.config, [], ""
     if file is None and (suite := datasets.suite(dataset)):
         # A copy of an algorithm's file may lie in the repository's root, too.
@@ -66,7 +68,7 @@ def parse(config_class, argv=None):
         print(f"config: no file{missing} for {dataset}, the defaults of {script.name} apply")
     else:
         values, rows = read_yaml(file, config_class)
-        dataset = chosen or values.get("dataset", dataset)
+        dataset = _printable("dataset", chosen or str(values.get("dataset", dataset)))
         tokens = list(_tokens(values | {"dataset": dataset}))
         _cli(config_class, tokens, file)
         name = datasets.config_name(dataset)
@@ -88,6 +90,9 @@ def parse(config_class, argv=None):
     return cfg, options
 
 
+LONGEST = 1_000_000  # characters of a config, and values in it once aliases are written out
+
+
 def read_yaml(file, config_class):
     """Fields and `datasets:` rows of a YAML file. Unknown and doubled keys end with exit code 2."""
     import yaml
@@ -102,12 +107,23 @@ def read_yaml(file, config_class):
             return super().construct_mapping(node, deep)
 
     try:
-        values = yaml.load(Path(file).read_text(), Loader)
-    except (OSError, UnicodeDecodeError) as error:
+        with open(file) as text:
+            content = text.read(LONGEST + 1)
+    except (OSError, ValueError) as error:
         fail(f"--config {file}: cannot be read ({getattr(error, 'strerror', None) or error})")
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
+    if len(content) > LONGEST:
+        fail(f"--config {file}: longer than {LONGEST:,} characters, so no config")
+    try:
+        values = yaml.load(content, Loader)
+    except Exception as error:  # of many kinds, where a tag does not fit its text
         fail(f"{file}: not valid YAML ({' '.join(str(error).split())})")
-    values = {} if values is None else values
+    values, parts, count = {} if values is None else values, [values], 0
+    while parts and count <= LONGEST:  # aliases of aliases would be written out below
+        part, count = parts.pop(), count + 1
+        if isinstance(part, dict | list):
+            parts += part.values() if isinstance(part, dict) else part
+    if count > LONGEST:
+        fail(f"{file}: its aliases make more than {LONGEST:,} values")
     if not isinstance(values, dict):
         fail(f"{file}: a mapping of fields to values is wanted, not a {type(values).__name__}")
     values.pop("record", None)  # what a run wrote into its config.yaml for the reader
@@ -126,6 +142,14 @@ def read_yaml(file, config_class):
             if (value is None and key not in optional) or isinstance(value, dict):
                 fail(f"{file}: {where}{key}: a value is wanted, not {value}")
     return values, rows
+
+
+def _printable(what, text):
+    """The text, where it can be the name of something on this machine."""
+    if not text.isprintable() or any(len(part.encode()) > 255 for part in text.split("/")):
+        shown = text if len(text) < 60 else f"{text[:60]}..."
+        fail(f"{what} {shown!r}: printable text is wanted, at most 255 bytes between '/'")
+    return text
 
 
 def read_run(folder, config_class):
@@ -164,7 +188,7 @@ def run_folder(cfg, options):
     if not re.fullmatch(r"\w[\w.-]*", name):
         fail(f"--name {name!r}: letters, digits, '_', '-' and, inside, '.' only")
     algorithm, slug = Path(inspect.getfile(type(cfg))).stem, datasets.slug(cfg.dataset)
-    if ".." in Path(slug).parts or Path(slug).is_absolute() or "\0" in slug:
+    if {"", ".", ".."} & {*slug.split("/")}:
         fail(f"--dataset {cfg.dataset!r}: no data set's name and no file")
     folder = Path(options.runs_dir) / algorithm / slug / name
     if (folder / "config.yaml").exists():

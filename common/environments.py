@@ -33,15 +33,13 @@ def robotics():
 
 def quiet(env_id, make, *args, **options):
     """Make an env without the news (newer versions, no display); one line if it cannot be made."""
-    import gymnasium
-
     # Said at every look at OGBench's spaces, and at the first step in FrankaKitchen.
     for news in ("precision lowered by casting", "share an object"):
         warnings.filterwarnings("ignore", message=f".*{news}")
     try:
         with warnings.catch_warnings(action="ignore"):
             env = make(*args, **options)
-    except (gymnasium.error.Error, ImportError, AttributeError, TypeError) as error:
+    except Exception as error:  # of Gymnasium, or of the module that --env names
         fail(f"env {env_id or 'of the data set'}: cannot be made ({one_line(error)}); see --env")
     _tidy(env)
     return env
@@ -71,12 +69,15 @@ def trusted(dataset_id, folder, env):
         return  # nothing of the data set's own is made
     gymnasium.register_envs(robotics())
     recipes.register()
-    known = {str(spec.entry_point).partition(".")[0] for spec in gymnasium.registry.values()}
+    known = {str(spec.entry_point) for spec in gymnasium.registry.values()}
+    packages = "|".join({re.escape(name.partition(".")[0]) for name in known})
+    env_class = re.compile(rf"({packages})[\w.]*:\w*Env|gymnasium\.wrappers[\w.]*:\w+")
     for text in filter(None, (metadata.get("env_spec"), metadata.get("eval_env_spec"))):
         spec = json.loads(text)
         for part in (spec, *(spec.get("additional_wrappers") or ())):
-            if re.split("[.:]", str(part["entry_point"]))[0] not in known:
-                what = f"its env is {part['entry_point']}, of no package of envs known here"
+            name = str(part["entry_point"])
+            if name not in known and not env_class.fullmatch(name):
+                what = f"its env is {name}, of no package of envs known here"
                 fail(f"{dataset_id}: {what}; --env NAME evaluates in one that you trust")
 
 

@@ -20,7 +20,7 @@ import jax
 from jax._src import distributed  # not public, but orbax uses it as well
 from jax.experimental import multihost_utils
 
-from common import fail
+from common import fail, one_line
 
 MEETINGS = itertools.count()
 
@@ -34,14 +34,14 @@ def join(options):
         return options
     asked, words = f"--distributed {options.distributed}", ()
     if options.distributed != "auto":
-        match = re.fullmatch(r"(\S+:\d+)/(\d+)/(\d+)", options.distributed)
-        if match is None or not int(match[3]) < int(match[2]):
+        match = re.fullmatch(r"(\S+:(\d{1,5}))/(\d{1,6})/(\d{1,6})", options.distributed, re.A)
+        if not match or not int(match[4]) < int(match[3]) or not 0 < int(match[2]) < 65536:
             fail(f"{asked}: auto is wanted or HOST:PORT/COUNT/INDEX (a:80/2/0), INDEX below COUNT")
-        words = (match[1], int(match[2]), int(match[3]))
+        words = (match[1], int(match[3]), int(match[4]))
     try:
         jax.distributed.initialize(*words)
     except (RuntimeError, ValueError) as error:
-        fail(f"{asked}: {str(error).splitlines()[0]}")
+        fail(f"{asked}: {one_line(error)}")
     atexit.register(_leave)
     if distributed.global_state.process_id == 0:  # asking JAX would make it look for devices
         return options

@@ -48,9 +48,9 @@ def read(dataset_id: str, env: str | None, env_steps: int | None) -> Source:
     Raises:
         SystemExit: code 2 after one clear line.
     """
-    path = Path(os.path.expanduser(dataset_id))
-    if not dataset_id.strip() or "\0" in dataset_id:
+    if not dataset_id.strip() or not dataset_id.isprintable():
         fail(f"{dataset_id!r} is no data set id; see common/datasets.py for the forms")
+    path = Path(os.path.expanduser(dataset_id))
     if dataset_id.startswith("local/") and not path.exists():
         if dataset_id.startswith("local/ogbench/"):
             return _local_ogbench(dataset_id, env, env_steps)
