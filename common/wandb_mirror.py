@@ -82,11 +82,12 @@ class Mirror:
         runs, self.runs = self.runs, {}
 
         def finish_all():
-            with contextlib.suppress(Exception):  # wandb's own process may be gone already
-                for run in runs.values():
+            for run in runs.values():
+                with contextlib.suppress(Exception):  # wandb's own process may be gone already
                     run.finish()
-                if runs:
-                    sys.modules["wandb"].teardown()
+            if runs:
+                with contextlib.suppress(Exception):
+                    sys.modules["wandb"].teardown()  # else at exit, with a traceback
 
         finish = threading.Thread(target=finish_all, daemon=True)
         finish.start()
