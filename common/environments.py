@@ -71,7 +71,7 @@ def trusted(dataset_id, folder, env):
     recipes.register()
     known = {str(spec.entry_point) for spec in gymnasium.registry.values()}
     packages = "|".join({re.escape(name.partition(".")[0]) for name in known})
-    env_class = re.compile(rf"({packages})[\w.]*:\w*Env|gymnasium\.wrappers[\w.]*:\w+")
+    env_class = re.compile(rf"({packages})(\.\w+)*:\w*Env|gymnasium\.wrappers(\.\w+)*:\w+")
     for text in filter(None, (metadata.get("env_spec"), metadata.get("eval_env_spec"))):
         spec = json.loads(text)
         for part in (spec, *(spec.get("additional_wrappers") or ())):

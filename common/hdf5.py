@@ -34,7 +34,7 @@ def read(path: Path, wanted: tuple, needed: tuple) -> tuple[dict, dict]:
         fail(f"{path}: cannot be read as HDF5, truncated or another format ({one_line(error)})")
     for name in needed:
         if name not in rows:
-            found = ", ".join([*arrays, *groups][:20]) or "nothing"
+            found = ", ".join(map(str, [*arrays, *groups][:20])) or "nothing"
             fail(f"{path}: no array {name!r} at the top of it, only {found}")
         if np.ndim(rows[name]) == 0:
             fail(f"{path}: {name} is not an array of numbers but a single value")
