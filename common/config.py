@@ -189,7 +189,8 @@ def run_folder(cfg, options):
         fail(f"--name {name!r}: letters, digits, '_', '-' and, inside, '.' only")
     algorithm, slug = Path(inspect.getfile(type(cfg))).stem, datasets.slug(cfg.dataset)
     if {"", ".", ".."} & {*slug.split("/")}:
-        fail(f"--dataset {cfg.dataset!r}: no data set's name and no file")
+        what = "a directory, or no data set's name; pass an HDF5 file or an id"
+        fail(f"--dataset {cfg.dataset}: {what}")
     folder = Path(options.runs_dir) / algorithm / slug / name
     if (folder / "config.yaml").exists():
         if not options.resume:
