@@ -3,14 +3,13 @@
 
 import os
 import shutil
-import zlib
-from functools import partial, reduce
+from functools import partial
 from pathlib import Path
 
 import jax
 import numpy as np
 
-from common import config, fail, host_data, meshes, processes
+from common import config, digests, fail, host_data, meshes, processes
 
 
 def streams(seeds, number):
@@ -22,8 +21,7 @@ def streams(seeds, number):
 def place(data, options):
     """The arrays of a data set in host memory, on the device, or on each of `--devices`."""
     if jax.process_count() > 1:
-        arrays = map(np.ascontiguousarray, jax.tree.leaves(data))
-        same({"data with digest": reduce(lambda digest, x: zlib.crc32(x, digest), arrays, 0)})
+        same({"data with": digests.of_data(data)})
     if options.data == "host":
         return jax.tree.map(np.asarray, data)
     if options.devices == 1:

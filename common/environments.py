@@ -83,7 +83,6 @@ def trusted(dataset_id, folder, env):
 
 def recovered(dataset_id, source):
     """Arguments under which the eval env of a Minari data set is the data's own task."""
-
     text = source.storage.metadata.get("eval_env_spec")
     if dataset_id.startswith("D4RL/kitchen/"):
         # The recording's: no task is ever taken off the list, all done ones pay at every step.

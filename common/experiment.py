@@ -143,7 +143,7 @@ class Run:
                 self.bar.close()
             self.signals.close()
             if isinstance(error, OSError | ValueError):
-                raise error  # looked at by checkpoints.storage
+                raise error  # looked at by disks.storage
             self.manager.close()
             self.wandb.close()
             lost = len(self.diverged) == len(self.cfg.seeds)
@@ -242,19 +242,18 @@ class Run:
             means = {} if gone else {k: v[i] for k, v in (metrics or {}).items()}
             self.waiting.append((step, seed, means, {k: v[i] for k, v in (scores or {}).items()}))
         if metrics or step == self.cfg.num_updates:
-            names = list(metrics or {})
+            names, rows = list(metrics or {}), []
             for update, seed, means, numbers in self.waiting:
                 cells = [_cell(means.get(name)) for name in names]
                 cells += [_cell(numbers.get(name)).replace("nan", "") for name in SCORES]
-                self._append(
-                    "metrics.csv", ("update", "seed", *names, *SCORES), update, seed, *cells
-                )
+                rows.append((update, seed, *cells))
                 self.wandb.log(seed, update, means | numbers)
+            self._append("metrics.csv", ("update", "seed", *names, *SCORES), *rows)
             self.waiting = []
         chunk = self.chunks[-1] if self.chunks else 0.0
         seconds = (f"{x:.3f}" for x in (chunk, self.seconds["train"], self.seconds["eval"]))
         header = ("update", "chunk_seconds", "train_seconds", "eval_seconds")
-        self._append("timing.csv", header, step, *seconds)
+        self._append("timing.csv", header, (step, *seconds))
         self.bar.update(step - self.bar.n)
 
     def _freeze(self, step, host, metrics):
@@ -282,9 +281,9 @@ class Run:
                 f"update {step:,}: score {np.nanmean(self.scores):.1f} (seeds: {each})", flush=True
             )
 
-    def _append(self, name, header, *row):
+    def _append(self, name, header, *rows):
         file = self.folder / name
-        lines = [row] if file.exists() and file.stat().st_size else [header, row]
+        lines = rows if file.exists() and file.stat().st_size else (header, *rows)
         with file.open("a") as out:
             out.write("".join(",".join(map(str, line)) + "\n" for line in lines))
             disks.settle(out)
@@ -310,8 +309,7 @@ class Run:
             "train_seconds": round(train, 1),
             "eval_seconds": round(evaluation, 1),
             "eval_share": round(evaluation / max(train + evaluation, 1e-9), 3),
-            "hardware": f"{len(jax.devices())} x {jax.devices()[0].device_kind}; "
-            + self.world["processor"],
+            "hardware": f"{self.world['devices']}; {self.world['processor']}",
             "matmul_precision": jax.config.jax_default_matmul_precision or "default",
             "code": self.code,
             "versions": {"python": platform.python_version()} | dict(provenance.versions()),

@@ -34,6 +34,11 @@ def code(paths):
     return digest.hexdigest()[:12]
 
 
+def cores():
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
 def processor():
     """Number and model of this machine's cores, and how many of them this process may use."""
     model = platform.machine()
@@ -41,5 +46,4 @@ def processor():
         found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
         model = found[1] if found else model
     count = os.cpu_count()
-    here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else count
-    return f"{'' if here == count else f'{here} of '}{count} cores of {model}"
+    return f"{'' if cores() == count else f'{cores()} of '}{count} cores of {model}"

@@ -213,9 +213,9 @@ def die_at(point):
             os.rename = os.replace = Path.rename = Path.replace = lambda *_: die()
         if when == "in" and method == "log":  # half of a line is in the file
 
-            def append(run, name, header, *row):
+            def append(run, name, header, *rows):
                 with (run.folder / name).open("a") as file:
-                    file.write(",".join(map(str, row))[:5])
+                    file.write(",".join(map(str, rows[0]))[:5])
                 die()
 
             experiment.Run._append = append

@@ -368,12 +368,16 @@ def damage_manifest(folder):
         pass
 
 
-DAMAGES = [damage_files, damage_nothing_left, damage_meta, damage_names, damage_noise]
-
-
 @pytest.mark.parametrize(
     "damage",
-    [*DAMAGES, damage_manifest],
+    [
+        damage_files,
+        damage_nothing_left,
+        damage_meta,
+        damage_names,
+        damage_noise,
+        damage_manifest,
+    ],
     ids=lambda x: x.__name__,
 )
 def test_damaged_checkpoint(name, tiny, reference, capfd, damage):
