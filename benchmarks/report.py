@@ -31,7 +31,7 @@ import figures
 import intervals
 import published
 import readers
-from common import config, fail
+from common import config, fail, provenance
 from pages import Figure, Folded, Heading, Table, Text, markdown, page
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -479,12 +479,27 @@ def problems(rows, notes):
     return [Heading("To know"), Text(lines)] if notes else []
 
 
+def outdated(rows):
+    """Lines for the terminal alone: which rows today's files did not make."""
+    found = collections.Counter()
+    for row in rows:
+        script = ROOT / "algorithms" / f"{row.algorithm}.py"
+        found[row.algorithm] += script.exists() and row.code != provenance.code([script])
+    return [
+        f"made by another version of {name}.py: {n} row{'s' * (n > 1)}"
+        for name, n in found.items()
+        if n
+    ]
+
+
 def environment(rows):
     """Blocks: hardware and versions."""
     blocks = [Heading("Made with")]
     results = [result for row in rows for result in row.results]
     hardware = joined(result["hardware"] for result in results if "hardware" in result)
     blocks += [Text(f"Hardware: {hardware}.")] if hardware else []
+    code = joined(sorted(f"{row.algorithm} {row.code}" for row in rows if row.code))
+    blocks += [Text(f"Code (digest of the file, recorded with the run): {code}.")] if code else []
     found = [result["versions"] for result in results if "versions" in result]
     versions = sorted({json.dumps(x, sort_keys=True) for x in found})
     for record in versions:
@@ -574,7 +589,8 @@ def main(arguments):
     if arguments.readme:
         arguments.readme.write_text(before + readme(rows, notes, arguments).strip() + after)
         written.append(str(arguments.readme))
-    print(*notes, sep="\n", end="\n\n" if notes else "")
+    said = [*notes, *outdated(rows)]
+    print(*said, sep="\n", end="\n\n" if said else "")
     print(markdown([table(rows)]))
     print(f"written: {' '.join(written)}")
 

@@ -4,9 +4,9 @@
     pip install wandb-workspaces
     python benchmarks/wandb_report.py ENTITY/PROJECT --folders runs
 
-The table is that of report.py (from the folders, else from the project). Every data set has a run
-set filtered by the runs' config and grouped by algorithm, and by the config values that tell
-methods apart, so that no curve is a mean over two methods. The page is saved as a draft.
+The table is that of report.py (from the folders, else from the project). Every data set has a set
+of finished runs filtered by their config and grouped by algorithm, and by the config values that
+tell methods apart, so that no curve is a mean over two methods. The page is saved as a draft.
 """
 
 from dataclasses import dataclass
@@ -53,7 +53,8 @@ def _grid(wr, entity, project, name, rows):
         entity=entity,
         project=project,
         name=name,
-        filters=f"Config('dataset') = '{name}' and Config('algorithm') in [{algorithms}]",
+        filters=f"Config('dataset') = '{name}' and Config('algorithm') in [{algorithms}] "
+        "and Metric('State') = 'finished'",
         groupby=[f"config.{key}" for key in ("algorithm", *keys)],
     )
     shown = ["score", "return", "success"] if rows[0].scale != "return" else ["return", "length"]

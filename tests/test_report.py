@@ -17,6 +17,7 @@ import yaml
 import published
 import readers
 from benchmarks import report
+from common import provenance
 
 ROOT = Path(__file__).resolve().parents[1]
 CODE = {"algorithm": "aaa", "common": "ccc"}
@@ -551,6 +552,16 @@ def test_a_row_of_several_runs_says_where_all_were_made(tmp_path):
     text = " ".join(block.markdown for block in report.environment(found)[1:])
     assert "Hardware: none, another." in text and "python 3" in text and "python 4" in text
     assert "--seeds 0 1" in report.command(found[0]) or report.command(found[0]).startswith("# ")
+
+
+def test_rows_of_older_code_are_said_on_the_terminal_their_digests_on_the_page(tmp_path):
+    today = provenance.code([ROOT / "algorithms" / "bc.py"])
+    write_run(tmp_path / "a", [10.0], dataset="a.hdf5", code={"algorithm": today})
+    write_run(tmp_path / "b", [20.0], dataset="b.hdf5", code={"algorithm": "0123456789ab"})
+    found, _ = readers.find((tmp_path,))
+    assert report.outdated(found) == ["made by another version of bc.py: 1 row"]
+    text = " ".join(block.markdown for block in report.environment(found)[1:])
+    assert f"bc {today}" in text and "bc 0123456789ab" in text
 
 
 def test_the_best_of_a_seed_that_diverged_does_not_count(tmp_path):

@@ -75,10 +75,11 @@ def test_the_report_as_wandb_would_get_it(monkeypatch):
     hopper = sets["hopper-medium-v4.hdf5"]
     names = [key["name"] for key in hopper["grouping"]]
     assert names == ["algorithm.value", "fraction.value"]
-    dataset, algorithm = hopper["filters"]["filters"]
+    dataset, algorithm, state = hopper["filters"]["filters"]
     assert dataset["key"] == {"section": "config", "name": "dataset"}
     assert dataset["value"] == "hopper-medium-v4.hdf5"
     assert algorithm["op"] == "IN" and "td3_bc" in algorithm["value"]
+    assert state["key"] == {"section": "run", "name": "state"} and state["value"] == "finished"
     panels = grids[0]["panelBankSectionConfig"]["panels"]
     assert panels[0]["config"]["metrics"] == ["score"]
     assert panels[0]["config"]["groupArea"] == "stddev"
