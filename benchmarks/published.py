@@ -10,9 +10,10 @@ quotes from elsewhere, and none selected by looking at the scores. Left out, too
 AWAC, whose weights its code broadcasts into plain cloning.
 
 A number is shown only where the protocol is the same: the data set has D4RL's or OGBench's own name
-(a file, a recipe, Minari's data are others, whatever their name) and is evaluated in its own env,
-the run made as many updates, was evaluated in as many episodes where the source states them, and
-our score is taken in the same way. Hyperparameters beyond `config` are the source's own.
+(a file, a recipe, Minari's data are others, whatever their name) and is evaluated in its env's
+counterpart (docs/data.md), the run made as many updates, was evaluated in as many episodes where
+the source states them, and our score is taken in the same way. Hyperparameters beyond `config` are
+the source's own.
 """
 
 import csv

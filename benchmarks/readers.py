@@ -257,10 +257,14 @@ def tell_apart(runs, notes):
     for run in runs:
         by_name[run.family, run.dataset].append(run)
     for (family, name), group in by_name.items():
-        if len({_data(run) for run in group}) > 1:
+        digests = [run.config.get("record", {}).get("digest") for run in group]
+        texts = [_data(run) for run in group]
+        if len({*digests} - {None}) > 1:  # older runs have none
+            texts = [f"{text}, {digest or ''}" for text, digest in zip(texts, digests, strict=True)]
+        if len({*texts}) > 1:
             notes.append(f"{family}: {name} is the name of different data, told apart below")
-            for run in group:
-                run.copy = _data(run)
+            for run, text in zip(group, texts, strict=True):
+                run.copy = f" ({text})"
     rows = _join(runs, notes)
     methods = collections.defaultdict(lambda: collections.defaultdict(list))
     for run in rows:
@@ -295,8 +299,10 @@ def _data(run):
     """What tells two data sets of one name apart."""
     returns = run.config.get("record", {}).get("data_return")
     if returns is None:
-        return " (data not recorded)"
-    return f" (returns {returns['mean']:.6g} in the mean, {returns['max']:.6g} at most)"
+        return "data not recorded"
+    text = f"returns {returns['mean']:.6g} in the mean, {returns['max']:.6g} at most"
+    low, high = run.reference
+    return text if low is None else f"{text}, 0 and 100 are {low:.6g} and {high:.6g}"
 
 
 def _join(runs, notes):

@@ -54,7 +54,8 @@ the same scale. Updates/s: of all seeds of a process together. Wall-clock: train
 INTERVALS = """
 IQM: interquartile mean over seeds and data sets. In brackets: 95 % intervals of a bootstrap
 stratified by data set. Probability: that a seed of the row scores higher than one of the column on
-the same data set, mean over data sets.
+the same data set, mean over data sets. All seeds and methods meet the same evaluation starts, so
+what other starts would change is in no interval and no std.
 """
 
 
@@ -208,11 +209,15 @@ def plain(value):
 
 
 def usual_sizes(rows):
-    """data set -> (updates, seeds) of most of its rows."""
+    """data set -> (updates, seeds, episodes) of most of its rows, of the larger where as many."""
     sizes = collections.defaultdict(collections.Counter)
     for row in rows:
-        sizes[row.dataset][row.result["num_updates"], len(row.scores)] += 1
-    return {name: counts.most_common(1)[0][0] for name, counts in sizes.items()}
+        sizes[row.dataset][_size(row)] += 1
+    return {name: max(x, key=lambda size: (x[size], size)) for name, x in sizes.items()}
+
+
+def _size(row):
+    return row.result["num_updates"], len(row.scores), row.result["eval_episodes"]
 
 
 def matrix(rows, best=False):
@@ -229,11 +234,13 @@ def matrix(rows, best=False):
             row = found.get(name)
             each = row and (row.best if best else row.scores)
             gone = row and len(row.result["diverged"])
-            words, (updates, seeds) = [f"{gone} diverged"] if gone else [], usual[name]
+            words, (updates, seeds, episodes) = [f"{gone} diverged"] if gone else [], usual[name]
             if row and row.result["num_updates"] != updates:
                 words.append(f"{row.result['num_updates']:,} updates")
             if row and len(row.scores) != seeds:
                 words.append(f"{len(row.scores)} seed" + "s" * (len(row.scores) != 1))
+            if row and row.result["eval_episodes"] != episodes:
+                words.append(f"{row.result['eval_episodes']} episodes")
             extra = f" ({', '.join(words)})" if words else ""
             line.append("" if row is None else spread(each) + extra)
         if len(names) > 1:
@@ -336,6 +343,12 @@ def statistics(rows, summary):
     words += "\nOne seed has no interval." if 1 in counts else ""
     if few := [count for count in sorted(counts) if 1 < count < FEW]:
         words += f"\nOf {joined(few)} seeds {NARROW}."
+    usual = usual_sizes(row for x in summary.scores for row in methods[x].values())
+    odd = [x for x in summary.scores if any(_size(y) != usual[z] for z, y in methods[x].items())]
+    if odd:
+        words += (
+            f"\nOf other updates or episodes than most, and compared all the same: {joined(odd)}."
+        )
     if summary.words:
         words += f"\nNot compared here: {'; '.join(summary.words)}."
     return [*blocks, Text(words)]
@@ -517,12 +530,10 @@ def readme(rows, notes, arguments):
     blocks = [Text("Last policy's score, mean ± std over seeds (ddof 0).")]
     for family, group in by_family(rows).items():
         usual, scale = usual_sizes(group), joined(WORDS[row.scale] for row in group)
-        updates, seeds = (dict.fromkeys(sizes) for sizes in zip(*usual.values(), strict=True))
+        updates, seeds, _ = (dict.fromkeys(sizes) for sizes in zip(*usual.values(), strict=True))
         size = f"{' / '.join(f'{x:,}' for x in updates)} updates, {joined(seeds)} seeds"
         size = size.removesuffix("s") if [*seeds] == [1] else size
-        mixed = any(
-            (row.result["num_updates"], len(row.scores)) != usual[row.dataset] for row in group
-        )
+        mixed = any(_size(row) != usual[row.dataset] for row in group)
         size += ", where a cell does not say others" if mixed else ""
         blocks.append(Text(f"**{family}** ({scale}; {size}):"))
         blocks += [matrix(group), *beside(group, reference)]

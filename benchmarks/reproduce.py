@@ -47,6 +47,7 @@ from common import config, datasets, fail, one_line, provenance
 ROOT = Path(__file__).resolve().parents[1]
 OURS = ("config", "dataset", "seeds", "name", "resume", "runs-dir")  # flags set for every cell
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+AFTER = "flags of the runs stand after --"
 LATE = 90  # seconds that files of a job may be late on a shared disk
 FREED = 60  # seconds of the 90 that SLURM leaves a job to save before its time is up
 
@@ -112,13 +113,14 @@ def parse(argv):
             arguments = tyro.cli(
                 Annotated[Arguments, tyro.conf.FlagCreatePairsOff],
                 args=argv[:split],
-                description=__doc__.split("\n\n")[0],
+                description=__doc__.split("\n\n")[0] + f" {AFTER}: -- --num-updates 1000",
             )
     except SystemExit as leave:
         if leave.code == 0:  # --help
             raise
-        text = re.sub(r"\x1b\[[\d;]*m|[╭╮╰╯│─]", " ", printed.getvalue())
+        text = re.sub(r"\x1b\[[\d;]*m|[╭╮╰╯│─]|-{4,}", " ", printed.getvalue())
         text = " ".join(text.split("For full helptext")[0].split())
+        text += f" ({AFTER})" if "Unrecognized options" in text else ""
         fail(re.sub(r"^(Parsing error|Required options|Unrecognized options) ", "", text))
     overrides = argv[split + 1 :]
     known = sorted(path.stem for path in (ROOT / "algorithms").glob("[!_]*.py"))
@@ -525,17 +527,31 @@ def await_jobs(jobs, own, cluster, progress):
 
 
 # --- The call -----------------------------------------------------------------------------------
-def report(cells, arguments, overrides, argv):
-    """The command that makes the table; only the suite's own matrix goes to benchmarks/results."""
+MATRIX = ("algorithms", "seeds", "datasets", "name", "output")  # what makes a matrix another one
+
+
+def is_whole(arguments, overrides, note):
+    """Whether this call makes the matrix whose command the suite's note has."""
+    text = note.read_text() if note.exists() else ""
+    commands = re.findall(r"^python benchmarks/reproduce\.py (.*)$", text, re.MULTILINE)
+    for named, extra in (parse(shlex.split(command)) for command in commands):
+        if overrides == extra and named.suite == arguments.suite:
+            return all(getattr(arguments, x) == getattr(named, x) for x in MATRIX)
+    return False
+
+
+def report(cells, arguments, overrides, argv, failed=False):
+    """The command that makes the table; only a suite's whole matrix goes to benchmarks/results."""
     note = ROOT / "benchmarks" / "notes" / f"{arguments.suite}.md"
-    whole = not (arguments.output or arguments.datasets or overrides)
+    whole = is_whole(arguments, overrides, note) and not failed
     place = ROOT / "benchmarks" / "results" if whole else Path(arguments.runs_dir)
     output = arguments.output or place / arguments.suite
     words = [sys.executable, short(ROOT / "benchmarks" / "report.py")]
     words += [str(cell.folder) for cell in cells]
+    argv = [word for word in argv if word != "--dry-run"]
     words += ["--command", shlex.join(["python", "benchmarks/reproduce.py", *argv])]
     words += ["--output", short(output), "--title", arguments.suite]
-    words += ["--note", short(note)] if note.exists() else []
+    words += ["--note", short(note)] if whole else []
     readme = ROOT / "README.md"
     if whole and f"<!-- {output.name} -->" in readme.read_text():
         words += ["--readme", short(readme)]
@@ -569,7 +585,7 @@ def main(argv):
         )
     if finished:  # the page names those that were begun and are not finished
         begun = [cell for cell in cells if cell.folder.is_dir()]
-        words = report(begun, arguments, overrides, argv)
+        words = report(begun, arguments, overrides, argv, failed=len(finished) < len(cells))
         code = subprocess.run(words, check=False).returncode
         return 1 if progress.failed else code
     return 1

@@ -14,8 +14,9 @@ Bound     Stricter: the matrix products of that chunk and nothing else: every do
           of one shape are one array, so that they stay in the cache, as they do not in training.
           On a CPU batched products are also run one by one, and the faster way counts.
 Peak      The rate of a chain of large square products, in GFLOP/s.
-Peer      With --peer PYTHON, the python of a virtual environment with d3rlpy: its updates/s at the
-          same widths, batch size and data sizes, measured right after each row of one seed.
+Peer      With --peer PYTHON, the python of a virtual environment with d3rlpy (python -m venv peer,
+          peer/bin/pip install d3rlpy, then --peer peer/bin/python): its updates/s at the same
+          widths, batch size and data sizes, measured right after each row of one seed.
 Loading   With --loading, seconds to load a million transitions of each layout, see data_table.py.
 Rollouts  With --rollouts ENV, steps/s of evaluations there: 10 episodes per seed, ReBRAC's actor.
 

@@ -47,6 +47,7 @@ def build(rows, notes, entity, project, title):
 def _grid(wr, entity, project, name, rows):
     keys = [word.split("=")[0] for row in rows for word in row.variant.split() if "=" in word]
     code = ["code.algorithm"] * ("code" in keys)
+    code += ["code.common"] * ("common" in keys)
     keys = [key for key in dict.fromkeys(keys) if any(key in row.config for row in rows)] + code
     algorithms = ", ".join(f"'{x}'" for x in dict.fromkeys(row.algorithm for row in rows))
     runs = wr.Runset(

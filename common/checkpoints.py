@@ -7,6 +7,7 @@ import logging
 import shutil
 import sys
 import time
+from pathlib import Path
 
 import jax
 
@@ -45,6 +46,7 @@ def save(manager, step, state, meta):
     meta |= {"digest": digests.of_checkpoint(state, meta)}
     items = {"state": ocp.args.StandardSave(state), "meta": ocp.args.JsonSave(meta)}
     manager.save(step, args=ocp.args.Composite(**items))
+    disks.settle_all(Path(manager.directory, str(step)))  # orbax does so with arrays only
 
 
 @disks.quiet_loops()
@@ -85,9 +87,7 @@ def restore(checkpoints, target, keep=False):
         checkpoints.reload()
         return saved["state"], saved["meta"]
     if damaged:
-        fail(
-            f"{checkpoints.directory}: no checkpoint can be read; mend it, or start another --name"
-        )
+        fail(f"{checkpoints.directory}: no checkpoint can be read; delete the run, or take --name")
     return None, None
 
 

@@ -50,6 +50,10 @@ def parse(config_class, argv=None):
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     script = Path(inspect.getfile(config_class))
+    beside = script.resolve().parents[1] / "common"
+    if beside.is_dir() and not beside.samefile(Path(__file__).parent):
+        here = f"would run with {Path(__file__).parent}, of another copy of Atoll"
+        fail(f"{script}: {here}; PYTHONPATH={beside.parent} takes its own")
     unset = "\0"  # tells a data set chosen on the command line from the default one
     cfg, options = _cli(config_class, ["--dataset", unset, *argv], script.name)
     chosen = None if cfg.dataset == unset else cfg.dataset
@@ -214,7 +218,7 @@ def _cli(config_class, argv, source):
     except SystemExit as leave:
         if leave.code == 0:  # --help
             raise
-        text = re.sub(r"\x1b\[[\d;]*m|[╭╮╰╯│─]", " ", printed.getvalue())
+        text = re.sub(r"\x1b\[[\d;]*m|[╭╮╰╯│─]|-{4,}", " ", printed.getvalue())
         text = " ".join(text.split("For full helptext")[0].split())
         fail(f"{source}: {re.sub(r'^(Parsing error|Unrecognized options) ', '', text)}")
     return parsed.cfg, parsed.options

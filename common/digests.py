@@ -8,14 +8,17 @@ import zlib
 import jax
 import numpy as np
 
-from common import provenance
+from common import processor, provenance
+
+NO_VERSIONS = ("processor", "data", "devices", "reference")  # of what `world` gives
 
 
 def world(dataset) -> dict[str, str]:
-    """Processor, devices, data and versions; a resumed run warns of those that changed."""
+    """Processor, devices, data, scale of the score, versions: a resumed run tells of changes."""
     devices = jax.devices()
-    facts = {"processor": provenance.processor(), "data": of_data(dataset.transitions)}
+    facts = {"processor": processor.name(), "data": of_data(dataset.transitions)}
     facts |= {"devices": f"{len(devices)} x {devices[0].device_kind}"}
+    facts |= {"reference": f"{dataset.ref_min_score} to {dataset.ref_max_score}"}
     return facts | dict(provenance.versions())
 
 

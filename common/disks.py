@@ -45,6 +45,16 @@ def settle(out):
     os.fsync(out.fileno())
 
 
+def settle_all(folder):
+    """The same for all files and folders of a folder, and for its name."""
+    for path in (*folder.rglob("*"), folder, folder.parent):
+        number = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(number)
+        finally:
+            os.close(number)
+
+
 @contextlib.contextmanager
 def quiet_loops():
     """Orbax's event loops inside take late calls in silence.

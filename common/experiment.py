@@ -11,11 +11,9 @@ A run folder `<runs-dir>/<algorithm>/<data set>/<name>/` holds
     wandb/        offline runs, one per seed; wandb.id is the end of their ids
 """
 
-import fcntl
 import inspect
 import json
 import math
-import platform
 import signal
 import statistics
 import sys
@@ -32,6 +30,7 @@ from common import (
     digests,
     disks,
     fail,
+    locks,
     processes,
     provenance,
     signals,
@@ -41,6 +40,7 @@ from common.wandb_mirror import Mirror
 
 __all__ = ["Run", "load", "over_seeds", "parse", "place", "streams"]
 SCORES = ("score", "return", "success", "length")
+THEN = ", then "  # between what a run began on and what it was resumed on
 
 
 def parse(config_class, argv=None):
@@ -81,12 +81,9 @@ class Run:
         self.cfg, self.options, self.dataset = cfg, options, dataset
         self.folder = config.run_folder(cfg, options)
         self.algorithm = self.folder.relative_to(options.runs_dir).parts[0]
-        script, common = (
-            Path(inspect.getfile(type(cfg))),
-            sorted(Path(__file__).parent.glob("*.py")),
-        )
-        # Which version ran.
-        self.code = {"algorithm": provenance.code([script]), "common": provenance.code(common)}
+        script, common = Path(inspect.getfile(type(cfg))), Path(__file__).parent
+        files = {"algorithm": [script], "common": sorted(common.glob("*.py"))}
+        self.code = {part: provenance.code(paths) for part, paths in files.items()}  # which ran
         self.scores = np.full(len(cfg.seeds), np.nan)  # [S] of the last evaluation
         self.last = {}  # name -> [S], all numbers of the last evaluation
         self.best = np.full(len(cfg.seeds), np.nan)  # [S] over training; never called the score
@@ -95,7 +92,7 @@ class Run:
         self.waiting = []  # rows of border 0, until the metrics have names
         self.seconds = {"train": 0.0, "eval": 0.0}
         self.chunks = []  # seconds of the chunks of this start
-        self.signals, self.bar = signals.Signals(), None
+        self.signals, self.bar, self.done = signals.Signals(), None, False
         self.world = digests.world(dataset)
 
     def __enter__(self):
@@ -104,13 +101,8 @@ class Run:
             self.lock = (self.folder / ".lock").open("w")
         except OSError as error:
             fail(f"{self.folder}: cannot be written ({error.strerror}); choose another --runs-dir")
-        try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not locks.taken(self.lock, self.folder):
             fail(f"{self.folder}: another process trains in it; wait for it or choose a --name")
-        except OSError as error:
-            what = f"{self.folder}: this disk has no locks ({error.strerror})"
-            print(f"WARNING: {what}", file=sys.stderr)
         try:
             with disks.storage(self.folder):
                 self._open()
@@ -126,6 +118,7 @@ class Run:
         record = {"algorithm": self.algorithm} | (self.dataset.record or {})
         record["data_return"] = {"mean": float(returns.mean()), "max": float(returns.max())}
         record["reference"] = [self.dataset.ref_min_score, self.dataset.ref_max_score]
+        record["digest"] = self.world["data"]
         values = config.resolved(self.cfg, self.options) | {"record": record}
         if not (self.folder / "config.yaml").exists():
             disks.write(
@@ -147,7 +140,7 @@ class Run:
             self.manager.close()
             self.wandb.close()
             lost = len(self.diverged) == len(self.cfg.seeds)
-            if kind is None or (kind is SystemExit and lost):
+            if not self.done and (kind is None or (kind is SystemExit and lost)):
                 self._finish()
         if kind is None and self.diverged:
             raise SystemExit(1)
@@ -160,43 +153,51 @@ class Run:
             state, start, metrics = saved, meta["update"], meta["metrics"]
             self.seconds, self.waiting = meta["seconds"], meta["waiting"]
             self.best = np.array(meta["best"], float)
-            before = meta.get("code") or dict.fromkeys(self.code, "unrecorded")
-            for part, now in self.code.items():
-                same = start == self.cfg.num_updates or now in before[part].split("+")
-                self.code[part] = before[part] if same else f"{before[part]}+{now}"
-                if not same:
-                    what = f"resumed by another version of the {part} code, {self.code[part]}"
-                    print(f"WARNING: {what}", file=sys.stderr)
-            for what, there in meta["world"].items():
-                here = self.world.get(what)
-                if there != here and start < self.cfg.num_updates:
-                    print(f"WARNING: begun on {there}, resumed on {here} ({what})", file=sys.stderr)
             self.diverged = {int(index): border for index, border in meta["diverged"].items()}
-            print(f"resuming at update {start:,}")
+            self.done = start == self.cfg.num_updates and (self.folder / "result.json").exists()
+            print("finished before" if self.done else f"resuming at update {start:,}")
+            if not self.done:
+                self._compare(meta)
         elif self.options.resume:
             print(f"nothing to resume in {self.folder}: starting anew")
-        if start < self.cfg.num_updates:  # a folder with a result is a finished run
-            (self.folder / "result.json").unlink(missing_ok=True)
-        waiting = self.waiting[0][0] if self.waiting else start  # these rows are written again too
-        for name, first in (("metrics.csv", waiting), ("timing.csv", start)):
-            file = self.folder / name
-            if file.exists():
-                header, *rows = file.read_text().splitlines(keepends=True) or [""]
-                rows = [row for row in rows if row[-1] == "\n" and int(row.split(",")[0]) < first]
-                disks.write(file, "".join([header, *rows] if rows else []))
+        if not self.done:
+            (self.folder / "result.json").unlink(missing_ok=True)  # a folder with it is finished
+            self._cut("metrics.csv", self.waiting[0][0] if self.waiting else start)
+            self._cut("timing.csv", start)
         self.wandb.replay(self.folder / "metrics.csv")
         from tqdm import tqdm
 
-        start, lost = processes.ask([start, [*self.diverged.items()]])[0]
+        start, lost, self.done = processes.ask([start, [*self.diverged.items()], self.done])[0]
         self.diverged = dict(lost)
         state = processes.from_first(state)
         self.bar = tqdm(total=self.cfg.num_updates, initial=start, disable=None, unit=" updates")
         return state, metrics, start
 
+    def _compare(self, meta):
+        """Say what is not as it was when the run began; the record names both."""
+        for part, now in self.code.items():
+            before = meta["code"][part]
+            self.code[part] = before if now in before.split("+") else f"{before}+{now}"
+            if self.code[part] != before:
+                what = f"resumed by another version of the {part} code, {self.code[part]}"
+                print(f"WARNING: {what}", file=sys.stderr)
+        for what, before in meta["world"].items():
+            now = self.world.get(what)
+            self.world[what] = before if now in before.split(THEN) else f"{before}{THEN}{now}"
+            if self.world[what] != before:
+                print(f"WARNING: begun on {before}, resumed on {now} ({what})", file=sys.stderr)
+
+    def _cut(self, name, first):
+        """Drop rows from update `first` on, and half a row: they are written again."""
+        if (file := self.folder / name).exists():
+            header, *rows = file.read_text().splitlines(keepends=True) or [""]
+            rows = [row for row in rows if row[-1] == "\n" and int(row.split(",")[0]) < first]
+            disks.write(file, "".join([header, *rows] if rows else []))
+
     def borders(self, start):
-        """start, start + log_every, ..., num_updates."""
+        """start, start + log_every, ..., num_updates; none where all of it is done."""
         self.clock, self.away, self.start = time.perf_counter(), 0.0, start
-        yield from range(start, self.cfg.num_updates + 1, self.cfg.log_every)
+        yield from () if self.done else range(start, self.cfg.num_updates + 1, self.cfg.log_every)
 
     def evaluates(self, step):
         return step % self.cfg.eval_every == 0 or step == self.cfg.num_updates
@@ -277,15 +278,16 @@ class Run:
         self.bar.set_postfix_str(f"score {np.nanmean(self.scores):.1f}")
         if self.bar.disable:  # a log file gets a line per evaluation instead of the bar
             each = " ".join(f"{score:.1f}" for score in self.scores)
-            print(
-                f"update {step:,}: score {np.nanmean(self.scores):.1f} (seeds: {each})", flush=True
-            )
+            line = f"update {step:,}: score {np.nanmean(self.scores):.1f} (seeds: {each})"
+            print(line, flush=True)
 
     def _append(self, name, header, *rows):
-        file = self.folder / name
-        lines = rows if file.exists() and file.stat().st_size else (header, *rows)
-        with file.open("a") as out:
-            out.write("".join(",".join(map(str, line)) + "\n" for line in lines))
+        header, *rows = (",".join(map(str, line)) + "\n" for line in (header, *rows))
+        with (self.folder / name).open("a+") as out:
+            out.seek(0)
+            if (first := out.readline()) not in ("", header):
+                fail(f"{self.folder / name}: has other columns ({first.strip()}); take --name")
+            out.write("".join(rows if first else [header, *rows]))
             disks.settle(out)
 
     def _finish(self):
@@ -312,13 +314,11 @@ class Run:
             "hardware": f"{self.world['devices']}; {self.world['processor']}",
             "matmul_precision": jax.config.jax_default_matmul_precision or "default",
             "code": self.code,
-            "versions": {"python": platform.python_version()} | dict(provenance.versions()),
+            "versions": {x: y for x, y in self.world.items() if x not in digests.NO_VERSIONS},
         }
         disks.write(self.folder / "result.json", json.dumps(result, indent=2) + "\n")
         left = len(cfg.seeds) - len(self.diverged)
-        lost = (
-            "" if not self.diverged else f", {left} of {len(cfg.seeds)} seeds: the others diverged"
-        )
+        lost = f", {left} of {len(cfg.seeds)} seeds: the others diverged" if self.diverged else ""
         if not left:
             print(f"all seeds diverged, in {self.folder}")
             return

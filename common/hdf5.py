@@ -30,7 +30,7 @@ def read(path: Path, wanted: tuple, needed: tuple) -> tuple[dict, dict]:
             groups = [f"{name}/" for name in file if name not in arrays]
             rows = {name: file[name][()] for name in wanted if name in arrays}
             facts = {name: _plain(value) for name, value in file.attrs.items()}
-    except (OSError, RuntimeError, KeyError, TypeError, ValueError) as error:
+    except (OSError, RuntimeError, KeyError, TypeError, ValueError, MemoryError) as error:
         fail(f"{path}: cannot be read as HDF5, truncated or another format ({one_line(error)})")
     for name in needed:
         if name not in rows:

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from common import environments, fail, locks, provenance
+from common import environments, fail, locks, processor
 
 STEPS = 1001  # rows per episode: 1000 transitions and the last observation
 EPISODES = 100  # of the training file where nothing is asked for
@@ -72,7 +72,7 @@ def _make(name, folder, episodes, workers):
         if episodes is not None and have not in (None, episodes):
             fail(f"{final} holds {have} episodes, not {episodes}; delete it to make another one")
         return
-    episodes, workers = episodes or EPISODES, workers or min(provenance.cores(), 8)
+    episodes, workers = episodes or EPISODES, workers or min(processor.cores(), 8)
     todo = [("train", i) for i in range(episodes)]
     todo += [("val", i) for i in range(max(1, episodes // VALIDATION))]
     parts = folder / f".making-{name}"

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """One run over several processes (`--distributed`), joined by `jax.distributed`.
 
-Every process runs the same program on the same data. A chunk of updates runs on a mesh of all
-processes' devices, each with its share of the seeds; after it every process has the whole state
-again. Process 0 evaluates and writes; the others write into a temporary folder of their own.
-They meet before each exchange: one that ends says so there, and the others end as well.
+Every process runs the same program on the same data; a mesh of all their devices shares out the
+seeds, and each has the whole state again after a chunk. Process 0 evaluates and writes. They meet
+before each exchange: one that ends says so there, and the others end as well.
 """
 
 import atexit
@@ -34,14 +33,15 @@ def join(options):
         return options
     asked, words = f"--distributed {options.distributed}", ()
     if options.distributed != "auto":
-        match = re.fullmatch(r"(\S+:(\d{1,5}))/(\d{1,6})/(\d{1,6})", options.distributed, re.A)
-        if not match or not int(match[4]) < int(match[3]) or not 0 < int(match[2]) < 65536:
+        found = re.fullmatch(r"(\S+:(\d{1,5}))/(\d{1,6})/(\d{1,6})", options.distributed, re.A)
+        if not found or not int(found[4]) < int(found[3]) or not 0 < int(found[2]) < 65536:
             fail(f"{asked}: auto is wanted or HOST:PORT/COUNT/INDEX (a:80/2/0), INDEX below COUNT")
-        words = (match[1], int(match[3]), int(match[4]))
+        words = (found[1], int(found[3]), int(found[4]))
+    print(f"{asked}: waiting for the others; JAX aborts after five minutes", flush=True)
     try:
         jax.distributed.initialize(*words)
     except (RuntimeError, ValueError) as error:
-        fail(f"{asked}: {one_line(error)}")
+        fail(f"{asked}: {one_line(error)} (no cluster told: give HOST:PORT/COUNT/INDEX)")
     atexit.register(_leave)
     if distributed.global_state.process_id == 0:  # asking JAX would make it look for devices
         return options

@@ -1,49 +1,41 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What made a run's numbers: versions of packages, digests of code, the processor."""
+"""What made a run's numbers: versions of packages, digests of code."""
 
 import ast
 import contextlib
 import hashlib
-import os
 import platform
-import re
 from importlib import metadata
-from pathlib import Path
 
 VERSIONS = ["jax", "jaxlib", "flax", "optax", "numpy", "orbax-checkpoint", "gymnasium"]
 VERSIONS += ["gymnasium-robotics", "mujoco", "minari", "ogbench"]
 
 
 def versions():
-    """(name, version) of the packages that matter and are installed."""
+    """(name, version) of Python and of the packages that matter and are installed."""
+    yield "python", platform.python_version()
     for name in VERSIONS:
         with contextlib.suppress(metadata.PackageNotFoundError):
             yield name, metadata.version(name)
 
 
 def code(paths):
-    """Digest of what the files do: comments, docstrings and layout do not count."""
+    """Digest of what the files do, the same in every Python: no comments, docstrings, layout."""
     digest = hashlib.sha256()
     for path in paths:
-        tree = ast.parse(path.read_text())
-        for node in ast.walk(tree):
-            documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-            if isinstance(node, documented) and ast.get_docstring(node, clean=False) is not None:
-                node.body = node.body[1:]
-        digest.update(ast.unparse(tree).encode())
+        digest.update(repr(_shape(ast.parse(path.read_text()))).encode())
     return digest.hexdigest()[:12]
 
 
-def cores():
-    """How many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+def _shape(x):
+    """A syntax tree without strings that stand alone and fields that are empty."""
+    if isinstance(x, ast.AST):
+        fields = ((name, _shape(value)) for name, value in ast.iter_fields(x))
+        return type(x).__name__, [(name, shape) for name, shape in fields if shape]
+    if isinstance(x, list):
+        return [_shape(node) for node in x if not _documents(node)]
+    return "" if x is None else repr(x)
 
 
-def processor():
-    """Number and model of this machine's cores, and how many of them this process may use."""
-    model = platform.machine()
-    with contextlib.suppress(OSError):
-        found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-        model = found[1] if found else model
-    count = os.cpu_count()
-    return f"{'' if cores() == count else f'{cores()} of '}{count} cores of {model}"
+def _documents(node):
+    return isinstance(node, ast.Expr) and isinstance(getattr(node.value, "value", None), str)

@@ -4,6 +4,7 @@
 import contextlib
 import csv
 import logging
+import os
 import re
 import secrets
 import sys
@@ -11,7 +12,8 @@ import threading
 
 from common import config, datasets, disks, one_line
 
-# What is sent is the config, the record and the numbers: no code, host, packages or statistics.
+# What is sent is the config, the record and the numbers, and wandb's, Python's and the platform's
+# name and version: no code, host, packages or statistics.
 SETTINGS = {"silent": True, "console": "off", "init_timeout": 20, "save_code": False, "host": "-"}
 SETTINGS |= {"disable_git": True, "disable_job_creation": True, "x_save_requirements": False}
 SETTINGS |= {"x_disable_stats": True, "x_disable_meta": True, "x_disable_machine_info": True}
@@ -31,6 +33,7 @@ class Mirror:
                 self._lost(error, "logging offline" if mode == "online" else "logging without it")
 
     def _start(self, run, mode):
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # of wandb's own failures, to wandb
         import wandb
 
         self.close()

@@ -344,7 +344,10 @@ def test_bad_files_are_one_line(tmp_path, capsys):
     (tmp_path / "empty.hdf5").touch()
     (tmp_path / "pickle.hdf5").write_bytes(b"\x80\x04\x95\x10\x00\x00\x00\x00\x00\x00\x00}\x94.")
     (tmp_path / "folder.hdf5").mkdir()
-    for name in ("cut", "empty", "pickle"):
+    with h5py.File(tmp_path / "huge.hdf5", "w") as file:  # a few kilobytes that say 120 terabytes
+        for key in ROWS:
+            file.create_dataset(key, (10**13, 3), "f4", chunks=(1024, 3))
+    for name in ("cut", "empty", "pickle", "huge"):
         text = error_of(capsys, datasets.load, str(tmp_path / f"{name}.hdf5"))
         assert "cannot be read as HDF5" in text
     assert "a directory" in error_of(capsys, datasets.load, str(tmp_path / "folder.hdf5"))

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -22,7 +23,7 @@ import numpy as np
 import pytest
 import yaml
 
-from common import disks, evaluation, experiment, provenance
+from common import disks, evaluation, experiment, processor, provenance
 
 SEEDS = ["--seeds", "0", "1"]
 BORDERS = [0, 4, 8, 12, 16, 20, 24]
@@ -238,7 +239,7 @@ def test_simulated_devices(name, tiny, base, tmp_path):
     assert "begun on 8 x cpu, resumed on 4 x cpu" in error
     assert metrics(runs.only_run("many")) == metrics(one)
     result = json.loads((runs.only_run("many") / "result.json").read_text())
-    assert result["hardware"].startswith("4 x cpu")
+    assert result["hardware"].startswith("8 x cpu, then 4 x cpu; ")
 
 
 BATCHES = [("rebrac", 2, 2), ("rebrac", 4, 4), ("rebrac", 4, 1)]
@@ -491,6 +492,20 @@ def test_the_digest_is_of_what_the_code_does(tmp_path):
     first = digest('"""Text."""\ndef f(x):\n    """Says."""\n    return x + 1  # because\n')
     assert first == digest("def f(x):\n\n    return (x + 1)\n") and len(first) == 12
     assert first != digest("def f(x):\n    return x + 2\n")
+    assert digest("x = 0\n") != digest("x = None\n") != digest("x = ''\n") != digest("x = 0\n")
+    assert digest("f'{a!r} b'\n") != digest("f'{a!r}  b'\n")
+
+
+def test_every_python_here_makes_the_same_digest():
+    files = [*sorted((runs.ROOT / "common").glob("*.py")), runs.ROOT / "algorithms" / "fql.py"]
+    names = [f"python3.{minor}" for minor in range(11, 15) if shutil.which(f"python3.{minor}")]
+    program = "import sys; sys.path.insert(0, sys.argv[1]); import provenance; "
+    program += "from pathlib import Path; print(provenance.code(map(Path, sys.argv[2:])))"
+    words = ["-I", "-c", program, str(runs.ROOT / "common"), *map(str, files)]
+    for name in names:
+        done = subprocess.run([name, *words], capture_output=True, text=True)
+        if done.returncode == 0:  # a name may lead nowhere
+            assert done.stdout.strip() == provenance.code(files), name
 
 
 def test_a_run_resumed_on_other_data_says_so(name, tiny, capsys):
@@ -520,7 +535,7 @@ def test_a_run_resumed_elsewhere_says_so(name, tiny, monkeypatch, capsys):
 
     original, versions = experiment.Run.log, ["first"]
     monkeypatch.setattr(provenance, "code", lambda paths: versions[0])
-    monkeypatch.setattr(provenance, "processor", lambda: f"the {versions[0]} processor")
+    monkeypatch.setattr(processor, "name", lambda: f"the {versions[0]} processor")
     monkeypatch.setattr(experiment.Run, "log", log)
     folder = run(name, tiny, expected=128 + signal.SIGTERM)
     versions[0] = "second"
@@ -528,10 +543,36 @@ def test_a_run_resumed_elsewhere_says_so(name, tiny, monkeypatch, capsys):
     error = capsys.readouterr().err
     assert "WARNING: resumed by another version" in error
     assert "begun on the first processor, resumed on the second processor" in error
-    versions[0] = "third"
-    run(name, [*tiny, "--resume"])  # nothing is left to train
     result = json.loads((folder / "result.json").read_text())
     assert result["code"] == dict.fromkeys(("algorithm", "common"), "first+second")
+    assert result["hardware"].endswith("; the first processor, then the second processor")
+    assert {"python", "jax"} <= result["versions"].keys() and "data" not in result["versions"]
+    versions[0] = "third"
+    (folder / "result.json").unlink()  # died before the last evaluation: this code makes it
+    run(name, [*tiny, "--resume"])
+    result = json.loads((folder / "result.json").read_text())
+    assert result["code"] == dict.fromkeys(("algorithm", "common"), "first+second+third")
+
+
+def test_a_finished_run_stays_as_it_is(name, tiny, reference, monkeypatch, capsys):
+    folder = copy_of(reference(name), name)
+    before = runs.tree(folder)
+    monkeypatch.setattr(provenance, "code", lambda paths: "another")
+    monkeypatch.setattr(evaluation.Rollouts, "__call__", None)  # no evaluation once more
+    run(name, [*tiny, *SEEDS, "--resume"])
+    out, error = capsys.readouterr()
+    assert "finished before" in out and not error
+    assert runs.tree(folder) == before
+
+
+def test_rows_with_other_columns_are_not_appended(name, tiny, reference, capsys):
+    folder = copy_of(reference(name), name)
+    shutil.rmtree(folder / "checkpoints" / "24")
+    file = folder / "metrics.csv"
+    file.write_text(file.read_text().replace("score", "scores", 1))
+    run(name, [*tiny, *SEEDS, "--resume"], expected=2)
+    error = capsys.readouterr().err
+    assert "metrics.csv: has other columns (update,seed," in error
 
 
 # --- Signals ------------------------------------------------------------------------------------
@@ -730,7 +771,7 @@ class FakeWandb(SimpleNamespace):
     """Records what is asked of wandb; `fails` says which calls raise."""
 
     def __init__(self, fails=lambda call, **_: False):
-        super().__init__(started=[], logged=[], finished=[], fails=fails)
+        super().__init__(started=[], logged=[], finished=[], torn_down=0, fails=fails)
 
     def Settings(self, **settings):
         return settings
@@ -741,8 +782,18 @@ class FakeWandb(SimpleNamespace):
         self.started.append(options)
         return SimpleNamespace(
             log=lambda values, step: self.log(options, values, step),
-            finish=lambda: self.finished.append(options["id"]),
+            finish=lambda: self.finish(options),
         )
+
+    def finish(self, options):
+        self.finished.append(options["id"])
+        if self.fails("finish", **options):
+            raise BrokenPipeError("the service is gone")
+
+    def teardown(self):
+        self.torn_down += 1
+        if self.fails("teardown"):
+            raise BrokenPipeError("the service is gone")
 
     def log(self, options, values, step):
         if self.fails("log", **options):
@@ -771,7 +822,7 @@ def test_wandb_has_a_run_per_seed(name, tiny, fake, reference):
     sent = wandb.started[0]["settings"]
     assert not (sent["save_code"] or sent["x_save_requirements"]) and sent["host"] == "-"
     assert all(sent[f"x_disable_{what}"] for what in ("stats", "meta", "machine_info"))
-    assert wandb.finished == [options["id"] for options in wandb.started]
+    assert wandb.finished == [options["id"] for options in wandb.started] and wandb.torn_down == 1
     for seed, options in enumerate(wandb.started):
         assert options["group"] == f"{name}/data/mine" and options["mode"] == "offline"
         assert options["config"]["seed"] == seed and options["config"]["batch_size"] == 4
@@ -814,12 +865,15 @@ def test_wandb_goes_offline_for_all_seeds_at_the_first_failure(name, tiny, fake,
     assert line == "WARNING: wandb: api_key not configured (no-tty). second line; logging offline"
 
 
-@pytest.mark.parametrize("call", ["init", "log"])
+@pytest.mark.parametrize("call", ["init", "log", "finish", "teardown"])
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
 def test_wandb_never_ends_a_run(name, tiny, fake, capsys, reference, call):
-    fake(lambda this, **_: this == call)
+    wandb = fake(lambda this, **_: this == call)
     folder = run(name, [*tiny, *SEEDS, "--wandb", "offline"])
     assert metrics(folder) == metrics(reference(name))
-    assert capsys.readouterr().err.count("WARNING: wandb") >= 1
+    error = capsys.readouterr().err
+    assert "Traceback" not in error and error.count("WARNING: wandb") == (call in ("init", "log"))
+    assert call == "init" or (len(wandb.finished) == 2 and wandb.torn_down == 1)
 
 
 def test_wandb_is_not_needed(name, tiny, monkeypatch, capsys, reference):
@@ -845,3 +899,7 @@ def test_wandb_itself(name, tiny, base, tmp_path):
     assert len(files) == 2
     assert [file.split("-")[-2] for file in files] == ["0", "1"]
     assert not list(folder.rglob("requirements.txt"))  # nothing but what the config names
+    sent = b"".join(file.read_bytes() for file in folder.rglob("*.wandb"))
+    assert b"critic_loss" in sent
+    for what in (str(tmp_path), sys.executable, str(runs.ROOT), f"{socket.gethostname()}\n"):
+        assert what.encode() not in sent, what

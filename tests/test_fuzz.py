@@ -558,6 +558,24 @@ def test_a_minari_data_set_runs_no_code(made, monkeypatch, capsys, minari_data, 
     assert made.exists()  # it would have worked
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("wrapper", ["RecordVideo", "HumanRendering"])
+def test_a_minari_data_set_writes_no_video_and_opens_no_window(
+    made, monkeypatch, capsys, minari_data, wrapper
+):
+    shutil.copytree(minari_data, "minari")
+    monkeypatch.setenv("MINARI_DATASETS_PATH", "minari")
+    file = Path("minari/test/cartpole-v0/data/metadata.json")
+    metadata = json.loads(file.read_text())
+    spec = {"name": wrapper, "entry_point": f"gymnasium.wrappers.rendering:{wrapper}", "kwargs": {}}
+    spec = json.loads(metadata["env_spec"]) | {"additional_wrappers": [spec]}
+    file.write_text(json.dumps(metadata | {"env_spec": json.dumps(spec)}))
+    with pytest.raises(SystemExit) as leave:
+        datasets.load("test/cartpole-v0", actions="any")
+    assert leave.value.code == 2
+    assert f"its env is gymnasium.wrappers.rendering:{wrapper}, of no" in capsys.readouterr().err
+
+
 def test_a_minari_data_set_of_an_env_that_is_known(empty, monkeypatch, capsys, minari_data):
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(minari_data))
     assert ends_well(capsys, lambda: datasets.load("test/cartpole-v0", actions="any"))

@@ -87,7 +87,15 @@ def test_every_page_has_a_record():
 def test_a_page_is_what_the_json_beside_it_gives(name):
     text, again = (RESULTS / f"{name}.md").read_text(), page_of(name)
     assert text == again
-    assert all(spoilt != again for spoilt in one_digit_changed(text))
+
+
+def test_the_page_of_the_soak_counts_every_trial():
+    record = json.loads((RESULTS / "soak.json").read_text())
+    for i, row in enumerate(record["rows"]):
+        spoilt = [dict(x) for x in record["rows"]]
+        spoilt[i]["problems"] = [*row["problems"], "another"]
+        assert written("soak", record | {"rows": spoilt}) != page_of("soak")
+        assert written("soak", record | {"rows": spoilt[:i] + spoilt[i + 1 :]}) != page_of("soak")
 
 
 @pytest.mark.parametrize("name", ["host_data", "throughput"])

@@ -554,6 +554,44 @@ def test_a_row_of_several_runs_says_where_all_were_made(tmp_path):
     assert "--seeds 0 1" in report.command(found[0]) or report.command(found[0]).startswith("# ")
 
 
+def test_two_scales_or_two_digests_under_one_name_are_no_row(tmp_path):
+    for seed, top in enumerate((200.0, 400.0)):
+        write_run(tmp_path / "scales" / str(seed), {seed: 20.0}, reference=[0.0, top])
+    found, notes = readers.find((tmp_path / "scales",))
+    assert len(found) == 2 and "made is the name of different data" in notes[0]
+    assert {row.dataset.split("are ")[1] for row in found} == {"0 and 200)", "0 and 400)"}
+    for seed, digest in enumerate(("digest 1", "digest 2", None)):
+        write_run(tmp_path / "digests" / str(seed), {seed: 20.0})
+        file = tmp_path / "digests" / str(seed) / "config.yaml"
+        config = yaml.safe_load(file.read_text())
+        config["record"]["digest"] = digest
+        file.write_text(yaml.safe_dump(config))
+    found, notes = readers.find((tmp_path / "digests",))
+    assert len(found) == 3 and "made is the name of different data" in notes[0]
+    shutil.rmtree(tmp_path / "digests" / "1")  # an older run is told from none by what it lacks
+    found, notes = readers.find((tmp_path / "digests",))
+    assert len(found) == 1 and not notes
+
+
+def test_methods_of_another_budget_are_named_where_they_are_compared(tmp_path):
+    for dataset in "xy":
+        for name, updates, episodes in (("bc", 20, 1), ("iql", 1000, 3), ("cql", 1000, 3)):
+            folder = tmp_path / name / dataset
+            data = f"{dataset}.hdf5"
+            write_run(folder, [1.0], name, updates=updates, episodes=episodes, dataset=data)
+    found, _ = readers.find((tmp_path,))
+    *_, words = report.statistics(found, report.summarise(found))
+    assert (
+        "Of other updates or episodes than most, and compared all the same: bc." in words.markdown
+    )
+    lines = {line[0]: line[1:] for line in cells(report.matrix(found))}
+    assert lines["bc"][0] == "1.0 (20 updates, 1 episodes)" and lines["iql"][0] == "1.0"
+    shutil.rmtree(tmp_path / "cql")  # a tie: the larger is the usual one
+    found, _ = readers.find((tmp_path,))
+    lines = {line[0]: line[1:] for line in cells(report.matrix(found))}
+    assert lines["bc"][0] == "1.0 (20 updates, 1 episodes)" and lines["iql"][0] == "1.0"
+
+
 def test_rows_of_older_code_are_said_on_the_terminal_their_digests_on_the_page(tmp_path):
     today = provenance.code([ROOT / "algorithms" / "bc.py"])
     write_run(tmp_path / "a", [10.0], dataset="a.hdf5", code={"algorithm": today})

@@ -8,6 +8,7 @@ die by SIGKILL in one test and are requeued by submitit in another.
 import fcntl
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -52,7 +53,7 @@ def stand_ins(here, monkeypatch):
             words = (sys.executable, "-S", "-c", f"import os; os.chdir({str(folder)!r}); {code}")
             cells.append(reproduce.Cell(f"toy{i}", "made", folder, words))
         monkeypatch.setattr(reproduce, "matrix", lambda *_: cells)
-        monkeypatch.setattr(reproduce, "report", lambda *_: ["true"])
+        monkeypatch.setattr(reproduce, "report", lambda *_, **__: ["true"])
         return cells
 
     yield replace
@@ -147,21 +148,37 @@ def test_files_of_a_suite_need_their_folder(here, monkeypatch, capsys):
 
 def test_only_the_whole_matrix_goes_to_the_results(here, capsys):
     def table(*words):
-        call("--dry-run", *words)
+        reproduce.main(["--dry-run", *words])
         return capsys.readouterr().out.splitlines()[-1]
 
-    assert "--output benchmarks/results/v4" in table() or "/benchmarks/results/v4 " in table()
-    for trial in (["--", "--eval-episodes", "3"], ["--datasets", "hopper-tiny-v4.hdf5"]):
-        assert "--output runs/v4 " in table(*trial) and "--readme" not in table(*trial)
-    assert "--output here/mine " in table("--output", "here/mine")
-    assert "--command 'python benchmarks/reproduce.py --suite v4 " in table()
+    note = (runs.ROOT / "benchmarks" / "notes" / "v4.md").read_text()
+    (command,) = re.findall("python benchmarks/reproduce.py (.*)", note)
+    whole = shlex.split(command)
+    for words in (whole, [*whole, "--workers", "1", "--runs-dir", "there"]):
+        assert re.search(r"--output \S*benchmarks/results/v4 .*--note \S+v4.md", table(*words))
+    assert f"--command 'python benchmarks/reproduce.py {command}'" in table(*whole)
+    trials = [["--", "--eval-episodes", "3"], ["--datasets", "hopper-tiny-v4.hdf5"]]
+    for trial in (*trials, ["--seeds", "0"], ["--algorithms", "bc"], ["--name", "mine"]):
+        line = table(*whole, *trial)
+        assert "--output runs/v4 " in line and "--readme" not in line and "--note" not in line
+    assert "--output here/mine " in table(*whole, "--output", "here/mine")
+
+
+def test_a_matrix_with_a_failed_cell_does_not_go_to_the_results(here):
+    note = (runs.ROOT / "benchmarks" / "notes" / "v4.md").read_text()
+    words = shlex.split(re.search("python benchmarks/reproduce.py (.*)", note)[1])
+    for failed in (False, True):
+        made = reproduce.report([], *reproduce.parse(words), words, failed=failed)
+        output = made[made.index("--output") + 1]
+        assert output.endswith("runs/v4" if failed else "benchmarks/results/v4")
+        assert ("--readme" in made) <= (not failed)
 
 
 # --- Cells that end badly -----------------------------------------------------------------------
 def test_a_failed_cell_is_reported_and_does_not_stop_the_others(stand_ins, monkeypatch, capsys):
     cells = stand_ins(WRITE, "raise SystemExit('no such thing')", "os.kill(os.getpid(), 9)", WRITE)
     tables = []
-    monkeypatch.setattr(reproduce, "report", lambda done, *_: tables.append(done) or ["true"])
+    monkeypatch.setattr(reproduce, "report", lambda done, *_, **__: tables.append(done) or ["true"])
     assert call("--workers", "1") == 1
     assert tables == [cells]  # the page names those that are not finished
     done, failed, killed, last = lines(capsys)
@@ -282,7 +299,7 @@ def test_a_killed_worker_changes_nothing_in_the_end(here, monkeypatch, capsys):
     start = reproduce.start
     monkeypatch.setattr(reproduce, "start", dying)
     with monkeypatch.context() as patch:
-        patch.setattr(reproduce, "report", lambda *_: ["true"])
+        patch.setattr(reproduce, "report", lambda *_, **__: ["true"])
         assert call(*tiny) == 1
     killed, other = lines(capsys)
     assert "[1/2] bc hopper-tiny-v4: FAILED, killed by SIGKILL" in killed

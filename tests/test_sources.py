@@ -987,6 +987,7 @@ def test_ctrl_c_and_a_closed_pipe_leave_no_traceback(tmp_path):
         code = f"""
 import signal
 from common import shell
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
 def main():
     {body}
 shell.run(main)

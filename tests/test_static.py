@@ -38,6 +38,7 @@ COMMON_LINES = {
     "locks.py": 40,
     "meshes.py": 90,
     "processes.py": 100,
+    "processor.py": 30,
     "provenance.py": 50,
     "ranges.py": 80,
     "shell.py": 30,
