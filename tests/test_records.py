@@ -64,7 +64,7 @@ def page_of(name):
 def written(name, record):
     tables = {name: rows for name, rows in record.items() if isinstance(rows, list)}
     facts = {name: fact for name, fact in record.items() if name not in tables}
-    if name == "throughput":
+    if name.startswith("throughput"):
         return throughput.markdown(facts, tables) + "\n"
     if name == "soak":
         return f"# Soak\n\n{soak.markdown(facts, record['rows'])}"
@@ -98,7 +98,7 @@ def test_the_page_of_the_soak_counts_every_trial():
         assert written("soak", record | {"rows": spoilt[:i] + spoilt[i + 1 :]}) != page_of("soak")
 
 
-@pytest.mark.parametrize("name", ["host_data", "throughput"])
+@pytest.mark.parametrize("name", [name for name in FROM_JSON if name != "soak"])
 def test_such_a_page_shows_every_number_of_the_json(name):
     """It is written anew, not copied: a number changed in the record changes the page."""
     record = json.loads((RESULTS / f"{name}.json").read_text())
