@@ -260,7 +260,10 @@ def tell_apart(runs, notes):
         digests = [run.config.get("record", {}).get("digest") for run in group]
         texts = [_data(run) for run in group]
         if len({*digests} - {None}) > 1:  # older runs have none
-            texts = [f"{text}, {digest or ''}" for text, digest in zip(texts, digests, strict=True)]
+            texts = [
+                f"{text}, {digest or 'no digest'}"
+                for text, digest in zip(texts, digests, strict=True)
+            ]
         if len({*texts}) > 1:
             notes.append(f"{family}: {name} is the name of different data, told apart below")
             for run, text in zip(group, texts, strict=True):

@@ -346,9 +346,8 @@ def statistics(rows, summary):
     usual = usual_sizes(row for x in summary.scores for row in methods[x].values())
     odd = [x for x in summary.scores if any(_size(y) != usual[z] for z, y in methods[x].items())]
     if odd:
-        words += (
-            f"\nOf other updates or episodes than most, and compared all the same: {joined(odd)}."
-        )
+        what = "Of other updates, seeds or episodes than most, but compared all the same"
+        words += f"\n{what}: {joined(odd)}."
     if summary.words:
         words += f"\nNot compared here: {'; '.join(summary.words)}."
     return [*blocks, Text(words)]

@@ -33,15 +33,15 @@ def join(options):
         return options
     asked, words = f"--distributed {options.distributed}", ()
     if options.distributed != "auto":
-        found = re.fullmatch(r"(\S+:(\d{1,5}))/(\d{1,6})/(\d{1,6})", options.distributed, re.A)
-        if not found or not int(found[4]) < int(found[3]) or not 0 < int(found[2]) < 65536:
+        match = re.fullmatch(r"(\S+:(\d{1,5}))/(\d{1,6})/(\d{1,6})", options.distributed, re.A)
+        if not match or not int(match[4]) < int(match[3]) or not 0 < int(match[2]) < 65536:
             fail(f"{asked}: auto is wanted or HOST:PORT/COUNT/INDEX (a:80/2/0), INDEX below COUNT")
-        words = (found[1], int(found[3]), int(found[4]))
+        words = (match[1], int(match[3]), int(match[4]))
     print(f"{asked}: waiting for the others; JAX aborts after five minutes", flush=True)
     try:
         jax.distributed.initialize(*words)
     except (RuntimeError, ValueError) as error:
-        fail(f"{asked}: {one_line(error)} (no cluster told: give HOST:PORT/COUNT/INDEX)")
+        fail(f"{asked}: {one_line(error)}{'' if words else '; give HOST:PORT/COUNT/INDEX'}")
     atexit.register(_leave)
     if distributed.global_state.process_id == 0:  # asking JAX would make it look for devices
         return options

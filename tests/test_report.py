@@ -582,7 +582,8 @@ def test_methods_of_another_budget_are_named_where_they_are_compared(tmp_path):
     found, _ = readers.find((tmp_path,))
     *_, words = report.statistics(found, report.summarise(found))
     assert (
-        "Of other updates or episodes than most, and compared all the same: bc." in words.markdown
+        "Of other updates, seeds or episodes than most, but compared all the same: bc."
+        in words.markdown
     )
     lines = {line[0]: line[1:] for line in cells(report.matrix(found))}
     assert lines["bc"][0] == "1.0 (20 updates, 1 episodes)" and lines["iql"][0] == "1.0"
