@@ -84,11 +84,11 @@ class SmallHeadCritic(nn.Module):
 
     @nn.compact
     def __call__(self, observation, action):  # [B, O], [B, M, A] -> [B, M]
-        observation = observation[:, None].repeat(action.shape[1], axis=1)
-        x = jnp.concatenate([observation, action], axis=-1)
+        observation = observation.repeat(action.shape[1], axis=0)  # [B M, O]: gradients are faster
+        x = jnp.concatenate([observation, action.reshape(len(observation), -1)], axis=-1)
         for width in self.hidden:
             x = nn.relu(orthogonal(width)(x))
-        return small_head(1)(x).squeeze(-1)
+        return small_head(1)(x).reshape(action.shape[:-1])
 
 
 # --- State --------------------------------------------------------------------------------------
