@@ -4,7 +4,7 @@
 Paper       https://arxiv.org/abs/2106.01345
 Reference   https://github.com/kzl/decision-transformer (gym)
 Run         python algorithms/dt.py --config configs/dt/mujoco.yaml
-Parent      bc.py (198 lines)
+Parent      bc.py (200 lines)
 Results     benchmarks/results
 Deviations  windows are padded at their end in training, at their start in evaluation; the reference
             pads both at the start (masked: no difference). 1e-3 is added to the std, there 1e-6.
@@ -84,12 +84,12 @@ class Block(nn.Module):
     dropout: float
 
     @nn.compact
-    def __call__(self, x, visible, train):  # [B, T, D], [B, T, T] -> [B, T, D]
+    def __call__(self, x, visible, train):  # [B T, D], [B, T, T] -> [B T, D]
         width, drop = x.shape[-1], partial(nn.Dropout(self.dropout), deterministic=not train)
         y = layer_norm()(x)
         query, value = jnp.split(gpt_dense(2 * width)(y), 2, axis=-1)
         key = gpt_dense(width, use_bias=False)(y)  # it would cancel in the softmax
-        heads = (*x.shape[:2], self.num_heads, width // self.num_heads)
+        heads = (*visible.shape[:2], self.num_heads, width // self.num_heads)
         query, key, value = (y.reshape(heads) for y in (query, key, value))
         logits = jnp.einsum("bqhd,bkhd->bhqk", query, key) / heads[-1] ** 0.5
         # A row per query, a column per key; those that must not be seen get a weight of exactly 0.
@@ -120,15 +120,17 @@ class DecisionTransformer(nn.Module):
         )(timestep.clip(0, self.episode_length - 1))
         inputs = (self.reward_scale * returns_to_go[..., None], observation, action)
         tokens = [linear(x.shape[-1], self.embedding)(x) + time for x in inputs]  # [B, K, D] each
-        x = jnp.stack(tokens, axis=2).reshape(len(time), -1, self.embedding)  # [B, T, D]
-        order = jnp.arange(x.shape[1])
+        # One axis of tokens: with two, XLA copies what the weights' gradients are made of.
+        x = jnp.stack(tokens, axis=2).reshape(-1, self.embedding)  # [B T, D]
+        order = jnp.arange(3 * timestep.shape[1])
         causal = order[:, None] >= order[None]
         visible = causal[None] & jnp.repeat(timestep >= 0, 3, axis=1)[:, None]  # [B, T, T]
         x = nn.Dropout(self.dropout)(layer_norm()(x), deterministic=not train)
         for _ in range(self.num_layers):
             x = Block(self.num_heads, self.dropout)(x, visible, train)
-        x = layer_norm()(x)[:, 1::3]  # of R_1, s_1, a_1, R_2, ... the observations
-        return jnp.tanh(linear(self.embedding, self.action_dim)(x))
+        x = layer_norm()(x)[1::3]  # of R_1, s_1, a_1, R_2, ... the observations
+        output = jnp.tanh(linear(self.embedding, self.action_dim)(x))
+        return output.reshape(action.shape)
 
 
 # --- State --------------------------------------------------------------------------------------

@@ -213,7 +213,7 @@ def test_dropout_on_tokens_attention_and_what_blocks_add():
         return tuple(found)
 
     calls = jax.jit(pairs, compiler_options=nets.QUICK)(state.actor.params, key)
-    tokens, weights = (6, 12, 8), (6, 2, 12, 12)
+    tokens, weights = (6 * 12, 8), (6, 2, 12, 12)
     assert [x.shape for x, _ in calls] == [tokens, *[weights, tokens, tokens] * 2]
     kept = []
     for x, out in calls:
