@@ -6,10 +6,10 @@ Reference   https://github.com/microsoft/ATAC
 Run         python algorithms/atac.py --config configs/atac/mujoco.yaml
 Parent      none
 Results     benchmarks/results
-Deviations  networks, their initialisation and limits of targets are after chinganc/lightATAC, which
-            sums no log pi over action dimensions, starts the game with targets at their initial
-            parameters and a fresh optimiser for the critics too, and projects no weights before.
-            The paper's beta per data set is not in either code. Rows at truncations are kept.
+Deviations  networks and their start, limits of targets and action_margin are chinganc/lightATAC's,
+            which sums no log pi over action dimensions, starts the game with targets at their
+            initial parameters and a fresh optimiser for the critics too, and projects no weights
+            before. The paper's beta per data set is in neither code. Rows at truncations are kept.
 
 Shapes: S seeds, K critics, B batch, E episodes, O observation, A action. Arrays are float32.
 """
@@ -51,6 +51,7 @@ class Config:
     weight_norm: float = 100.0  # largest Frobenius norm of a weight matrix of the critics
     lowest_target: float | None = None  # of the critics, such as the least reward / (1 - discount)
     highest_target: float | None = None  # the same from above
+    action_margin: float = 1e-6  # the data's actions are kept this far inside [-1, 1], for log pi
 
 
 # --- Networks -----------------------------------------------------------------------------------
@@ -271,11 +272,10 @@ def policy_params(state):
 def train(cfg, options):
     """Train every seed of `cfg` and return its final normalised scores, [S]."""
     dataset = datasets.load(cfg.dataset, options.env, options.env_steps)
-    action = dataset.transitions.action.clip(-1 + 1e-6, 1 - 1e-6)
-    data = experiment.place(dataset.transitions._replace(action=action), options)
-    example = jax.tree.map(lambda x: x[:1], data)
+    rows, limit = dataset.transitions, 1.0 - cfg.action_margin
+    data = experiment.place(rows._replace(action=rows.action.clip(-limit, limit)), options)
     init_keys, train_keys, policy_keys = experiment.streams(cfg.seeds, 3)  # [S] each
-    create = partial(create_state, batch=example, cfg=cfg)
+    create = partial(create_state, batch=jax.tree.map(lambda x: x[:1], data), cfg=cfg)
     state = jax.vmap(create)(init_keys)  # not jitted: two QRs at once hang XLA
     # jit with the state donated; seeds by vmap on an accelerator, one after the other on CPU.
     train_seeds = experiment.over_seeds(partial(train_chunk, cfg=cfg), update)

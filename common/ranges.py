@@ -35,7 +35,7 @@ def check(cfg):
             fail(f"{given}: a number from 0 to 1 is wanted")
         elif name == "fraction" and not 0 < value <= 1:
             fail(f"{given}: a number above 0 and up to 1 is wanted")
-        elif name in ("expectile", "dropout") and not 0 < value < 1:
+        elif name in ("expectile", "dropout", "action_margin") and not 0 < value < 1:
             fail(f"{given}: a number between 0 and 1 is wanted")
         elif re.search(POSITIVE, name) and value <= 0:
             fail(f"{given}: a number above 0 is wanted")

@@ -384,11 +384,12 @@ def test_learning_rates():
 
 
 # --- Data ---------------------------------------------------------------------------------------
-def test_training_sees_clipped_actions(monkeypatch, tmp_path):
-    raw = probes.random_transitions(20)
+@pytest.mark.parametrize("margin", [1e-6, 0.02])
+def test_training_sees_clipped_actions(monkeypatch, tmp_path, margin):
+    raw, settings = probes.random_transitions(20), {} if margin == 1e-6 else {"action_margin": 0.02}
     raw.action[:2] = [[1, -1], [0.5, -0.25]]
-    _, data = nets.handed_over(atac, monkeypatch, tmp_path, raw, (-3, 5))
-    np.testing.assert_allclose(data.action, raw.action.clip(-0.999999, 0.999999), rtol=1e-7)
+    _, data = nets.handed_over(atac, monkeypatch, tmp_path, raw, (-3, 5), **settings)
+    np.testing.assert_allclose(data.action, raw.action.clip(margin - 1, 1 - margin), rtol=1e-7)
     assert np.abs(data.action).max() < 1 and np.isfinite(np.arctanh(data.action)).all()
     for name in ("observation", "next_observation", "termination", "reward"):
         assert np.array_equal(getattr(data, name), getattr(raw, name)), name

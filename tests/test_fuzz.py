@@ -585,7 +585,7 @@ def test_a_minari_data_set_of_an_env_that_is_known(empty, monkeypatch, capsys, m
 KEPT = ("dataset", "seeds", "num_updates", "log_every", "eval_every", "eval_episodes")
 SIZES = ("hidden", "vae_hidden", "critic_hidden", "value_hidden", "actor_hidden", "embedding")
 DIVIDE = ("policy_delay", "actor_updates", "num_heads")
-TO_ONE = (*ranges.SHARES, "expectile", "dropout", "fraction")
+TO_ONE = (*ranges.SHARES, "expectile", "dropout", "action_margin", "fraction")
 DRAWS = 6 if MANY else 2
 
 
