@@ -60,6 +60,8 @@ def legend(figure, axes):
     handles |= {key: handles.pop(key) for key in ("data mean", "data max") if key in handles}
     width = 0.6 + 0.075 * max(map(len, handles), default=0)  # inches of the longest label
     columns = max(1, int(figure.get_figwidth() // width))
+    lines = -(-len(handles) // columns)
+    figure.set_figheight(figure.get_figheight() + 0.22 * max(0, lines - 2))  # two fit as it is
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns)
 
 
