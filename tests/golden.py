@@ -29,7 +29,6 @@ FILE = Path(__file__).with_name("golden.json")
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 SETTINGS = {"hidden": (32,), "batch_size": 64}
 AFTER = {10: 1e-5, 100: 1e-3}  # updates -> relative tolerance
-NEAR_ZERO = 5e-4  # absolute one after 100 updates, for means around 0: another number of cores
 
 
 def versions():
