@@ -58,6 +58,7 @@ TRIES = 6  # moments that are drawn for a trial at most
 UPDATES, LOG_EVERY = 2500, 50
 SIZES = ["--num-updates", str(UPDATES), "--log-every", str(LOG_EVERY), "--eval-every", "250"]
 SIZES += ["--eval-episodes", "2", "--batch-size", "32", "--hidden", "32", "32", "--seeds", "0", "1"]
+SIZES += ["--save-seconds", "0"]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -32,6 +32,7 @@ class Options:
     resume: bool = False  # go on from the newest checkpoint; start anew where there is none
     runs_dir: str = "runs"  # where run folders go
     wandb: Literal["offline", "online", "disabled"] = "offline"  # offline needs no account
+    save_seconds: float = 10.0  # between checkpoints at least; 0: a checkpoint at every border
     data: Literal["device", "host"] = "device"  # host: the device holds two chunks of rows only
     devices: int = 1  # that share the batches of one seed; several seeds share all of them anyway
     distributed: str | None = None  # auto or HOST:PORT/COUNT/INDEX: a run over several processes
@@ -90,6 +91,8 @@ def parse(config_class, argv=None):
         )
     cfg, options = _cli(config_class, [*tokens, *argv], script.name)
     ranges.check(cfg)
+    if not 0 <= options.save_seconds < float("inf"):
+        fail(f"--save-seconds {options.save_seconds}: 0 or more is wanted")
     run_folder(cfg, options)
     return cfg, options
 

@@ -88,7 +88,7 @@ class Run:
         self.last = {}  # name -> [S], all numbers of the last evaluation
         self.best = np.full(len(cfg.seeds), np.nan)  # [S] over training; never called the score
         self.diverged = {}  # index of a seed -> border at which its numbers were not finite
-        self.kept = None  # the state on the host as last saved
+        self.kept, self.due = None, 0.0  # the last border's state on the host; when to save again
         self.waiting = []  # rows of border 0, until the metrics have names
         self.seconds = {"train": 0.0, "eval": 0.0}
         self.chunks = []  # seconds of the chunks of this start
@@ -203,7 +203,7 @@ class Run:
         return step % self.cfg.eval_every == 0 or step == self.cfg.num_updates
 
     def save(self, step, state, metrics):
-        """Wait for the chunk; freeze seeds that are not finite; save; leave if a signal came."""
+        """Wait for the chunk; freeze seeds not finite; save where it is due; leave on a signal."""
         metrics = metrics and {k: np.asarray(v, float).tolist() for k, v in metrics.items()}
         host = jax.tree.map(np.array, state)  # copies: the state is donated to the next chunk
         if step > self.start:
@@ -211,12 +211,14 @@ class Run:
             self.seconds["train"] += self.chunks[-1]
         self._freeze(step, host, metrics or {})
         self.kept = host
-        if jax.process_index() == 0 and step not in self.manager.all_steps():
-            meta = {"update": step, "metrics": metrics, "seconds": self.seconds}
-            meta |= {"waiting": self.waiting, "best": self.best.tolist(), "diverged": self.diverged}
-            meta |= {"code": self.code, "world": self.world}
-            checkpoints.save(self.manager, step, host, meta)
-        if number := processes.agree(self.signals.number or 0):
+        number = processes.agree(self.signals.number or 0)
+        due = number or self.evaluates(step) or time.perf_counter() >= self.due
+        if due and jax.process_index() == 0 and step not in self.manager.all_steps():
+            meta = {"update": step, "metrics": metrics, "best": self.best.tolist()}
+            names = ("seconds", "waiting", "diverged", "code", "world")
+            checkpoints.save(self.manager, step, host, meta | {x: vars(self)[x] for x in names})
+            self.due = time.perf_counter() + self.options.save_seconds
+        if number:
             print(f"saved at update {step:,}; go on with the same command and --resume")
             raise SystemExit(128 + number)
         if len(self.diverged) == len(self.cfg.seeds):

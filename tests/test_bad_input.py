@@ -101,6 +101,7 @@ TABLE = [
         ["--num-updates", "2500"],
         ["--num-updates 2500", "multiple of --log-every 1000", "2000"],
     ),
+    ("save", None, ["--save-seconds", "-1"], ["--save-seconds -1.0", "0 or more"]),
     ("name escapes", None, ["--name", "../x"], ["--name '../x'", "letters"]),
     ("name empty", None, ["--name", ""], ["--name ''", "letters"]),
     ("name of dots", None, ["--name", ".."], ["--name '..'", "letters"]),
