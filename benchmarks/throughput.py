@@ -6,7 +6,8 @@ Updates/s Critic updates, summed over seeds, by the very chunk that the file's `
           calls; synthetic data, the file's own Config but for the batch size.
 Floor     The floating point operations of that chunk's matrix products over the machine's matrix
           product rate, measured on a chain x <- x w of the layers' shape, [batch, width] times
-          [width, width], each result the next one's operand, as in training.
+          [width, width], each result the next one's operand, as in training. On a CPU only:
+          on a GPU such a chain waits for launches.
 Bound     Stricter: the matrix products of that chunk and nothing else: every dot_general of the
           traced chunk (dead code removed, loops with their trip counts) as [b, m, k] x [b, k, n],
           stored and ordered as they are there, in one jitted loop. Each product takes in an
@@ -273,8 +274,9 @@ def measure(name, seeds, arguments):
         times.append((spent, dispatch, *others))
     spent, dispatch, peak, layer, *bound = np.min(times, axis=0).tolist()
     count, gflop = updates * seeds, products.flops / 1e9
+    hidden = () if cpu else ("floor updates/s", "share of floor", "floor GFLOP/s")
     rate = 2 * CHAIN * arguments.batch_size * width**2 / 1e9 / layer  # GFLOP/s
-    return {
+    row = {
         "algorithm": name,
         "seeds": seeds,
         "updates/s": count / spent,
@@ -290,6 +292,7 @@ def measure(name, seeds, arguments):
         "compile s": sum(calls) - 2 * spent,
         "dispatch ms": 1e3 * dispatch,
     }
+    return {key: x for key, x in row.items() if key not in hidden}
 
 
 def peer(name, arguments):
