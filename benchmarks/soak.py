@@ -18,10 +18,11 @@ nothing happened to. A third of the trials mirror to wandb offline, the others h
                nothing reads may pass unsaid, other numbers may not
     second     a second process on the run's folder: refused with exit code 2, the first goes on
 
-A fault that came too late or too early to take effect is drawn again. Only the chunk under way may
-be lost: resume starts no earlier than the newest checkpoint that is not damaged and, but for that
-one, than the last border in timing.csv. Needs Linux, and root for `full` and `read-only`, which
-mount a loop device; without it they are left out. The record is written after every trial.
+A fault that came too late or too early to take effect is drawn again. Checkpoints are written at
+every border here (--save-seconds 0), so only the chunk under way may be lost: resume starts no
+earlier than the newest checkpoint that is not damaged and, but for that one, than the last border
+in timing.csv. Needs Linux, and root for `full` and `read-only`, which mount a loop device; without
+it they are left out. The record is written after every trial.
 """
 
 import contextlib

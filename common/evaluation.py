@@ -3,12 +3,17 @@
 
 S seeds x E episodes run side by side, one complete episode per environment (never "the first E to
 finish", which favours short ones). All of a seed's environments share one batched policy call per
-step; finished ones are no longer stepped. Environment (s, i) is reset with `EVAL_SEED + i` for
-every s, so all seeds and all evaluations meet the same starts.
+step; finished ones are no longer stepped. Episode (s, i) is reset with `EVAL_SEED + i` for
+every s, so all seeds and all evaluations meet the same starts. Where so many environments would
+take more than half of the free memory (one of OGBench's cubes is 200 MB), fewer of them take the
+episodes in turns, which changes no number unless a step draws from NumPy's global generator.
 """
 
+import os
+import re
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -58,7 +63,13 @@ class Rollouts:
             print("no env to evaluate in: training only, scores stay empty (set --env)")
             return self
         count = len(self.keys) * self.cfg.eval_episodes
-        self.envs = [self.dataset.make_env() for _ in range(count)]
+        self.envs = [self.dataset.make_env()]  # also imports what it needs
+        before = memory()
+        while len(self.envs) < count:
+            self.envs.append(self.dataset.make_env())
+            if before and len(self.envs) == 2:
+                size = max(memory()[0] - before[0], 1)
+                count = min(count, max(2, before[1] // 2 // size))
         print(self._estimate())
         return self
 
@@ -87,36 +98,43 @@ class Rollouts:
         """
         began = time.perf_counter()
         shape = (len(self.keys), self.cfg.eval_episodes)
-        observation = np.stack([self._reset(i) for i in range(len(self.envs))])
-        returns, length, success = np.zeros(len(self.envs)), np.zeros(len(self.envs)), {}
-        live, rewards, memory = np.arange(len(self.envs)), np.zeros(shape, np.float32), self.memory
-        env_step = 0
-        while len(live):
-            lanes = observation.reshape(*shape, *observation.shape[1:])
-            numbers = np.uint32(update), np.uint32(env_step)
-            past = () if memory is None else (memory, rewards)
-            action = self.act(params, lanes, self.keys, *numbers, past)
-            if memory is not None:
-                action, memory = action
-            action = np.asarray(action)
-            action = action.reshape(len(self.envs), *action.shape[2:])
-            if action.dtype.kind == "f":  # a diverged policy must not stop the others
-                action = np.nan_to_num(action.clip(-1, 1))
-            over = np.zeros(len(self.envs), bool)
-            for i in live:
-                observation[i], reward, termination, truncation, info = self.envs[i].step(action[i])
-                returns[i] += reward
-                rewards.flat[i] = reward
-                length[i] += 1
-                if "success" in info:
-                    success[i] = success.get(i, False) or bool(info["success"])
-                over[i] = termination or truncation
-            live = live[~over[live]]
-            env_step += 1
+        count, together = len(self.keys) * self.cfg.eval_episodes, len(self.envs)
+        returns, length, success = np.zeros(count), np.zeros(count), {}
+        observation = None
+        for first in range(0, count, together):
+            live = np.arange(first, min(first + together, count))
+            fresh = np.stack([self._reset(i) for i in live.tolist()])
+            if observation is None:  # [S E, O]; lanes of other turns hold what nobody reads
+                observation = np.zeros((count, *fresh.shape[1:]), fresh.dtype)
+            observation[live] = fresh
+            rewards, memory, env_step = np.zeros(shape, np.float32), self.memory, 0
+            while len(live):
+                lanes = observation.reshape(*shape, *observation.shape[1:])
+                numbers = np.uint32(update), np.uint32(env_step)
+                past = () if memory is None else (memory, rewards)
+                action = self.act(params, lanes, self.keys, *numbers, past)
+                if memory is not None:
+                    action, memory = action
+                action = np.asarray(action)
+                action = action.reshape(count, *action.shape[2:])
+                if action.dtype.kind == "f":  # a diverged policy must not stop the others
+                    action = np.nan_to_num(action.clip(-1, 1))
+                over = np.zeros(count, bool)
+                for i in live:
+                    env = self.envs[i % together]
+                    observation[i], reward, termination, truncation, info = env.step(action[i])
+                    returns[i] += reward
+                    rewards.flat[i] = reward
+                    length[i] += 1
+                    if "success" in info:
+                        success[i] = success.get(i, False) or bool(info["success"])
+                    over[i] = termination or truncation
+                live = live[~over[live]]
+                env_step += 1
         returns = returns.reshape(shape).mean(axis=1)
         rate = None
         if success:
-            rate = np.array([success.get(i, False) for i in range(len(self.envs))])
+            rate = np.array([success.get(i, False) for i in range(count)])
             rate = rate.reshape(shape).mean(axis=1)
         return {
             "score": self.dataset.score(returns, rate),
@@ -129,7 +147,7 @@ class Rollouts:
     def _reset(self, i):
         seed = EVAL_SEED + i % self.cfg.eval_episodes
         np.random.seed(seed)  # noqa: NPY002 - ogbench envs draw from NumPy's global generator
-        observation, _ = self.envs[i].reset(seed=seed)
+        observation, _ = self.envs[i % len(self.envs)].reset(seed=seed)
         return observation
 
     def _estimate(self):
@@ -145,8 +163,20 @@ class Rollouts:
         speed = steps / (time.perf_counter() - began)
         horizon = self.dataset.horizon or 1000
         evaluations = 1 + -(-cfg.num_updates // cfg.eval_every)
-        seconds = len(self.envs) * horizon * evaluations / speed
+        count = len(self.keys) * cfg.eval_episodes
+        seconds = count * horizon * evaluations / speed
+        fit = f", {len(self.envs)} at a time for memory" if len(self.envs) < count else ""
         return (
             f"evaluation: {evaluations} times {cfg.eval_episodes} episodes per seed of at most "
-            f"{horizon} steps, {speed:,.0f} steps/s: at most {seconds / 60:.1f} min in all"
+            f"{horizon} steps, {speed:,.0f} steps/s: at most {seconds / 60:.1f} min in all{fit}"
         )
+
+
+def memory():
+    """Bytes that this process holds and that are free on the machine; None where unknown."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        free = re.search(r"MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text())
+        return pages * os.sysconf("SC_PAGE_SIZE"), 1024 * int(free[1])
+    except (OSError, TypeError, ValueError):
+        return None

@@ -92,7 +92,7 @@ class Run:
         self.waiting = []  # rows of border 0, until the metrics have names
         self.seconds = {"train": 0.0, "eval": 0.0}
         self.chunks = []  # seconds of the chunks of this start
-        self.signals, self.bar, self.done = signals.Signals(), None, False
+        self.signals, self.bar, self.done, self.lost = signals.Signals(), None, False, False
         self.world = digests.world(dataset)
 
     def __enter__(self):
@@ -139,8 +139,7 @@ class Run:
                 raise error  # looked at by disks.storage
             self.manager.close()
             self.wandb.close()
-            lost = len(self.diverged) == len(self.cfg.seeds)
-            if not self.done and (kind is None or (kind is SystemExit and lost)):
+            if not self.done and (kind is None or (kind is SystemExit and self.lost)):
                 self._finish()
         if kind is None and self.diverged:
             raise SystemExit(1)
@@ -211,8 +210,9 @@ class Run:
             self.seconds["train"] += self.chunks[-1]
         self._freeze(step, host, metrics or {})
         self.kept = host
-        number = processes.agree(self.signals.number or 0)
-        due = number or self.evaluates(step) or time.perf_counter() >= self.due
+        self.lost = len(self.diverged) == len(self.cfg.seeds)
+        number, late = processes.agree(self.signals.number or 0), time.perf_counter() >= self.due
+        due = number or late or self.lost or self.evaluates(step)
         if due and jax.process_index() == 0 and step not in self.manager.all_steps():
             meta = {"update": step, "metrics": metrics, "best": self.best.tolist()}
             names = ("seconds", "waiting", "diverged", "code", "world")
@@ -221,7 +221,7 @@ class Run:
         if number:
             print(f"saved at update {step:,}; go on with the same command and --resume")
             raise SystemExit(128 + number)
-        if len(self.diverged) == len(self.cfg.seeds):
+        if self.lost:
             print(f"no seed is left to train after update {step:,}", file=sys.stderr)
             raise SystemExit(1)
         self.clock, self.away = time.perf_counter(), 0.0
@@ -260,7 +260,7 @@ class Run:
         self.bar.update(step - self.bar.n)
 
     def _freeze(self, step, host, metrics):
-        """A seed with a loss or parameter that is not finite keeps its last saved state."""
+        """A seed with a loss or parameter not finite keeps its state of the border before."""
         for i, seed in enumerate(self.cfg.seeds):
             bad = [name for name, means in metrics.items() if not math.isfinite(means[i])]
             if not bad and not all(np.isfinite(x[i]).all() for x in jax.tree.leaves(host)):

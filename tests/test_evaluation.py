@@ -106,6 +106,23 @@ def test_one_complete_episode_per_environment():
     np.testing.assert_array_equal(result["length"], [expected.mean()] * 2)
 
 
+def test_fewer_environments_take_turns_where_memory_is_short(monkeypatch, capsys):
+    """The numbers of all at once; an environment takes 100 bytes, half of 899 may be used."""
+    whole, envs = evaluate((0, 1, 3), episodes=5)
+    assert len(envs) == 15
+    told = iter([(1000, 899), (1100, 0)])
+    monkeypatch.setattr(evaluation, "memory", lambda: next(told))
+    result, envs = evaluate((0, 1, 3), episodes=5)
+    assert len(envs) == 4 and "4 at a time for memory" in capsys.readouterr().out
+    same(result, whole)
+
+
+@pytest.mark.parametrize("told", [None, (1000, 10), (1000, 10**9)])
+def test_memory_unknown_short_or_ample(monkeypatch, told):
+    monkeypatch.setattr(evaluation, "memory", lambda: told)  # the second one takes nothing
+    assert len(evaluate(episodes=6)[1]) == (5 if told == (1000, 10) else 6)
+
+
 def test_mean_return_success_and_score():
     still = lambda params, observation, key: jnp.zeros((len(observation), 1))  # noqa: E731
     result, _ = evaluate((0, 1), episodes=6, act=still)
@@ -271,7 +288,7 @@ def remembered(length, shift):
     return actions
 
 
-def test_memory_holds_the_past_of_one_episode_only():
+def test_memory_holds_the_past_of_one_episode_only(monkeypatch):
     memory = np.zeros(6, np.float32), np.int32(0)
     cfg = SimpleNamespace(eval_episodes=6, eval_every=10, num_updates=100)
     rollouts = evaluation.Rollouts(dataset(), recall, policy_keys((0, 3)), cfg, memory)
@@ -281,6 +298,11 @@ def test_memory_holds_the_past_of_one_episode_only():
     for i, env in enumerate(rollouts.envs):
         expected = remembered(env.length, 0.0 if i < 6 else 0.3)
         np.testing.assert_allclose(np.ravel(env.actions), expected, rtol=1e-5)
+    monkeypatch.setattr(evaluation, "memory", iter([(0, 10), (1, 10)]).__next__)
+    with evaluation.Rollouts(dataset(), recall, policy_keys((0, 3)), cfg, memory) as turns:
+        assert len(turns.envs) == 5
+        same(turns.start(parameters((0, 3)), 0).result(), results[0])
+    monkeypatch.undo()
     alone = evaluation.Rollouts(dataset(), recall, policy_keys((3,)), cfg, memory)
     with alone:
         np.testing.assert_array_equal(

@@ -196,19 +196,21 @@ def test_loading_changes_nothing_in_a_damaged_run(name, tiny, reference, capsys)
 
 
 def test_between_evaluations_a_checkpoint_waits_for_its_time(name, tiny, reference, tmp_path, base):
-    """Those of evaluations alone in this short run, of which one is gone on from; a signal saves."""
+    """This short run has those of its evaluations alone, and one where a signal ends it."""
     seldom = [*tiny, "--seeds", "0", "1", "--save-seconds", "1000", "--resume"]
     words = runs.command(name, seldom, die="before log 12")
     assert runs.call(words, tmp_path, runs.environment(base / "cache"))[0] == -signal.SIGKILL
     folder = runs.only_run(tmp_path / "runs")
     assert sorted(int(x.name) for x in (folder / "checkpoints").iterdir()) == [0, 8]
     code = "from common import experiment, signals; f = experiment.Run.log\ndef log(run, step, *a):"
-    code += "\n  f(run, step, *a); run.signals.number = 15 * (step == 12)\nexperiment.Run.log = log"
+    code += "\n  f(run, step, *a); run.signals.number = 15 * (step == 8)\nexperiment.Run.log = log"
     words = runs.command(name, seldom, code=code)
     status, out, _ = runs.call(words, tmp_path, runs.environment(base / "cache"))
-    assert status == 128 + 15 and "resuming at update 8" in out and "saved at update 16" in out
-    status, out, _ = runs.call(runs.command(name, seldom), tmp_path, runs.environment(base / "cache"))
-    assert status == 0 and "resuming at update 16" in out
+    assert status == 128 + 15 and "resuming at update 8" in out and "saved at update 12" in out
+    status, out, _ = runs.call(
+        runs.command(name, seldom), tmp_path, runs.environment(base / "cache")
+    )
+    assert status == 0 and "resuming at update 12" in out
     assert metrics(folder) == metrics(reference(name))
 
 
