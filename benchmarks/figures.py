@@ -141,9 +141,10 @@ def _improvement(axis, names, table):
         if i != j:
             ink = "#ffffff" if abs(value - 0.5) > 0.3 else "#101010"
             axis.text(j, i, f"{value:.2f}", ha="center", va="center", color=ink)
-    axis.set(yticks=range(len(names)), yticklabels=names, xticks=range(len(names)))
-    axis.set_xticklabels(names, rotation=40, ha="right")
-    axis.set_title("Probability that the row beats the column")
+    numbered = [f"{name}  {i}" for i, name in enumerate(names, 1)]
+    axis.set(yticks=range(len(names)), yticklabels=numbered, xticks=range(len(names)))
+    axis.set_xticklabels(range(1, len(names) + 1))
+    axis.set_title("P(row beats column)")
     axis.grid(False)
 
 

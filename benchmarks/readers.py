@@ -21,6 +21,7 @@ import yaml
 from common import d4rl, datasets, fail, one_line, sources
 
 PER_SEED = ("score", "best_score", "return", "success", "length", "diverged")
+IN_TABLE = ("num_updates", "log_every", "eval_every", "eval_episodes")  # named in need only
 NO_CONFIG = ("record", "seeds", "dataset")  # keys that do not tell two rows of a data set apart
 
 
@@ -279,6 +280,9 @@ def tell_apart(runs, notes):
             for key in {key for run in same for key in run.config} - {*NO_CONFIG}:
                 if len({json.dumps(run.config.get(key)) for run in same}) > 1:
                     keys.add(key)
+        short = keys - {*IN_TABLE}
+        if all(len({_values(run, short) for run in x}) == len(x) for x in by_dataset.values()):
+            keys = short
         versions = {run.code for run in group}
         if len(versions) > 1:
             names = ", ".join(sorted(version or "not recorded" for version in versions))
@@ -296,6 +300,10 @@ def tell_apart(runs, notes):
                 for run in group:
                     run.variant = f"{run.variant} {key}={run.made[key] or 'unrecorded'}".strip()
     return rows
+
+
+def _values(run, keys):
+    return json.dumps([run.config.get(key) for key in sorted(keys)])
 
 
 def _data(run):
