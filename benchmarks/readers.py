@@ -21,7 +21,8 @@ import yaml
 from common import d4rl, datasets, fail, one_line, sources
 
 PER_SEED = ("score", "best_score", "return", "success", "length", "diverged")
-IN_TABLE = ("num_updates", "log_every", "eval_every", "eval_episodes")  # named in need only
+# Named only where nothing else tells rows apart, or one name had several of them.
+BUDGET = ("num_updates", "log_every", "eval_every", "eval_episodes")
 NO_CONFIG = ("record", "seeds", "dataset")  # keys that do not tell two rows of a data set apart
 
 
@@ -280,8 +281,11 @@ def tell_apart(runs, notes):
             for key in {key for run in same for key in run.config} - {*NO_CONFIG}:
                 if len({json.dumps(run.config.get(key)) for run in same}) > 1:
                     keys.add(key)
-        short = keys - {*IN_TABLE}
-        if all(len({_values(run, short) for run in x}) == len(x) for x in by_dataset.values()):
+        short, budgets = keys - {*BUDGET}, collections.defaultdict(set)
+        for run in group:
+            budgets[_values(run, short)].add(_values(run, BUDGET))
+        unique = all(len({_values(run, short) for run in x}) == len(x) for x in by_dataset.values())
+        if unique and max(map(len, budgets.values())) == 1:
             keys = short
         versions = {run.code for run in group}
         if len(versions) > 1:

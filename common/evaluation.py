@@ -107,14 +107,14 @@ class Rollouts:
             if observation is None:  # [S E, O]; lanes of other turns hold what nobody reads
                 observation = np.zeros((count, *fresh.shape[1:]), fresh.dtype)
             observation[live] = fresh
-            rewards, memory, env_step = np.zeros(shape, np.float32), self.memory, 0
+            rewards, past, env_step = np.zeros(shape, np.float32), self.memory, 0
             while len(live):
                 lanes = observation.reshape(*shape, *observation.shape[1:])
                 numbers = np.uint32(update), np.uint32(env_step)
-                past = () if memory is None else (memory, rewards)
-                action = self.act(params, lanes, self.keys, *numbers, past)
-                if memory is not None:
-                    action, memory = action
+                known = () if past is None else (past, rewards)
+                action = self.act(params, lanes, self.keys, *numbers, known)
+                if past is not None:
+                    action, past = action
                 action = np.asarray(action)
                 action = action.reshape(count, *action.shape[2:])
                 if action.dtype.kind == "f":  # a diverged policy must not stop the others
@@ -173,7 +173,10 @@ class Rollouts:
 
 
 def memory():
-    """Bytes that this process holds and that are free on the machine; None where unknown."""
+    """Bytes that this process holds and that are free; None where unknown.
+
+    Free on the machine: a container's own limit is not seen.
+    """
     try:
         pages = int(Path("/proc/self/statm").read_text().split()[1])
         free = re.search(r"MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text())
