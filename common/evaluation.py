@@ -5,18 +5,16 @@ S seeds x E episodes run side by side, one complete episode per environment (nev
 finish", which favours short ones). All of a seed's environments share one batched policy call per
 step; finished ones are no longer stepped. Episode (s, i) is reset with `EVAL_SEED + i` for
 every s, so all seeds and all evaluations meet the same starts. Where so many environments would
-take more than half of the free memory (one of OGBench's cubes is 200 MB), fewer of them take the
+take more than half of the free memory (OGBench's scenes are large), fewer of them take the
 episodes in turns, which changes no number unless a step draws from NumPy's global generator.
 """
 
-import os
-import re
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 
 import jax
 import numpy as np
+import psutil
 
 EVAL_SEED = 10_000
 
@@ -63,13 +61,12 @@ class Rollouts:
             print("no env to evaluate in: training only, scores stay empty (set --env)")
             return self
         count = len(self.keys) * self.cfg.eval_episodes
-        self.envs = [self.dataset.make_env()]  # also imports what it needs
-        before = memory()
-        while len(self.envs) < count:
-            self.envs.append(self.dataset.make_env())
-            if before and len(self.envs) == 2:
-                size = max(memory()[0] - before[0], 1)
-                count = min(count, max(2, before[1] // 2 // size))
+        make_env = self.dataset.make_env
+        self.envs = [make_env()]  # imports what it needs, too
+        held, free = memory()
+        self.envs += [make_env() for _ in range(1, min(count, 2))]
+        size = max(memory()[0] - held, 1)
+        self.envs += [make_env() for _ in range(2, min(count, free // 2 // size))]
         print(self._estimate())
         return self
 
@@ -173,13 +170,5 @@ class Rollouts:
 
 
 def memory():
-    """Bytes that this process holds and that are free; None where unknown.
-
-    Free on the machine: a container's own limit is not seen.
-    """
-    try:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-        free = re.search(r"MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text())
-        return pages * os.sysconf("SC_PAGE_SIZE"), 1024 * int(free[1])
-    except (OSError, TypeError, ValueError):
-        return None
+    """Bytes this process holds, and those free on the machine (a container may allow less)."""
+    return psutil.Process().memory_info().rss, psutil.virtual_memory().available

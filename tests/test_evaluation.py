@@ -117,10 +117,10 @@ def test_fewer_environments_take_turns_where_memory_is_short(monkeypatch, capsys
     same(result, whole)
 
 
-@pytest.mark.parametrize("told", [None, (1000, 10), (1000, 10**9)])
-def test_memory_unknown_short_or_ample(monkeypatch, told):
-    monkeypatch.setattr(evaluation, "memory", lambda: told)  # the second one takes nothing
-    assert len(evaluate(episodes=6)[1]) == (5 if told == (1000, 10) else 6)
+@pytest.mark.parametrize(("free", "count"), [(0, 2), (10, 5), (10**9, 6)])
+def test_at_least_two_environments_and_no_more_than_episodes(monkeypatch, free, count):
+    monkeypatch.setattr(evaluation, "memory", lambda: (1000, free))  # the second one takes nothing
+    assert len(evaluate(episodes=6)[1]) == count
 
 
 def test_mean_return_success_and_score():

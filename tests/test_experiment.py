@@ -202,7 +202,7 @@ def test_between_evaluations_a_checkpoint_waits_for_its_time(name, tiny, referen
     assert runs.call(words, tmp_path, runs.environment(base / "cache"))[0] == -signal.SIGKILL
     folder = runs.only_run(tmp_path / "runs")
     assert sorted(int(x.name) for x in (folder / "checkpoints").iterdir()) == [0, 8]
-    code = "from common import experiment, signals; f = experiment.Run.log\ndef log(run, step, *a):"
+    code = "from common import experiment; f = experiment.Run.log\ndef log(run, step, *a):"
     code += "\n  f(run, step, *a); run.signals.number = 15 * (step == 8)\nexperiment.Run.log = log"
     words = runs.command(name, seldom, code=code)
     status, out, _ = runs.call(words, tmp_path, runs.environment(base / "cache"))

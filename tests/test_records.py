@@ -180,5 +180,14 @@ def test_the_speed_beside_d3rlpy_is_that_of_the_record():
     assert abs(rows["cql"]["times d3rlpy"] - 1) < 0.1
 
 
+def test_the_speed_on_a_gpu_is_that_of_the_record():
+    one, eight = json.loads((RESULTS / "throughput_h200.json").read_text())["rows"]
+    assert (one["seeds"], eight["seeds"]) == (1, 8)
+    single, together = (f"{round(row['updates/s'], -2):,.0f}" for row in (one, eight))
+    said = f"ReBRAC makes {single} updates/s (TF32), eight seeds side by side {together} together"
+    assert f"{said}, a little over half of what their products" in flat(README)
+    assert all(0.5 < row["share of bound"] < 0.6 for row in (one, eight))
+
+
 def flat(text):
     return " ".join(text.split())

@@ -95,6 +95,20 @@ def test_runs_of_one_algorithm_are_told_apart(tmp_path):
     assert [row[0] for row in rows(tmp_path)] == ["bc fraction=1.0", "bc fraction=0.1", "iql"]
 
 
+def test_a_budget_is_in_the_name_only_where_it_has_to_be(tmp_path):
+    def names(*runs):
+        folder = tmp_path / f"{len([*tmp_path.iterdir()])}"
+        for i, (dataset, alpha, updates) in enumerate(runs):
+            named = {"dataset": f"{dataset}.hdf5", "alpha": alpha, "num_updates": updates}
+            write_run(folder / f"{i}", [1.0], updates=updates, **named)
+        return sorted(row[0] for row in rows(folder))
+
+    assert names(("a", 1, 20), ("a", 2, 40)) == ["bc alpha=1", "bc alpha=2"]
+    assert names(("a", 1, 20), ("a", 1, 40)) == ["bc num_updates=20", "bc num_updates=40"]
+    swapped = names(("a", 1, 20), ("a", 2, 40), ("b", 1, 40), ("b", 2, 20))
+    assert len({*swapped}) == 4  # one name would hold two budgets
+
+
 def test_values_tuned_per_data_set_are_one_method(tmp_path):
     write_run(tmp_path / "a", [1.0], dataset="a.hdf5", alpha=1.0)
     write_run(tmp_path / "b", [2.0], dataset="b.hdf5", alpha=2.0)
