@@ -32,9 +32,9 @@ from common import datasets, evaluation, experiment
 @dataclass(frozen=True)
 class Config:
     dataset: str = "local/pointmaze/umaze-v0"  # data set id or path, see common/datasets.py
-    seeds: tuple[int, ...] = (0,)  # trained side by side, one lane each
+    seeds: tuple[int, ...] = (0,)  # trained in parallel
     num_updates: int = 1_000_000  # gradient steps of every network
-    log_every: int = 1_000  # updates per compiled chunk: one row of metrics, the border to save at
+    log_every: int = 1_000  # updates per compiled chunk, the unit of logging and saving
     eval_every: int = 20_000  # updates between evaluations
     eval_episodes: int = 10  # episodes per seed and evaluation
     batch_size: int = 256  # transitions per update
@@ -100,11 +100,23 @@ class State(NamedTuple):
 
 
 def normalise(data):
-    """The data with observations of mean 0 and std 1, and that mean and std."""
-    x = data.observation
-    mean, std = x.mean(axis=0, dtype=float), x.std(axis=0, dtype=float) + 1e-3
-    x, next_x = (((x - mean) / std).astype("float32") for x in (x, data.next_observation))
-    return data._replace(observation=x, next_observation=next_x), (mean, std)
+    """The data with observations of mean 0 and std 1, and that mean and std, [O] each."""
+    mean = data.observation.mean(axis=0, dtype=float)
+    std = data.observation.std(axis=0, dtype=float) + 1e-3
+    observation = (data.observation - mean) / std
+    next_observation = (data.next_observation - mean) / std
+    data = data._replace(
+        observation=observation.astype("float32"),
+        next_observation=next_observation.astype("float32"),
+    )
+    return data, (mean, std)
+
+
+def standardise(observation, statistics):
+    """(observation - mean) / std, [..., O], with the statistics of the data."""
+    mean = jnp.broadcast_to(statistics[0], observation.shape)
+    std = jnp.broadcast_to(statistics[1], observation.shape)
+    return (observation - mean) / std
 
 
 def create_state(key, batch, cfg, statistics=(0.0, 1.0)):
@@ -177,8 +189,7 @@ def update(state, step, key, data, cfg):
     run changes the result. `key` is folded with the step, never split.
     """
     key_batch, key_critic, key_actor = jax.random.split(jax.random.fold_in(key, step), 3)
-    index = jax.random.randint(key_batch, (cfg.batch_size,), 0, len(data.reward))
-    batch = jax.tree.map(lambda x: x[index], data)
+    batch = sample_batch(data, key_batch, cfg)
     grads, critic_metrics = jax.grad(critic_loss, has_aux=True)(
         state.critic.params, state, batch, key_critic, cfg
     )
@@ -189,6 +200,12 @@ def update(state, step, key, data, cfg):
     state = state._replace(actor=state.actor.apply_gradients(grads=grads))
     state = state._replace(critic=update_target(state.critic, cfg))
     return state, critic_metrics | actor_metrics
+
+
+def sample_batch(data, key, cfg):
+    """`batch_size` rows of the data, drawn with replacement."""
+    index = jax.random.randint(key, (cfg.batch_size,), 0, len(data.reward))
+    return jax.tree.map(lambda column: column[index], data)
 
 
 def update_target(net, cfg):
@@ -206,8 +223,9 @@ def train_chunk(state, key, start, data, cfg):
 # --- Policy -------------------------------------------------------------------------------------
 def policy(apply_fn, params, observation, key):
     """Mean action in [-1, 1], [..., O] -> [..., A]. `key` is not used."""
-    mean, std = (jnp.broadcast_to(x, observation.shape) for x in params[1])
-    return apply_fn(params[0], (observation - mean) / std)[0]
+    actor_params, statistics = params
+    mean, _ = apply_fn(actor_params, standardise(observation, statistics))
+    return mean
 
 
 def policy_params(state):
@@ -224,9 +242,10 @@ def train(cfg, options):
     example = jax.tree.map(lambda x: x[:1], data)
     init_keys, train_keys, policy_keys = experiment.streams(cfg.seeds, 3)  # [S] each
     create = partial(create_state, batch=example, cfg=cfg, statistics=statistics)
-    state = jax.vmap(create)(init_keys)  # not jitted: two QRs at once hang XLA
-    # jit with the state donated; seeds by vmap on an accelerator, one after the other on CPU.
-    train_seeds = experiment.over_seeds(partial(train_chunk, cfg=cfg), update)
+    # Not jitted: XLA can hang on the QR decompositions of two orthogonal initialisers.
+    state = jax.vmap(create)(init_keys)
+    # Compiled once for all seeds. `update` shows which rows a step reads, for --data host.
+    train_seeds = experiment.over_seeds(partial(train_chunk, cfg=cfg), update=update)
     act = partial(policy, state.actor.apply_fn)
 
     with (
@@ -234,13 +253,15 @@ def train(cfg, options):
         evaluation.Rollouts(dataset, act, policy_keys, cfg) as rollouts,
     ):
         state, metrics, start = run.restore(state)
-        for step in run.borders(start):  # start, start + log_every, ..., num_updates
+        for step in run.boundaries(start):  # start, start + log_every, ..., num_updates
             run.save(step, state, metrics)
-            scores = rollouts.start(policy_params(state), step) if run.evaluates(step) else None
-            row = (step, metrics, scores)
-            if step < cfg.num_updates:  # beside the evaluation where there is an accelerator
+            scores = None
+            if run.evaluates(step):
+                scores = rollouts.start(policy_params(state), step)
+            last_metrics = metrics  # of the chunk that ended at this step
+            if step < cfg.num_updates:  # an accelerator trains while the CPU evaluates
                 state, metrics = train_seeds(state, train_keys, step, data)
-            run.log(*row)
+            run.log(step, last_metrics, scores)
     return run.scores
 
 

@@ -31,9 +31,9 @@ from common import datasets, evaluation, experiment
 @dataclass(frozen=True)
 class Config:
     dataset: str = "local/cartpole/mixed-v0"  # data set id or path, see common/datasets.py
-    seeds: tuple[int, ...] = (0,)  # trained side by side, one lane each
+    seeds: tuple[int, ...] = (0,)  # trained in parallel
     num_updates: int = 100_000  # gradient steps
-    log_every: int = 1_000  # updates per compiled chunk: one row of metrics, the border to save at
+    log_every: int = 1_000  # updates per compiled chunk, the unit of logging and saving
     eval_every: int = 10_000  # updates between evaluations
     eval_episodes: int = 10  # episodes per seed and evaluation
     batch_size: int = 256  # transitions per update
@@ -120,14 +120,19 @@ def update(state, step, key, data, cfg):
     run changes the result. `key` is folded with the step, never split.
     """
     key_batch = jax.random.fold_in(key, step)
-    index = jax.random.randint(key_batch, (cfg.batch_size,), 0, len(data.reward))
-    batch = jax.tree.map(lambda x: x[index], data)
+    batch = sample_batch(data, key_batch, cfg)
     grads, metrics = jax.grad(critic_loss, has_aux=True)(state.critic.params, state, batch, cfg)
     critic = state.critic.apply_gradients(grads=grads)
     target = optax.periodic_update(
         critic.params, critic.target_params, critic.step, cfg.target_every
     )
     return State(critic.replace(target_params=target)), metrics
+
+
+def sample_batch(data, key, cfg):
+    """`batch_size` rows of the data, drawn with replacement."""
+    index = jax.random.randint(key, (cfg.batch_size,), 0, len(data.reward))
+    return jax.tree.map(lambda column: column[index], data)
 
 
 def train_chunk(state, key, start, data, cfg):
@@ -155,9 +160,9 @@ def train(cfg, options):
     example = jax.tree.map(lambda x: x[:1], data)
     init_keys, train_keys, policy_keys = experiment.streams(cfg.seeds, 3)  # [S] each
     create = partial(create_state, batch=example, cfg=cfg, num_actions=dataset.num_actions)
-    state = jax.vmap(create)(init_keys)  # not jitted: two QRs at once hang XLA
-    # jit with the state donated; seeds by vmap on an accelerator, one after the other on CPU.
-    train_seeds = experiment.over_seeds(partial(train_chunk, cfg=cfg), update)
+    state = jax.vmap(create)(init_keys)
+    # Compiled once for all seeds. `update` shows which rows a step reads, for --data host.
+    train_seeds = experiment.over_seeds(partial(train_chunk, cfg=cfg), update=update)
     act = partial(policy, state.critic.apply_fn)
 
     with (
@@ -165,13 +170,15 @@ def train(cfg, options):
         evaluation.Rollouts(dataset, act, policy_keys, cfg) as rollouts,
     ):
         state, metrics, start = run.restore(state)
-        for step in run.borders(start):  # start, start + log_every, ..., num_updates
+        for step in run.boundaries(start):  # start, start + log_every, ..., num_updates
             run.save(step, state, metrics)
-            scores = rollouts.start(policy_params(state), step) if run.evaluates(step) else None
-            row = (step, metrics, scores)
-            if step < cfg.num_updates:  # beside the evaluation where there is an accelerator
+            scores = None
+            if run.evaluates(step):
+                scores = rollouts.start(policy_params(state), step)
+            last_metrics = metrics  # of the chunk that ended at this step
+            if step < cfg.num_updates:  # an accelerator trains while the CPU evaluates
                 state, metrics = train_seeds(state, train_keys, step, data)
-            run.log(*row)
+            run.log(step, last_metrics, scores)
     return run.scores
 
 

@@ -34,9 +34,9 @@ from common import datasets, evaluation, experiment, views
 @dataclass(frozen=True)
 class Config:
     dataset: str = "local/pointmaze/umaze-v0"  # data set id or path, see common/datasets.py
-    seeds: tuple[int, ...] = (0,)  # trained side by side, one lane each
+    seeds: tuple[int, ...] = (0,)  # trained in parallel
     num_updates: int = 100_000  # gradient steps
-    log_every: int = 1_000  # updates per compiled chunk: one row of metrics, the border to save at
+    log_every: int = 1_000  # updates per compiled chunk, the unit of logging and saving
     eval_every: int = 10_000  # updates between evaluations
     eval_episodes: int = 100  # episodes per seed and evaluation
     batch_size: int = 64  # windows per update
@@ -149,11 +149,23 @@ class State(NamedTuple):
 
 
 def normalise(data):
-    """The data with observations of mean 0 and std 1, and that mean and std."""
-    x = data.observation
-    mean, std = x.mean(axis=0, dtype=float), x.std(axis=0, dtype=float) + 1e-3
-    x, next_x = (((x - mean) / std).astype("float32") for x in (x, data.next_observation))
-    return data._replace(observation=x, next_observation=next_x), (mean, std)
+    """The data with observations of mean 0 and std 1, and that mean and std, [O] each."""
+    mean = data.observation.mean(axis=0, dtype=float)
+    std = data.observation.std(axis=0, dtype=float) + 1e-3
+    observation = (data.observation - mean) / std
+    next_observation = (data.next_observation - mean) / std
+    data = data._replace(
+        observation=observation.astype("float32"),
+        next_observation=next_observation.astype("float32"),
+    )
+    return data, (mean, std)
+
+
+def standardise(observation, statistics):
+    """(observation - mean) / std, [..., O], with the statistics of the data."""
+    mean = jnp.broadcast_to(statistics[0], observation.shape)
+    std = jnp.broadcast_to(statistics[1], observation.shape)
+    return (observation - mean) / std
 
 
 def episode_steps(dataset, data):
@@ -247,15 +259,15 @@ def policy(apply_fn, params, observation, key, memory, reward):
 
     The `reward` [E] of the step before is taken off the return that is asked for.
     """
-    mean, std = (jnp.broadcast_to(x, observation.shape) for x in params[1])
+    actor_params, statistics = params
     now = Steps(
-        (observation - mean) / std,
+        standardise(observation, statistics),
         jnp.zeros_like(memory.action[:, -1]),  # not known yet and not seen
         memory.returns_to_go[:, -1] - reward,
         memory.timestep[:, -1] + 1,
     )
     memory = jax.tree.map(lambda x, new: jnp.append(x[:, 1:], new[:, None], axis=1), memory, now)
-    action = apply_fn(params[0], *memory)[:, -1]
+    action = apply_fn(actor_params, *memory)[:, -1]
     return action, memory._replace(action=memory.action.at[:, -1].set(action))
 
 
@@ -272,9 +284,9 @@ def train(cfg, options):
     example = jax.tree.map(lambda x: x[:1], data)
     init_keys, train_keys, policy_keys = experiment.streams(cfg.seeds, 3)  # [S] each
     create = partial(create_state, batch=example, cfg=cfg, statistics=statistics)
-    state = jax.vmap(create)(init_keys)  # not jitted: two QRs at once hang XLA
-    # jit with the state donated; seeds by vmap on an accelerator, one after the other on CPU.
-    train_seeds = experiment.over_seeds(partial(train_chunk, cfg=cfg), update)
+    state = jax.vmap(create)(init_keys)
+    # Compiled once for all seeds. `update` shows which rows a step reads, for --data host.
+    train_seeds = experiment.over_seeds(partial(train_chunk, cfg=cfg), update=update)
     act = partial(policy, state.actor.apply_fn)
     best = float(data.returns_to_go[views.episodes(dataset)[0]].max())  # of what it was trained on
     target_return = best if cfg.target_return is None else cfg.target_return
@@ -285,13 +297,15 @@ def train(cfg, options):
         evaluation.Rollouts(dataset, act, policy_keys, cfg, memory) as rollouts,
     ):
         state, metrics, start = run.restore(state)
-        for step in run.borders(start):  # start, start + log_every, ..., num_updates
+        for step in run.boundaries(start):  # start, start + log_every, ..., num_updates
             run.save(step, state, metrics)
-            scores = rollouts.start(policy_params(state), step) if run.evaluates(step) else None
-            row = (step, metrics, scores)
-            if step < cfg.num_updates:  # beside the evaluation where there is an accelerator
+            scores = None
+            if run.evaluates(step):
+                scores = rollouts.start(policy_params(state), step)
+            last_metrics = metrics  # of the chunk that ended at this step
+            if step < cfg.num_updates:  # an accelerator trains while the CPU evaluates
                 state, metrics = train_seeds(state, train_keys, step, data)
-            run.log(*row)
+            run.log(step, last_metrics, scores)
     return run.scores
 
 

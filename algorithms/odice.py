@@ -34,9 +34,9 @@ from common import datasets, evaluation, experiment, views
 @dataclass(frozen=True)
 class Config:
     dataset: str = "local/pointmaze/umaze-v0"  # data set id or path, see common/datasets.py
-    seeds: tuple[int, ...] = (0,)  # trained side by side, one lane each
+    seeds: tuple[int, ...] = (0,)  # trained in parallel
     num_updates: int = 1_000_000  # gradient steps of every network
-    log_every: int = 1_000  # updates per compiled chunk: one row of metrics, the border to save at
+    log_every: int = 1_000  # updates per compiled chunk, the unit of logging and saving
     eval_every: int = 20_000  # updates between evaluations
     eval_episodes: int = 10  # episodes per seed and evaluation
     batch_size: int = 256  # transitions per update
@@ -198,8 +198,7 @@ def update(state, step, key, data, cfg):
     run changes the result. `key` is folded with the step, never split.
     """
     key_batch = jax.random.fold_in(key, step)
-    index = jax.random.randint(key_batch, (cfg.batch_size,), 0, len(data.reward))
-    batch = jax.tree.map(lambda x: x[index], data)
+    batch = sample_batch(data, key_batch, cfg)
     value_grads, value_metrics = value_gradient(state, batch, cfg)
     actor_grads, actor_metrics = jax.grad(actor_loss, has_aux=True)(
         state.actor.params, state, batch, cfg
@@ -229,6 +228,12 @@ def without_component(x, along):
     dot, square = (sum(jax.tree.leaves(jax.tree.map(jnp.vdot, y, along))) for y in (x, along))
     share = dot / jnp.maximum(square, 1e-10)
     return jax.tree.map(lambda x, y: x - share * y, x, along)
+
+
+def sample_batch(data, key, cfg):
+    """`batch_size` rows of the data, drawn with replacement."""
+    index = jax.random.randint(key, (cfg.batch_size,), 0, len(data.reward))
+    return jax.tree.map(lambda column: column[index], data)
 
 
 def update_target(net, cfg):
@@ -264,9 +269,10 @@ def train(cfg, options):
     example = jax.tree.map(lambda x: x[:1], data)
     init_keys, train_keys, policy_keys = experiment.streams(cfg.seeds, 3)  # [S] each
     create = partial(create_state, batch=example, cfg=cfg)
-    state = jax.vmap(create)(init_keys)  # not jitted: two QRs at once hang XLA
-    # jit with the state donated; seeds by vmap on an accelerator, one after the other on CPU.
-    train_seeds = experiment.over_seeds(partial(train_chunk, cfg=cfg), update)
+    # Not jitted: XLA can hang on the QR decompositions of two orthogonal initialisers.
+    state = jax.vmap(create)(init_keys)
+    # Compiled once for all seeds. `update` shows which rows a step reads, for --data host.
+    train_seeds = experiment.over_seeds(partial(train_chunk, cfg=cfg), update=update)
     act = partial(policy, state.actor.apply_fn)
 
     with (
@@ -274,13 +280,15 @@ def train(cfg, options):
         evaluation.Rollouts(dataset, act, policy_keys, cfg) as rollouts,
     ):
         state, metrics, start = run.restore(state)
-        for step in run.borders(start):  # start, start + log_every, ..., num_updates
+        for step in run.boundaries(start):  # start, start + log_every, ..., num_updates
             run.save(step, state, metrics)
-            scores = rollouts.start(policy_params(state), step) if run.evaluates(step) else None
-            row = (step, metrics, scores)
-            if step < cfg.num_updates:  # beside the evaluation where there is an accelerator
+            scores = None
+            if run.evaluates(step):
+                scores = rollouts.start(policy_params(state), step)
+            last_metrics = metrics  # of the chunk that ended at this step
+            if step < cfg.num_updates:  # an accelerator trains while the CPU evaluates
                 state, metrics = train_seeds(state, train_keys, step, data)
-            run.log(*row)
+            run.log(step, last_metrics, scores)
     return run.scores
 
 

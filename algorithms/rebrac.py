@@ -31,9 +31,9 @@ from common import datasets, evaluation, experiment
 @dataclass(frozen=True)
 class Config:
     dataset: str = "local/pointmaze/umaze-v0"  # data set id or path, see common/datasets.py
-    seeds: tuple[int, ...] = (0,)  # trained side by side, one lane each
+    seeds: tuple[int, ...] = (0,)  # trained in parallel
     num_updates: int = 1_000_000  # critic gradient steps
-    log_every: int = 1_000  # updates per compiled chunk: one row of metrics, the border to save at
+    log_every: int = 1_000  # updates per compiled chunk, the unit of logging and saving
     eval_every: int = 20_000  # updates between evaluations
     eval_episodes: int = 10  # episodes per seed and evaluation
     batch_size: int = 1024  # transitions per update
@@ -112,30 +112,37 @@ class State(NamedTuple):
 def create_state(key, batch, cfg):
     """State of one seed before the first update. `batch` supplies shapes only."""
     key_actor, key_critic = jax.random.split(key)
-    actor, critic = Actor(cfg.hidden, batch.action.shape[-1]), LayerNormCritic(cfg.hidden)
+    actor = Actor(cfg.hidden, action_dim=batch.action.shape[-1])
+    critic = LayerNormCritic(cfg.hidden)
+    init_critics = jax.vmap(critic.init, (0, None, None))
+    apply_critics = jax.vmap(critic.apply, (0, None, None))  # -> [K, B]
+
     actor_params = actor.init(key_actor, batch.observation)
-    critic_params = jax.vmap(critic.init, (0, None, None))(
-        jax.random.split(key_critic, cfg.num_critics), batch.observation, batch.action
-    )
-    critics = jax.vmap(critic.apply, (0, None, None))  # -> [K, B]
+    critic_keys = jax.random.split(key_critic, cfg.num_critics)
+    critic_params = init_critics(critic_keys, batch.observation, batch.action)
+    actor_adam = optax.adam(cfg.actor_learning_rate)
+    critic_adam = optax.adam(cfg.critic_learning_rate)
     return State(
-        TrainState.create(actor.apply, actor_params, optax.adam(cfg.actor_learning_rate)),
-        TrainState.create(critics, critic_params, optax.adam(cfg.critic_learning_rate)),
+        actor=TrainState.create(actor.apply, actor_params, actor_adam),
+        critic=TrainState.create(apply_critics, critic_params, critic_adam),
     )
 
 
 # --- Losses -------------------------------------------------------------------------------------
 def critic_loss(params, state, batch, key, cfg):
-    """TD error to the penalised clipped double-Q target, mean over B, summed over K. Eq. 6."""
+    """Squared TD error to the penalised double-Q target, mean over B, summed over K. Eq. 6."""
     noise = cfg.target_noise * jax.random.normal(key, batch.action.shape)
     noise = noise.clip(-cfg.target_noise_clip, cfg.target_noise_clip)
     next_action = state.actor.apply_fn(state.actor.target_params, batch.next_observation)
-    next_action = (next_action + noise).clip(-1.0, 1.0)
+    next_action = (next_action + noise).clip(-1.0, 1.0)  # [B, A]
     penalty = jnp.square(next_action - batch.next_action).sum(axis=-1)  # [B]
+
     next_q = state.critic.apply_fn(state.critic.target_params, batch.next_observation, next_action)
-    next_q = next_q.min(axis=0) - cfg.critic_penalty * penalty  # [B]
+    next_q = next_q.min(axis=0) - cfg.critic_penalty * penalty  # [K, B] -> [B]
+    reward = cfg.reward_scale * batch.reward
     # Bootstrap through truncations, never through terminations.
-    target = cfg.reward_scale * batch.reward + cfg.discount * (1.0 - batch.termination) * next_q
+    target = reward + cfg.discount * (1.0 - batch.termination) * next_q  # [B]
+
     q = state.critic.apply_fn(params, batch.observation, batch.action)  # [K, B]
     chex.assert_equal_shape([*q, target])
     loss = jnp.square(q - target[None]).mean(axis=1).sum()
@@ -143,27 +150,29 @@ def critic_loss(params, state, batch, key, cfg):
 
 
 def actor_loss(params, state, batch, cfg):
-    """beta_1 (pi(s) - a)^2 - min_k Q_k(s, pi(s)) / mean |min_k Q_k|. Eq. 7."""
-    action = state.actor.apply_fn(params, batch.observation)
-    q = state.critic.apply_fn(state.critic.params, batch.observation, action).min(axis=0)  # [B]
+    """beta_1 (pi(s) - a)^2, sum over A, - min_k Q_k(s, pi(s)) / mean |min_k Q_k|. Eq. 7."""
+    action = state.actor.apply_fn(params, batch.observation)  # [B, A]
     penalty = jnp.square(action - batch.action).sum(axis=-1)  # [B]
+    q = state.critic.apply_fn(state.critic.params, batch.observation, action)
+    q = q.min(axis=0)  # [K, B] -> [B]
+    q_scale = jax.lax.stop_gradient(jnp.abs(q).mean())
     chex.assert_equal_shape([q, penalty, batch.reward])
-    loss = (cfg.actor_penalty * penalty - q / jax.lax.stop_gradient(jnp.abs(q).mean())).mean()
-    return loss, {"actor_loss": loss, "behaviour_mse": penalty.mean()}
+    q_loss = -q / q_scale
+    loss = (cfg.actor_penalty * penalty + q_loss).mean()
+    return loss, {"actor_loss": loss, "behaviour_penalty": penalty.mean()}
 
 
 # --- Update -------------------------------------------------------------------------------------
 def update(state, step, key, data, cfg):
-    """`policy_delay` critic updates and, among them, one of actor and targets. One seed.
+    """`policy_delay` critic updates; after the first, one of actor and targets. One seed.
 
     Randomness is a function of (key, step) alone, so neither the length of a chunk nor a resumed
     run changes the result. `key` is folded with the step, never split.
     """
     critic_metrics = []
-    for i in range(cfg.policy_delay):  # unrolled: a `cond` would run both branches under vmap
+    for i in range(cfg.policy_delay):  # a Python loop: only the first round updates the actor
         key_batch, key_noise = jax.random.split(jax.random.fold_in(key, step + i))
-        index = jax.random.randint(key_batch, (cfg.batch_size,), 0, len(data.reward))
-        batch = jax.tree.map(lambda x, index=index: x[index], data)
+        batch = sample_batch(data, key_batch, cfg)
         grads, metrics = jax.grad(critic_loss, has_aux=True)(
             state.critic.params, state, batch, key_noise, cfg
         )
@@ -171,24 +180,31 @@ def update(state, step, key, data, cfg):
         critic_metrics.append(metrics)
         if i == 0:
             # Targets first: they follow the new critic, but the actor before its update.
-            state = update_targets(state, cfg)
+            state = state._replace(
+                actor=update_target(state.actor, cfg), critic=update_target(state.critic, cfg)
+            )
             grads, actor_metrics = jax.grad(actor_loss, has_aux=True)(
                 state.actor.params, state, batch, cfg
             )
             state = state._replace(actor=state.actor.apply_gradients(grads=grads))
-    mean = jax.tree.map(lambda *x: sum(x) / len(x), *critic_metrics)
-    return state, mean | actor_metrics
+    return state, mean_metrics(critic_metrics) | actor_metrics
 
 
-def update_targets(state, cfg):
-    """One Polyak step of both target networks."""
-    actor, critic = (
-        net.replace(
-            target_params=optax.incremental_update(net.params, net.target_params, cfg.target_rate)
-        )
-        for net in (state.actor, state.critic)
-    )
-    return state._replace(actor=actor, critic=critic)
+def sample_batch(data, key, cfg):
+    """`batch_size` rows of the data, drawn with replacement."""
+    index = jax.random.randint(key, (cfg.batch_size,), 0, len(data.reward))
+    return jax.tree.map(lambda column: column[index], data)
+
+
+def update_target(net, cfg):
+    target_params = optax.incremental_update(net.params, net.target_params, cfg.target_rate)
+    return net.replace(target_params=target_params)
+
+
+def mean_metrics(metrics):
+    """Mean of a list of dicts with the same names."""
+    names = metrics[0]
+    return {name: sum(row[name] for row in metrics) / len(metrics) for name in names}
 
 
 def train_chunk(state, key, start, data, cfg):
@@ -217,9 +233,9 @@ def train(cfg, options):
     example = jax.tree.map(lambda x: x[:1], data)
     init_keys, train_keys, policy_keys = experiment.streams(cfg.seeds, 3)  # [S] each
     create = partial(create_state, batch=example, cfg=cfg)
-    state = jax.vmap(create)(init_keys)  # not jitted: two QRs at once hang XLA
-    # jit with the state donated; seeds by vmap on an accelerator, one after the other on CPU.
-    train_seeds = experiment.over_seeds(partial(train_chunk, cfg=cfg), update)
+    state = jax.vmap(create)(init_keys)
+    # Compiled once for all seeds. `update` shows which rows a step reads, for --data host.
+    train_seeds = experiment.over_seeds(partial(train_chunk, cfg=cfg), update=update)
     act = partial(policy, state.actor.apply_fn)
 
     with (
@@ -227,13 +243,15 @@ def train(cfg, options):
         evaluation.Rollouts(dataset, act, policy_keys, cfg) as rollouts,
     ):
         state, metrics, start = run.restore(state)
-        for step in run.borders(start):  # start, start + log_every, ..., num_updates
+        for step in run.boundaries(start):  # start, start + log_every, ..., num_updates
             run.save(step, state, metrics)
-            scores = rollouts.start(policy_params(state), step) if run.evaluates(step) else None
-            row = (step, metrics, scores)
-            if step < cfg.num_updates:  # beside the evaluation where there is an accelerator
+            scores = None
+            if run.evaluates(step):
+                scores = rollouts.start(policy_params(state), step)
+            last_metrics = metrics  # of the chunk that ended at this step
+            if step < cfg.num_updates:  # an accelerator trains while the CPU evaluates
                 state, metrics = train_seeds(state, train_keys, step, data)
-            run.log(*row)
+            run.log(step, last_metrics, scores)
     return run.scores
 
 

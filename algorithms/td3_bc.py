@@ -31,9 +31,9 @@ from common import datasets, evaluation, experiment
 @dataclass(frozen=True)
 class Config:
     dataset: str = "local/pointmaze/umaze-v0"  # data set id or path, see common/datasets.py
-    seeds: tuple[int, ...] = (0,)  # trained side by side, one lane each
+    seeds: tuple[int, ...] = (0,)  # trained in parallel
     num_updates: int = 1_000_000  # critic gradient steps
-    log_every: int = 1_000  # updates per compiled chunk: one row of metrics, the border to save at
+    log_every: int = 1_000  # updates per compiled chunk, the unit of logging and saving
     eval_every: int = 20_000  # updates between evaluations
     eval_episodes: int = 10  # episodes per seed and evaluation
     batch_size: int = 256  # transitions per update
@@ -109,40 +109,64 @@ class State(NamedTuple):
 
 
 def normalise(data):
-    """The data with observations of mean 0 and std 1, and that mean and std."""
-    x = data.observation
-    mean, std = x.mean(axis=0, dtype=float), x.std(axis=0, dtype=float) + 1e-3
-    x, next_x = (((x - mean) / std).astype("float32") for x in (x, data.next_observation))
-    return data._replace(observation=x, next_observation=next_x), (mean, std)
+    """The data with observations of mean 0 and std 1, and that mean and std, [O] each."""
+    mean = data.observation.mean(axis=0, dtype=float)
+    std = data.observation.std(axis=0, dtype=float) + 1e-3
+    observation = (data.observation - mean) / std
+    next_observation = (data.next_observation - mean) / std
+    data = data._replace(
+        observation=observation.astype("float32"),
+        next_observation=next_observation.astype("float32"),
+    )
+    return data, (mean, std)
+
+
+def standardise(observation, statistics):
+    """(observation - mean) / std, [..., O], with the statistics of the data."""
+    mean = jnp.broadcast_to(statistics[0], observation.shape)
+    std = jnp.broadcast_to(statistics[1], observation.shape)
+    return (observation - mean) / std
 
 
 def create_state(key, batch, cfg, statistics=(0.0, 1.0)):
     """State of one seed before the first update. `batch` supplies shapes only."""
     key_actor, key_critic = jax.random.split(key)
-    actor, critic = TanhActor(cfg.hidden, batch.action.shape[-1]), Critic(cfg.hidden)
+    actor = TanhActor(cfg.hidden, action_dim=batch.action.shape[-1])
+    critic = Critic(cfg.hidden)
+    init_critics = jax.vmap(critic.init, (0, None, None))
+    apply_critics = jax.vmap(critic.apply, (0, None, None))  # -> [K, B]
+
     actor_params = actor.init(key_actor, batch.observation)
-    critic_params = jax.vmap(critic.init, (0, None, None))(
-        jax.random.split(key_critic, cfg.num_critics), batch.observation, batch.action
-    )
-    critics = jax.vmap(critic.apply, (0, None, None))  # -> [K, B]
+    critic_keys = jax.random.split(key_critic, cfg.num_critics)
+    critic_params = init_critics(critic_keys, batch.observation, batch.action)
+    actor_adam = optax.adam(cfg.actor_learning_rate)
+    critic_adam = optax.adam(cfg.critic_learning_rate)
+    mean, std = statistics
+    observation_shape = batch.observation.shape[-1:]
     return State(
-        TrainState.create(actor.apply, actor_params, optax.adam(cfg.actor_learning_rate)),
-        TrainState.create(critics, critic_params, optax.adam(cfg.critic_learning_rate)),
-        tuple(jnp.broadcast_to(x, batch.observation.shape[-1:]) for x in statistics),
+        actor=TrainState.create(actor.apply, actor_params, actor_adam),
+        critic=TrainState.create(apply_critics, critic_params, critic_adam),
+        statistics=(
+            jnp.broadcast_to(mean, observation_shape),
+            jnp.broadcast_to(std, observation_shape),
+        ),
     )
 
 
 # --- Losses -------------------------------------------------------------------------------------
 def critic_loss(params, state, batch, key, cfg):
-    """TD error to the clipped double-Q target, mean over B, summed over K."""
+    """Squared TD error to the clipped double-Q target, mean over B, summed over K."""
     noise = cfg.target_noise * jax.random.normal(key, batch.action.shape)
     noise = noise.clip(-cfg.target_noise_clip, cfg.target_noise_clip)
     next_action = state.actor.apply_fn(state.actor.target_params, batch.next_observation)
-    next_action = (next_action + noise).clip(-1.0, 1.0)
+    next_action = (next_action + noise).clip(-1.0, 1.0)  # [B, A]
+
     next_q = state.critic.apply_fn(state.critic.target_params, batch.next_observation, next_action)
-    next_q = next_q.min(axis=0)  # [B]
+    next_q = next_q.min(axis=0)  # [K, B] -> [B]
+    reward = batch.reward + cfg.reward_shift
     # Bootstrap through truncations, never through terminations.
-    target = batch.reward + cfg.reward_shift + cfg.discount * (1.0 - batch.termination) * next_q
+    target = reward + cfg.discount * (1.0 - batch.termination) * next_q  # [B]
+
     q = state.critic.apply_fn(params, batch.observation, batch.action)  # [K, B]
     chex.assert_equal_shape([*q, target])
     loss = jnp.square(q - target[None]).mean(axis=1).sum()
@@ -150,51 +174,58 @@ def critic_loss(params, state, batch, key, cfg):
 
 
 def actor_loss(params, state, batch, cfg):
-    """(pi(s) - a)^2, mean over B and A, - alpha Q_1(s, pi(s)) / mean |Q_1|. Eqs. 3, 5."""
-    action = state.actor.apply_fn(params, batch.observation)
-    q = state.critic.apply_fn(state.critic.params, batch.observation, action)[0]  # [B]
-    penalty = jnp.square(action - batch.action).mean(axis=-1)  # [B]
-    chex.assert_equal_shape([q, penalty, batch.reward])
-    loss = (penalty - cfg.alpha * q / jax.lax.stop_gradient(jnp.abs(q).mean())).mean()
-    return loss, {"actor_loss": loss, "behaviour_mse": penalty.mean()}
+    """(pi(s) - a)^2, mean over A, - alpha Q_1(s, pi(s)) / mean |Q_1|, mean over B. Eqs. 3, 5."""
+    action = state.actor.apply_fn(params, batch.observation)  # [B, A]
+    behaviour_mse = jnp.square(action - batch.action).mean(axis=-1)  # [B]
+    q = state.critic.apply_fn(state.critic.params, batch.observation, action)
+    q = q[0]  # [K, B] -> [B], the first critic
+    q_scale = jax.lax.stop_gradient(jnp.abs(q).mean())
+    chex.assert_equal_shape([q, behaviour_mse, batch.reward])
+    q_loss = -cfg.alpha * q / q_scale
+    loss = (behaviour_mse + q_loss).mean()
+    return loss, {"actor_loss": loss, "behaviour_mse": behaviour_mse.mean()}
 
 
 # --- Update -------------------------------------------------------------------------------------
 def update(state, step, key, data, cfg):
-    """`policy_delay` critic updates and, among them, one of actor and targets. One seed.
+    """`policy_delay` critic updates, then one of the actor and of all targets. One seed.
 
     Randomness is a function of (key, step) alone, so neither the length of a chunk nor a resumed
     run changes the result. `key` is folded with the step, never split.
     """
     critic_metrics = []
-    for i in range(cfg.policy_delay):  # unrolled: a `cond` would run both branches under vmap
+    for i in range(cfg.policy_delay):
         key_batch, key_noise = jax.random.split(jax.random.fold_in(key, step + i))
-        index = jax.random.randint(key_batch, (cfg.batch_size,), 0, len(data.reward))
-        batch = jax.tree.map(lambda x, index=index: x[index], data)
+        batch = sample_batch(data, key_batch, cfg)
         grads, metrics = jax.grad(critic_loss, has_aux=True)(
             state.critic.params, state, batch, key_noise, cfg
         )
         state = state._replace(critic=state.critic.apply_gradients(grads=grads))
         critic_metrics.append(metrics)
-        if i == cfg.policy_delay - 1:
-            grads, actor_metrics = jax.grad(actor_loss, has_aux=True)(
-                state.actor.params, state, batch, cfg
-            )
-            state = state._replace(actor=state.actor.apply_gradients(grads=grads))
-            state = update_targets(state, cfg)
-    mean = jax.tree.map(lambda *x: sum(x) / len(x), *critic_metrics)
-    return state, mean | actor_metrics
-
-
-def update_targets(state, cfg):
-    """One Polyak step of both target networks."""
-    actor, critic = (
-        net.replace(
-            target_params=optax.incremental_update(net.params, net.target_params, cfg.target_rate)
-        )
-        for net in (state.actor, state.critic)
+    # The actor learns from the last of these batches.
+    grads, actor_metrics = jax.grad(actor_loss, has_aux=True)(state.actor.params, state, batch, cfg)
+    state = state._replace(actor=state.actor.apply_gradients(grads=grads))
+    state = state._replace(
+        actor=update_target(state.actor, cfg), critic=update_target(state.critic, cfg)
     )
-    return state._replace(actor=actor, critic=critic)
+    return state, mean_metrics(critic_metrics) | actor_metrics
+
+
+def sample_batch(data, key, cfg):
+    """`batch_size` rows of the data, drawn with replacement."""
+    index = jax.random.randint(key, (cfg.batch_size,), 0, len(data.reward))
+    return jax.tree.map(lambda column: column[index], data)
+
+
+def update_target(net, cfg):
+    target_params = optax.incremental_update(net.params, net.target_params, cfg.target_rate)
+    return net.replace(target_params=target_params)
+
+
+def mean_metrics(metrics):
+    """Mean of a list of dicts with the same names."""
+    names = metrics[0]
+    return {name: sum(row[name] for row in metrics) / len(metrics) for name in names}
 
 
 def train_chunk(state, key, start, data, cfg):
@@ -207,8 +238,8 @@ def train_chunk(state, key, start, data, cfg):
 # --- Policy -------------------------------------------------------------------------------------
 def policy(apply_fn, params, observation, key):
     """Deterministic action in [-1, 1], [..., O] -> [..., A]. `key` is not used."""
-    mean, std = (jnp.broadcast_to(x, observation.shape) for x in params[1])
-    return apply_fn(params[0], (observation - mean) / std)
+    actor_params, statistics = params
+    return apply_fn(actor_params, standardise(observation, statistics))
 
 
 def policy_params(state):
@@ -224,9 +255,9 @@ def train(cfg, options):
     example = jax.tree.map(lambda x: x[:1], data)
     init_keys, train_keys, policy_keys = experiment.streams(cfg.seeds, 3)  # [S] each
     create = partial(create_state, batch=example, cfg=cfg, statistics=statistics)
-    state = jax.vmap(create)(init_keys)  # not jitted: two QRs at once hang XLA
-    # jit with the state donated; seeds by vmap on an accelerator, one after the other on CPU.
-    train_seeds = experiment.over_seeds(partial(train_chunk, cfg=cfg), update)
+    state = jax.vmap(create)(init_keys)
+    # Compiled once for all seeds. `update` shows which rows a step reads, for --data host.
+    train_seeds = experiment.over_seeds(partial(train_chunk, cfg=cfg), update=update)
     act = partial(policy, state.actor.apply_fn)
 
     with (
@@ -234,13 +265,15 @@ def train(cfg, options):
         evaluation.Rollouts(dataset, act, policy_keys, cfg) as rollouts,
     ):
         state, metrics, start = run.restore(state)
-        for step in run.borders(start):  # start, start + log_every, ..., num_updates
+        for step in run.boundaries(start):  # start, start + log_every, ..., num_updates
             run.save(step, state, metrics)
-            scores = rollouts.start(policy_params(state), step) if run.evaluates(step) else None
-            row = (step, metrics, scores)
-            if step < cfg.num_updates:  # beside the evaluation where there is an accelerator
+            scores = None
+            if run.evaluates(step):
+                scores = rollouts.start(policy_params(state), step)
+            last_metrics = metrics  # of the chunk that ended at this step
+            if step < cfg.num_updates:  # an accelerator trains while the CPU evaluates
                 state, metrics = train_seeds(state, train_keys, step, data)
-            run.log(*row)
+            run.log(step, last_metrics, scores)
     return run.scores
 
 

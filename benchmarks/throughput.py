@@ -105,7 +105,7 @@ def first_chunk(module, cfg):
     run = mock.MagicMock()
     run.__enter__.return_value = run
     run.restore = lambda state: (state, None, 0)
-    run.borders = lambda start: [start]
+    run.boundaries = lambda start: [start]
     run.evaluates.return_value = False
     with (
         mock.patch.object(datasets, "load", synthetic),

@@ -193,7 +193,7 @@ class Run:
             rows = [row for row in rows if row[-1] == "\n" and int(row.split(",")[0]) < first]
             disks.write(file, "".join([header, *rows] if rows else []))
 
-    def borders(self, start):
+    def boundaries(self, start):
         """start, start + log_every, ..., num_updates; none where all of it is done."""
         self.clock, self.away, self.start = time.perf_counter(), 0.0, start
         yield from () if self.done else range(start, self.cfg.num_updates + 1, self.cfg.log_every)

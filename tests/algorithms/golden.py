@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Losses and parameter norms after 10 and 100 updates, to notice any change of the numbers.
 
-    python tests/golden.py          write tests/golden.json anew and print what changed
-    python tests/golden.py rebrac   only that algorithm's part
+    python tests/algorithms/golden.py          write golden.json anew and print what changed
+    python tests/algorithms/golden.py rebrac   only that algorithm's part
 
 A change belongs in CHANGELOG.md, with the results it touches.
 """
@@ -59,7 +59,7 @@ def measure(name, seeds=(0,), chunk=10, lane=0, updates=100):
 
 
 def main(names):
-    known = sorted(path.stem for path in (FILE.parents[1] / "algorithms").glob("*.py"))
+    known = sorted(path.stem for path in (FILE.parents[2] / "algorithms").glob("*.py"))
     if unknown := {*names} - {*known}:
         print(f"error: no algorithms/{min(unknown)}.py", file=sys.stderr)
         return 2

@@ -10,7 +10,7 @@ from scipy import stats
 
 from benchmarks import intervals
 
-RLIABLE = json.loads((Path(__file__).parent / "fixtures" / "rliable.json").read_text())
+RLIABLE = json.loads((Path(__file__).with_name("rliable.json")).read_text())
 X, Y = np.array(RLIABLE["x"]), np.array(RLIABLE["y"])
 LEVELS = np.array(RLIABLE["levels"])
 

@@ -74,7 +74,7 @@ def test_losses_equal_numpy(overrides):
     expected, penalty, _ = numpy_actor_loss(double(state.actor.params), state, batch, cfg)
     np.testing.assert_allclose(loss, expected, rtol=2e-5)
     np.testing.assert_allclose(metrics["actor_loss"], expected, rtol=2e-5)
-    np.testing.assert_allclose(metrics["behaviour_mse"], penalty, rtol=2e-5)
+    np.testing.assert_allclose(metrics["behaviour_penalty"], penalty, rtol=2e-5)
 
 
 # --- By hand ------------------------------------------------------------------------------------
@@ -128,7 +128,7 @@ def test_actor_loss_by_hand():
         state.actor.params, state, batch, rebrac.Config(actor_penalty=2.0)
     )
     np.testing.assert_allclose(loss, 2 * 0.75 + 1 / 7, rtol=1e-6)
-    np.testing.assert_allclose(metrics["behaviour_mse"], 0.75, rtol=1e-6)
+    np.testing.assert_allclose(metrics["behaviour_penalty"], 0.75, rtol=1e-6)
 
 
 @pytest.mark.parametrize("policy_action", [0.0, 0.8])

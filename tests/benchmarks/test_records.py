@@ -19,7 +19,7 @@ import tyro
 import figures
 from benchmarks import data_table, host_data, report, soak, throughput
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 # Times of loading; what was broken on purpose, in words; the protocol of a trial.
 WITHOUT = {"data.md", "reliability.md", "slurm.md"}

@@ -367,7 +367,7 @@ def test_an_env_of_another_shape_is_one_line(tmp_path, capsys):
 
 def test_exit_code_of_the_command_line(tmp_path):
     command = [sys.executable, "-m", "common.datasets", str(tmp_path / "none.hdf5")]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
 
 
@@ -378,7 +378,7 @@ for name in ("gymnasium", "minari", "h5py", "ogbench", "mujoco", "tqdm", "matplo
     sys.modules[name] = None
 from common import datasets, ogbench_recipes, views
 """
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
 
 
 # --- Views --------------------------------------------------------------------------------------

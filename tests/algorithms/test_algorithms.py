@@ -19,12 +19,14 @@ import pytest
 
 from common import experiment
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 NAMES = sorted(path.stem for path in (ROOT / "algorithms").glob("*.py"))
 
 
 def test_every_algorithm_is_known_to_the_tests():
-    assert {*NAMES} <= {*probes.SMALL}, "add its small settings to SMALL in tests/probes.py"
+    assert {*NAMES} <= {*probes.SMALL}, (
+        "add its small settings to SMALL in tests/algorithms/probes.py"
+    )
 
 
 # --- Golden values and invariance ---------------------------------------------------------------
@@ -41,7 +43,7 @@ def alone(name):
 
 def test_golden_values(name, alone):
     recorded, (found, _) = json.loads(golden.FILE.read_text()), alone
-    assert name in recorded, "python tests/golden.py records a new algorithm"
+    assert name in recorded, "python tests/algorithms/golden.py records a new algorithm"
     was, now = recorded[name]["versions"], golden.versions()
     same = was["jax"] == now["jax"]  # another one rounds otherwise, and training amplifies it
     for updates, tolerance in golden.AFTER.items() if same else [(10, 1e-3)]:
@@ -50,7 +52,7 @@ def test_golden_values(name, alone):
         for key in old:
             assert new[key] == pytest.approx(old[key], rel=tolerance), (
                 f"{key} after {updates} updates changed (recorded with {was}, this is {now}). If "
-                f"meant: python tests/golden.py {name}, and a line in CHANGELOG.md"
+                f"meant: python tests/algorithms/golden.py {name}, and a line in CHANGELOG.md"
             )
 
 

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes fixtures/rliable.json: what rliable says of made-up scores.
+"""Writes rliable.json: what rliable says of made-up scores.
 
 rliable 1.2.0 does not work beside today's pandas, so it runs in an environment of its own:
 
     python -m venv rliable && rliable/bin/pip install rliable==1.2.0 "pandas<3"
-    rliable/bin/python tests/make_rliable_fixture.py
+    rliable/bin/python tests/benchmarks/make_rliable_fixture.py
 """
 
 import json
@@ -47,7 +47,7 @@ def main():
     found["improvement"] = [float(point["x,y"]), interval["x,y"].ravel().tolist()]
     curve, band = library.create_performance_profile({"x": x, "y": y}, LEVELS, reps=10_000)
     found["profile"] = {k: [curve[k].tolist(), band[k].tolist()] for k in curve}
-    path = Path(__file__).parent / "fixtures" / "rliable.json"
+    path = Path(__file__).with_name("rliable.json")
     path.write_text(json.dumps(found, indent=1) + "\n")
 
 

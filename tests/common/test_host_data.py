@@ -19,7 +19,7 @@ from test_algorithms import NAMES
 from benchmarks import host_data as benchmark
 from common import config, devices, host_data
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 ROWS, BATCH, STEPS, END = 1000, 4, 5, 15
 NAMES = [name for name in NAMES if name != "awr"]  # it reads all rows in every iteration
 

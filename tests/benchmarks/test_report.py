@@ -19,7 +19,7 @@ import readers
 from benchmarks import report
 from common import provenance
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 CODE = {"algorithm": "aaa", "common": "ccc"}
 
 

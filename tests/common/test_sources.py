@@ -21,7 +21,7 @@ from common import d4rl, datasets, download, environments, sources
 
 h5py = pytest.importorskip("h5py")
 gymnasium = pytest.importorskip("gymnasium")
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 # --- A server -----------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ import readers
 import wandb_report
 from common import config
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 SWEEPS = sorted((ROOT / "benchmarks" / "sweeps").glob("*.yaml"))
 CORE = ROOT / "benchmarks" / "runs" / "core"
 
