@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""BC: behaviour cloning; with --fraction 0.1 filtered BC (10%BC), which clones the best episodes.
+"""BC: behaviour cloning. With --fraction 0.1 it is 10%BC, which clones the best episodes only.
 
 Paper       https://arxiv.org/abs/2106.01345 (%BC, Section 5.1)
 Reference   https://github.com/corl-team/CORL (algorithms/offline/any_percent_bc.py)
 Run         python algorithms/bc.py --config configs/bc/mujoco.yaml
 Parent      none
 Results     benchmarks/results
-Deviations  CORL cuts episodes every 1000 rows and at terminals, so on AntMaze it ranks segments up
-            to the goal; here whole episodes. Of equal returns the shorter one counts as better.
-            Integer actions are an addition. Rows at a truncation are kept where their next
-            observation is known.
+Deviations  CORL cuts episodes every 1000 rows and at terminals, so on AntMaze it ranks segments
+            that end at the goal. This file ranks whole episodes, and of two with the same return
+            it prefers the shorter one. Integer actions are an addition. Rows at a truncation are
+            kept if their next observation is known.
 
 Shapes: S seeds, B batch, E episodes, O observation, A action. Arrays are float32.
 """
@@ -41,8 +41,8 @@ class Config:
     actor_learning_rate: float = 3e-4  # Adam
     hidden: tuple[int, ...] = (256, 256)  # widths of the actor
     # BC
-    fraction: float = 1.0  # share of the data to clone, the best episodes by return
-    fraction_of: Literal["episodes", "transitions"] = "episodes"  # what that share is of
+    fraction: float = 1.0  # X of X%BC, the share of the data to clone: the episodes of best return
+    fraction_of: Literal["episodes", "transitions"] = "episodes"  # what `fraction` is a share of
 
 
 # --- Networks -----------------------------------------------------------------------------------
@@ -115,32 +115,42 @@ def standardise(observation, statistics):
 def create_state(key, batch, cfg, statistics=(0.0, 1.0), num_actions=None):
     """State of one seed before the first update. `batch` supplies shapes only."""
     if num_actions is None:
-        actor = TanhActor(cfg.hidden, batch.action.shape[-1])
+        actor = TanhActor(cfg.hidden, action_dim=batch.action.shape[-1])
     else:
-        actor = MLP(cfg.hidden, num_actions)  # logits
-    actor_params, adam = actor.init(key, batch.observation), optax.adam(cfg.actor_learning_rate)
+        actor = MLP(cfg.hidden, outputs=num_actions)  # logits
+
+    actor_params = actor.init(key, batch.observation)
+    actor_adam = optax.adam(cfg.actor_learning_rate)
+    mean, std = statistics
+    observation_shape = batch.observation.shape[-1:]
     return State(
-        train_state.TrainState.create(apply_fn=actor.apply, params=actor_params, tx=adam),
-        tuple(jnp.broadcast_to(x, batch.observation.shape[-1:]) for x in statistics),
+        actor=train_state.TrainState.create(
+            apply_fn=actor.apply, params=actor_params, tx=actor_adam
+        ),
+        statistics=(
+            jnp.broadcast_to(mean, observation_shape),
+            jnp.broadcast_to(std, observation_shape),
+        ),
     )
 
 
 # --- Losses -------------------------------------------------------------------------------------
 def actor_loss(params, state, batch, cfg):
-    """(pi(s) - a)^2, mean over B and A; for integer actions -log softmax(logits)[a]."""
-    output = state.actor.apply_fn(params, batch.observation)  # [B, A] or logits
-    if batch.action.ndim == 1:
-        error = optax.softmax_cross_entropy_with_integer_labels(output, batch.action)
-    else:
+    """(pi(s) - a)^2, mean over B and A; for integer actions -log softmax(logits)[a], over B."""
+    output = state.actor.apply_fn(params, batch.observation)
+    if batch.action.ndim == 1:  # integer actions [B], output: logits [B, num_actions]
+        error = optax.softmax_cross_entropy_with_integer_labels(output, batch.action)  # [B]
+    else:  # actions and output: [B, A]
         chex.assert_equal_shape([output, batch.action])
-        error = jnp.square(output - batch.action).mean(axis=-1)
+        error = jnp.square(output - batch.action).mean(axis=-1)  # [B]
     chex.assert_equal_shape([error, batch.reward])
-    return error.mean(), {"actor_loss": error.mean()}
+    loss = error.mean()
+    return loss, {"actor_loss": loss}
 
 
 # --- Update -------------------------------------------------------------------------------------
 def update(state, step, key, data, cfg):
-    """One gradient step. One seed.
+    """One gradient step of the actor on one batch. One seed.
 
     Randomness is a function of (key, step) alone, so neither the length of a chunk nor a resumed
     run changes the result. `key` is folded with the step, never split.
@@ -148,7 +158,8 @@ def update(state, step, key, data, cfg):
     key_batch = jax.random.fold_in(key, step)
     batch = sample_batch(data, key_batch, cfg)
     grads, metrics = jax.grad(actor_loss, has_aux=True)(state.actor.params, state, batch, cfg)
-    return state._replace(actor=state.actor.apply_gradients(grads=grads)), metrics
+    state = state._replace(actor=state.actor.apply_gradients(grads=grads))
+    return state, metrics
 
 
 def sample_batch(data, key, cfg):
@@ -166,10 +177,15 @@ def train_chunk(state, key, start, data, cfg):
 
 # --- Policy -------------------------------------------------------------------------------------
 def policy(apply_fn, params, observation, key, discrete=False):
-    """Action in [-1, 1], [..., O] -> [..., A], or the likeliest integer, [...]. No use of `key`."""
-    mean, std = (jnp.broadcast_to(x, observation.shape) for x in params[1])
-    output = apply_fn(params[0], (observation - mean) / std)
-    return output.argmax(axis=-1) if discrete else output
+    """Action in [-1, 1], [..., O] -> [..., A]; if `discrete`, the most likely integer, [...].
+
+    `key` is not used.
+    """
+    actor_params, statistics = params
+    output = apply_fn(actor_params, standardise(observation, statistics))
+    if discrete:
+        return output.argmax(axis=-1)
+    return output
 
 
 def policy_params(state):
@@ -187,13 +203,17 @@ def train(cfg, options):
     data = experiment.place(data, options)
     example = jax.tree.map(lambda x: x[:1], data)
     init_keys, train_keys, policy_keys = experiment.streams(cfg.seeds, 3)  # [S] each
-    facts = {"statistics": statistics, "num_actions": dataset.num_actions}
-    create = partial(create_state, batch=example, cfg=cfg, **facts)
+    create = partial(
+        create_state,
+        batch=example,
+        cfg=cfg,
+        statistics=statistics,
+        num_actions=dataset.num_actions,
+    )
     state = jax.vmap(create)(init_keys)
     # Compiled once for all seeds. `update` shows which rows a step reads, for --data host.
     train_seeds = experiment.over_seeds(partial(train_chunk, cfg=cfg), update=update)
-    discrete = dataset.num_actions is not None
-    act = partial(policy, state.actor.apply_fn, discrete=discrete)
+    act = partial(policy, state.actor.apply_fn, discrete=dataset.num_actions is not None)
 
     with (
         experiment.Run(cfg, options, dataset) as run,
