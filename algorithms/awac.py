@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""AWAC (Nair et al., 2020): a TD critic of the policy, an actor that clones by exp(advantage).
+"""AWAC (Nair et al., 2020): a TD critic of the policy; cloning weighted by exp(advantage).
 
 Paper       https://arxiv.org/abs/2006.09359
 Reference   https://github.com/corl-team/CORL (algorithms/offline/awac.py)
 Run         python algorithms/awac.py --config configs/awac/mujoco.yaml
 Parent      iql.py (119 lines)
 Results     benchmarks/results
-Deviations  initialisation, tanh on the mean and log_std in [-5, 2] are those of ikostrikov's IQL
-            (his AWAC: [-10, 2]); CORL has PyTorch's initialisation, no tanh and [-20, 2].
-            The paper's rlkit code has a 4 x 256 actor with weight decay, batch 1024 and
-            weight=softmax. Rows at a truncation are kept where their next observation is known.
+Deviations  The initialisation, the tanh on the mean and the range [-5, 2] of log_std are those of
+            ikostrikov's IQL (his AWAC has [-10, 2]). CORL has PyTorch's initialisation, no tanh
+            and [-20, 2]. The paper's rlkit code has a 4 x 256 actor with weight decay, batch 1024
+            and weight=softmax. Rows at a truncation are kept if their next observation is known.
 
 Shapes: S seeds, K critics, B batch, E episodes, O observation, A action. Arrays are float32.
 """
@@ -43,15 +43,17 @@ class Config:
     discount: float = 0.99  # gamma, per environment step
     target_rate: float = 0.005  # tau, Polyak step of the target critics
     hidden: tuple[int, ...] = (256, 256, 256)  # widths of actor and critics
-    num_critics: int = 2  # K, their minimum counts
+    num_critics: int = 2  # K, the target and the advantage take their minimum
     reward_shift: float = 0.0  # added to data set rewards (AntMaze: -1)
     # AWAC
     inverse_temperature: float = 3.0  # 1 / lambda, Eq. 13
-    weight: Literal["exp", "softmax"] = "exp"  # exp(A / lambda) up to 100, or its batch softmax
+    weight: Literal["exp", "softmax"] = (
+        "exp"  # exp(A / lambda) up to 100, or softmax over the batch
+    )
 
 
 # --- Networks -----------------------------------------------------------------------------------
-def orthogonal(width):
+def orthogonal_dense(width):
     return nn.Dense(width, kernel_init=nn.initializers.orthogonal(2**0.5))
 
 
@@ -60,26 +62,24 @@ class GaussianActor(nn.Module):
     action_dim: int
 
     @nn.compact
-    def __call__(self, observation):  # [..., O] -> [..., A] twice
+    def __call__(self, observation):  # [..., O] -> mean and log std, [..., A] each
         x = observation
         for width in self.hidden:
-            x = nn.relu(orthogonal(width)(x))
+            x = nn.relu(orthogonal_dense(width)(x))
         log_std = self.param("log_std", nn.initializers.zeros, (self.action_dim,))
-        mean = jnp.tanh(orthogonal(self.action_dim)(x))
+        mean = jnp.tanh(orthogonal_dense(self.action_dim)(x))
         return mean, jnp.broadcast_to(log_std.clip(-5.0, 2.0), mean.shape)
 
 
-class OrthogonalCritic(nn.Module):
+class OrthogonalReluCritic(nn.Module):
     hidden: tuple[int, ...]
-    layer_norm: bool
 
     @nn.compact
-    def __call__(self, *inputs):  # [..., O] and for Q [..., A] -> [...]
-        x = jnp.concatenate(inputs, axis=-1)
+    def __call__(self, observation, action):  # [..., O], [..., A] -> [...]
+        x = jnp.concatenate([observation, action], axis=-1)
         for width in self.hidden:
-            x = nn.relu(orthogonal(width)(x))
-            x = nn.LayerNorm()(x) if self.layer_norm else x
-        return orthogonal(1)(x).squeeze(-1)
+            x = nn.relu(orthogonal_dense(width)(x))
+        return orthogonal_dense(1)(x).squeeze(-1)
 
 
 # --- State --------------------------------------------------------------------------------------
@@ -122,29 +122,42 @@ def standardise(observation, statistics):
 def create_state(key, batch, cfg, statistics=(0.0, 1.0)):
     """State of one seed before the first update. `batch` supplies shapes only."""
     key_actor, key_critic = jax.random.split(key)
-    actor = GaussianActor(cfg.hidden, batch.action.shape[-1])
-    critic = OrthogonalCritic(cfg.hidden, layer_norm=False)
+    actor = GaussianActor(cfg.hidden, action_dim=batch.action.shape[-1])
+    critic = OrthogonalReluCritic(cfg.hidden)
+    init_critics = jax.vmap(critic.init, (0, None, None))
+    apply_critics = jax.vmap(critic.apply, (0, None, None))  # -> [K, B]
+
     actor_params = actor.init(key_actor, batch.observation)
-    critic_params = jax.vmap(critic.init, (0, None, None))(
-        jax.random.split(key_critic, cfg.num_critics), batch.observation, batch.action
-    )
-    critics = jax.vmap(critic.apply, (0, None, None))  # -> [K, B]
-    rate, create = cfg.actor_learning_rate, train_state.TrainState.create
-    adam = optax.adam(cfg.critic_learning_rate)
+    critic_keys = jax.random.split(key_critic, cfg.num_critics)
+    critic_params = init_critics(critic_keys, batch.observation, batch.action)
+    actor_adam = optax.adam(cfg.actor_learning_rate)
+    critic_adam = optax.adam(cfg.critic_learning_rate)
+    mean, std = statistics
+    observation_shape = batch.observation.shape[-1:]
     return State(
-        create(apply_fn=actor.apply, params=actor_params, tx=optax.adam(rate)),
-        TrainState.create(critics, critic_params, adam),
-        tuple(jnp.broadcast_to(x, batch.observation.shape[-1:]) for x in statistics),
+        actor=train_state.TrainState.create(
+            apply_fn=actor.apply, params=actor_params, tx=actor_adam
+        ),
+        critic=TrainState.create(apply_critics, critic_params, critic_adam),
+        statistics=(
+            jnp.broadcast_to(mean, observation_shape),
+            jnp.broadcast_to(std, observation_shape),
+        ),
     )
 
 
 # --- Losses -------------------------------------------------------------------------------------
 def critic_loss(params, state, batch, key, cfg):
-    """TD error to r + gamma min_k Q_k(s', a'), a' ~ pi(s'), mean over B, summed over K."""
-    next_action = sample_action(state.actor, batch.next_observation, key)
+    """Squared error of Q_k(s, a) to the target, mean over B, summed over K.
+
+    Target: r + gamma min_k Q_k(s', a') of the target networks, with a' ~ pi(s').
+    """
+    next_action = sample_action(state.actor, batch.next_observation, key)  # [B, A]
     next_q = state.critic.apply_fn(state.critic.target_params, batch.next_observation, next_action)
+    next_q = next_q.min(axis=0)  # [K, B] -> [B]
     # Bootstrap through truncations, never through terminations.
-    target = batch.reward + cfg.discount * (1.0 - batch.termination) * next_q.min(axis=0)
+    target = batch.reward + cfg.discount * (1.0 - batch.termination) * next_q  # [B]
+
     q = state.critic.apply_fn(params, batch.observation, batch.action)  # [K, B]
     chex.assert_equal_shape([*q, target])
     loss = jnp.square(q - target[None]).mean(axis=1).sum()
@@ -153,26 +166,29 @@ def critic_loss(params, state, batch, key, cfg):
 
 def actor_loss(params, state, batch, key, cfg):
     """-exp(A / lambda) log pi(a|s), A = min_k Q_k(s, a) - min_k Q_k(s, a~), a~ ~ pi(s). Eq. 13."""
-    action = sample_action(state.actor, batch.observation, key)
-    q, value = (
-        state.critic.apply_fn(state.critic.params, batch.observation, a).min(axis=0)
-        for a in (batch.action, action)
-    )
-    advantage = cfg.inverse_temperature * (q - value)
-    if cfg.weight == "softmax":
-        weight = len(advantage) * jax.nn.softmax(advantage)
+    q = state.critic.apply_fn(state.critic.params, batch.observation, batch.action)
+    q = q.min(axis=0)  # [K, B] -> [B]
+    policy_action = sample_action(state.actor, batch.observation, key)  # [B, A]
+    value = state.critic.apply_fn(state.critic.params, batch.observation, policy_action)
+    value = value.min(axis=0)  # [K, B] -> [B]
+    scaled_advantage = cfg.inverse_temperature * (q - value)
+    if cfg.weight == "softmax":  # times B, so that the mean weight is 1
+        weight = len(scaled_advantage) * jax.nn.softmax(scaled_advantage)
     else:
-        weight = jnp.minimum(jnp.exp(advantage), 100.0)
-    log_prob = gaussian_log_prob(batch.action, *state.actor.apply_fn(params, batch.observation))
+        weight = jnp.minimum(jnp.exp(scaled_advantage), 100.0)
+
+    mean, log_std = state.actor.apply_fn(params, batch.observation)
+    log_prob = gaussian_log_prob(batch.action, mean, log_std)  # [B]
     chex.assert_equal_shape([log_prob, weight, batch.reward])
     loss = -(weight * log_prob).mean()
-    return loss, {"actor_loss": loss, "log_prob": log_prob.mean(), "weight": jnp.mean(weight)}
+    return loss, {"actor_loss": loss, "log_prob": log_prob.mean(), "weight": weight.mean()}
 
 
 def sample_action(actor, observation, key):
-    """One action of the policy per row, clipped to the box, [B, O] -> [B, A]."""
+    """One action of the policy per row, clipped to [-1, 1], [B, O] -> [B, A]."""
     mean, log_std = actor.apply_fn(actor.params, observation)
-    return (mean + jnp.exp(log_std) * jax.random.normal(key, mean.shape)).clip(-1.0, 1.0)
+    noise = jax.random.normal(key, mean.shape)
+    return (mean + jnp.exp(log_std) * noise).clip(-1.0, 1.0)
 
 
 def gaussian_log_prob(x, mean, log_std):
@@ -183,21 +199,24 @@ def gaussian_log_prob(x, mean, log_std):
 
 # --- Update -------------------------------------------------------------------------------------
 def update(state, step, key, data, cfg):
-    """One step of each network in the order below, then of the targets, on one batch. One seed.
+    """One step of the critics, then the actor, then the target critics, on one batch. One seed.
 
     Randomness is a function of (key, step) alone, so neither the length of a chunk nor a resumed
     run changes the result. `key` is folded with the step, never split.
     """
     key_batch, key_critic, key_actor = jax.random.split(jax.random.fold_in(key, step), 3)
     batch = sample_batch(data, key_batch, cfg)
+
     grads, critic_metrics = jax.grad(critic_loss, has_aux=True)(
         state.critic.params, state, batch, key_critic, cfg
     )
     state = state._replace(critic=state.critic.apply_gradients(grads=grads))
+
     grads, actor_metrics = jax.grad(actor_loss, has_aux=True)(
         state.actor.params, state, batch, key_actor, cfg
     )
     state = state._replace(actor=state.actor.apply_gradients(grads=grads))
+
     state = state._replace(critic=update_target(state.critic, cfg))
     return state, critic_metrics | actor_metrics
 
