@@ -191,9 +191,9 @@ def lambda_returns(state, data, cfg):
     """
     last = jnp.maximum(data.termination, data.truncation)
     next_value = (1.0 - data.termination) * values(state, data.next_observation, cfg)
-    value_share = jnp.where(last, 1.0, 1.0 - cfg.td_lambda)
-    # Row t is the linear function R_t = offset_t + slope_t R_t+1.
-    offset = data.reward + cfg.discount * value_share * next_value
+    value_weight = jnp.where(last, 1.0, 1.0 - cfg.td_lambda)
+    # R_t is a linear function of R_t+1: R_t = offset_t + slope_t R_t+1.
+    offset = data.reward + cfg.discount * value_weight * next_value
     slope = cfg.discount * cfg.td_lambda * (1.0 - last)
 
     def compose(later, earlier):
@@ -201,9 +201,10 @@ def lambda_returns(state, data, cfg):
         earlier_offset, earlier_slope = earlier
         return earlier_offset + earlier_slope * later_offset, earlier_slope * later_slope
 
-    # R_t is the offset of rows t to N composed. A reverse lax.scan computes the same row after row;
-    # this takes about log2(N) parallel steps, meant for accelerators. On one CPU core the lax.scan
-    # is faster (3.4 against 5.8 ms for a million rows), but both cost little beside the updates.
+    # For every t, compose the functions of rows t to N; the offset of the result is R_t. A reverse
+    # lax.scan would do so in N sequential steps; this takes about 2 log2(N) parallel ones, for
+    # accelerators. On one CPU core it is 1.3 to 1.7 times slower: 5.8 ms for a million rows, which
+    # is 1 % of an iteration.
     returns, _ = jax.lax.associative_scan(compose, (offset, slope), reverse=True)
     return returns
 
@@ -288,7 +289,7 @@ def train(cfg, options):
     if cfg.discount == 1:
         fail("--discount 1.0: below 1 is wanted, since the network learns (1 - discount) V")
     if options.data == "host" or options.devices > 1:
-        fail("awr has no --data host and no --devices: each iteration needs V of all rows")
+        fail("--data host, --devices: AWR supports neither, since an iteration needs V of all rows")
     dataset = datasets.load(cfg.dataset, options.env, options.env_steps)
     reward = dataset.transitions.reward + cfg.reward_shift
     data, statistics = normalise(dataset.transitions._replace(reward=reward))
