@@ -47,9 +47,7 @@ class Config:
     reward_shift: float = 0.0  # added to data set rewards (AntMaze: -1)
     # AWAC
     inverse_temperature: float = 3.0  # 1 / lambda, Eq. 13
-    weight: Literal["exp", "softmax"] = (
-        "exp"  # exp(A / lambda) up to 100, or softmax over the batch
-    )
+    weight: Literal["exp", "softmax"] = "exp"  # exp(A / lambda) up to 100, or softmax over batch
 
 
 # --- Networks -----------------------------------------------------------------------------------

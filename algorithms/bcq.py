@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""BCQ (Fujimoto et al., 2019): Q-learning over actions that a generative model deems likely.
+"""BCQ (Fujimoto et al., 2019): Q-learning over actions that a model of the data generates.
 
 Paper       https://arxiv.org/abs/1812.02900
 Reference   https://github.com/sfujim/BCQ (continuous_BCQ)
 Run         python algorithms/bcq.py --config configs/bcq/mujoco.yaml
-Parent      td3_bc.py (164 lines)
+Parent      td3_bc.py (234 lines)
 Results     benchmarks/results
 Deviations  none known from the code. Data with recorded next observations keep the rows at a
             truncation, which D4RL's loader drops.
 
-Shapes: S seeds, K critics, N samples, B batch, E episodes, O observation, A action. All float32.
+Shapes: S seeds, K critics, N sampled actions, B batch, E episodes, O observation, A action,
+        L = 2 A latent. Arrays are float32.
 """
 
 from dataclasses import dataclass
@@ -41,16 +42,16 @@ class Config:
     discount: float = 0.99  # gamma, per environment step
     target_rate: float = 0.005  # tau, Polyak step of the target networks
     hidden: tuple[int, ...] = (400, 300)  # widths of actor and critics
-    num_critics: int = 2  # K, see lam
+    num_critics: int = 2  # K, the target mixes their minimum and maximum by lam
     reward_shift: float = 0.0  # added to data set rewards
     # BCQ
     vae_learning_rate: float = 1e-3  # Adam
-    vae_hidden: tuple[int, ...] = (750, 750)  # widths of encoder and decoder
-    kl_weight: float = 0.5  # of the VAE's second term
+    vae_hidden: tuple[int, ...] = (750, 750)  # widths of the VAE's encoder and decoder
+    kl_weight: float = 0.5  # weight of the KL term beside the reconstruction error of the VAE
     perturbation: float = 0.05  # Phi, how far the actor may move a sampled action
-    lam: float = 0.75  # lambda, weight of min_k Q_k in the target; that of max_k Q_k is 1 - lambda
-    num_samples: int = 10  # N, sampled actions per next observation
-    num_choices: int = 100  # sampled actions to choose from when acting
+    lam: float = 0.75  # lambda, weight of min_k Q_k in the target; max_k Q_k has 1 - lambda
+    num_samples: int = 10  # N, actions sampled per next observation for the target
+    num_eval_samples: int = 100  # actions sampled per observation when acting, the best is taken
 
 
 # --- Networks -----------------------------------------------------------------------------------
@@ -69,29 +70,44 @@ def linear(fan_in, width):  # PyTorch's default
     return nn.Dense(width, kernel_init=fan_in_uniform(), bias_init=uniform(fan_in**-0.5))
 
 
-class TanhActor(nn.Module):
+class PerturbationActor(nn.Module):
     hidden: tuple[int, ...]
     action_dim: int
 
     @nn.compact
-    def __call__(self, observation):  # [..., O] -> [..., A]
-        x = observation
+    def __call__(self, observation, action):  # [..., O], [..., A] -> xi / Phi in [-1, 1], [..., A]
+        x = jnp.concatenate([observation, action], axis=-1)
         for width in self.hidden:
             x = nn.relu(linear(x.shape[-1], width)(x))
         head = linear(x.shape[-1], self.action_dim)
         return jnp.tanh(head(x))
 
 
-class MLP(nn.Module):
+class Encoder(nn.Module):
     hidden: tuple[int, ...]
-    outputs: int
+    latent_dim: int
 
     @nn.compact
-    def __call__(self, observation):  # [..., O] -> [..., outputs]
-        x = observation
+    def __call__(self, observation, action):  # -> mean and log std of the latent, [..., L] each
+        x = jnp.concatenate([observation, action], axis=-1)
         for width in self.hidden:
             x = nn.relu(linear(x.shape[-1], width)(x))
-        return linear(x.shape[-1], self.outputs)(x)
+        x = linear(x.shape[-1], 2 * self.latent_dim)(x)
+        mean, log_std = jnp.split(x, 2, axis=-1)
+        return mean, log_std.clip(-4.0, 15.0)
+
+
+class Decoder(nn.Module):
+    hidden: tuple[int, ...]
+    action_dim: int
+
+    @nn.compact
+    def __call__(self, observation, latent):  # [..., O], [..., L] -> [..., A]
+        x = jnp.concatenate([observation, latent], axis=-1)
+        for width in self.hidden:
+            x = nn.relu(linear(x.shape[-1], width)(x))
+        head = linear(x.shape[-1], self.action_dim)
+        return jnp.tanh(head(x))
 
 
 class VAE(nn.Module):
@@ -99,22 +115,20 @@ class VAE(nn.Module):
     action_dim: int
 
     def setup(self):
-        self.encoder = MLP(self.hidden, 4 * self.action_dim)  # 2 A latents
-        self.decoder = MLP(self.hidden, self.action_dim)
+        self.latent_dim = 2 * self.action_dim  # L
+        self.encoder = Encoder(self.hidden, self.latent_dim)
+        self.decoder = Decoder(self.hidden, self.action_dim)
 
-    def __call__(self, observation, action, key):  # -> [..., A], mean and log std [..., 2 A]
-        x = self.encoder(jnp.concatenate([observation, action], axis=-1))
-        mean, log_std = jnp.split(x, 2, axis=-1)
-        log_std = log_std.clip(-4.0, 15.0)
+    def __call__(self, observation, action, key):
+        """The action [..., A] encoded and decoded; mean and log std of its latent, [..., L]."""
+        mean, log_std = self.encoder(observation, action)
         latent = mean + jnp.exp(log_std) * jax.random.normal(key, mean.shape)
-        return self.decode(observation, latent), mean, log_std
+        return self.decoder(observation, latent), mean, log_std
 
-    def decode(self, observation, latent):
-        return jnp.tanh(self.decoder(jnp.concatenate([observation, latent], axis=-1)))
-
-    def sample(self, observation, key):  # [..., O] -> [..., A], near the latents' mean
-        latent = jax.random.normal(key, (*observation.shape[:-1], 2 * self.action_dim))
-        return self.decode(observation, latent.clip(-0.5, 0.5))
+    def sample(self, observation, key):  # [..., O] -> [..., A]
+        latent = jax.random.normal(key, (*observation.shape[:-1], self.latent_dim))
+        latent = latent.clip(-0.5, 0.5)  # near the mean, where actions are likely
+        return self.decoder(observation, latent)
 
 
 class Critic(nn.Module):
@@ -140,43 +154,58 @@ class TrainState(train_state.TrainState):
 
 
 class State(NamedTuple):
-    actor: TrainState  # perturbs actions
+    actor: TrainState  # xi, perturbs sampled actions
     critic: TrainState  # every array has a leading [K] axis
-    vae: train_state.TrainState
+    vae: train_state.TrainState  # samples actions as in the data
 
 
 def create_state(key, batch, cfg):
     """State of one seed before the first update. `batch` supplies shapes only."""
     key_actor, key_critic, key_vae, key_noise = jax.random.split(key, 4)
-    actor, critic = TanhActor(cfg.hidden, batch.action.shape[-1]), Critic(cfg.hidden)
-    vae = VAE(cfg.vae_hidden, batch.action.shape[-1])
-    pair = jnp.concatenate([batch.observation, batch.action], axis=-1)
-    actor_params = actor.init(key_actor, pair)
-    critic_params = jax.vmap(critic.init, (0, None, None))(
-        jax.random.split(key_critic, cfg.num_critics), batch.observation, batch.action
-    )
+    action_dim = batch.action.shape[-1]
+    actor = PerturbationActor(cfg.hidden, action_dim)
+    critic = Critic(cfg.hidden)
+    vae = VAE(cfg.vae_hidden, action_dim)
+    init_critics = jax.vmap(critic.init, (0, None, None))
+    apply_critics = jax.vmap(critic.apply, (0, None, None))  # -> [K, B]
+
+    actor_params = actor.init(key_actor, batch.observation, batch.action)
+    critic_keys = jax.random.split(key_critic, cfg.num_critics)
+    critic_params = init_critics(critic_keys, batch.observation, batch.action)
     vae_params = vae.init(key_vae, batch.observation, batch.action, key_noise)
-    critics = jax.vmap(critic.apply, (0, None, None))  # -> [K, B]
-    create, adam = train_state.TrainState.create, optax.adam(cfg.vae_learning_rate)
+    actor_adam = optax.adam(cfg.actor_learning_rate)
+    critic_adam = optax.adam(cfg.critic_learning_rate)
+    vae_adam = optax.adam(cfg.vae_learning_rate)
     return State(
-        TrainState.create(actor.apply, actor_params, optax.adam(cfg.actor_learning_rate)),
-        TrainState.create(critics, critic_params, optax.adam(cfg.critic_learning_rate)),
-        create(apply_fn=vae.apply, params=vae_params, tx=adam),
+        actor=TrainState.create(actor.apply, actor_params, actor_adam),
+        critic=TrainState.create(apply_critics, critic_params, critic_adam),
+        vae=train_state.TrainState.create(apply_fn=vae.apply, params=vae_params, tx=vae_adam),
     )
 
 
 # --- Losses -------------------------------------------------------------------------------------
 def critic_loss(params, state, batch, key, cfg):
-    """TD error to the best of N sampled, perturbed actions, mean over B, summed over K. Eq. 13."""
-    next_observation = jnp.stack([batch.next_observation] * cfg.num_samples)  # [N, B, O]
+    """Squared TD error to the best of N sampled actions, mean over B, summed over K. Eq. 13.
+
+    The Q of an action in the target is lambda min_k Q_k + (1 - lambda) max_k Q_k.
+    """
+    next_observation = jnp.repeat(
+        batch.next_observation[None], cfg.num_samples, axis=0
+    )  # [N, B, O]
     next_action = state.vae.apply_fn(state.vae.params, next_observation, key, method="sample")
-    actor = state.actor.apply_fn, state.actor.target_params
-    next_action = perturb(*actor, next_observation, next_action, cfg)  # [N, B, A]
+    next_action = perturb(
+        state.actor.apply_fn, state.actor.target_params, next_observation, next_action, cfg
+    )  # [N, B, A]
+
     next_q = state.critic.apply_fn(state.critic.target_params, next_observation, next_action)
-    next_q = cfg.lam * next_q.min(axis=0) + (1.0 - cfg.lam) * next_q.max(axis=0)  # [N, B]
-    next_q = next_q.max(axis=0)  # [B]
+    lowest_q = next_q.min(axis=0)  # [K, N, B] -> [N, B]
+    highest_q = next_q.max(axis=0)  # [K, N, B] -> [N, B]
+    mixed_q = cfg.lam * lowest_q + (1.0 - cfg.lam) * highest_q
+    next_value = mixed_q.max(axis=0)  # [N, B] -> [B]
+    reward = batch.reward + cfg.reward_shift
     # Bootstrap through truncations, never through terminations.
-    target = batch.reward + cfg.reward_shift + cfg.discount * (1.0 - batch.termination) * next_q
+    target = reward + cfg.discount * (1.0 - batch.termination) * next_value  # [B]
+
     q = state.critic.apply_fn(params, batch.observation, batch.action)  # [K, B]
     chex.assert_equal_shape([*q, target])
     loss = jnp.square(q - target[None]).mean(axis=1).sum()
@@ -184,52 +213,69 @@ def critic_loss(params, state, batch, key, cfg):
 
 
 def actor_loss(params, state, batch, key, cfg):
-    """-Q_1(s, a + xi(s, a)) at one sampled action a. Eq. 12."""
+    """-Q_1(s, a + xi(s, a)) at one sampled action a, mean over B. Eq. 12."""
     action = state.vae.apply_fn(state.vae.params, batch.observation, key, method="sample")
-    action = perturb(state.actor.apply_fn, params, batch.observation, action, cfg)
-    q = state.critic.apply_fn(state.critic.params, batch.observation, action)[0]  # [B]
+    action = perturb(state.actor.apply_fn, params, batch.observation, action, cfg)  # [B, A]
+    q = state.critic.apply_fn(state.critic.params, batch.observation, action)
+    q = q[0]  # [K, B] -> [B], the first critic
     chex.assert_equal_shape([q, batch.reward])
-    return -q.mean(), {"actor_loss": -q.mean()}
+    loss = -q.mean()
+    return loss, {"actor_loss": loss}
 
 
 def vae_loss(params, state, batch, key, cfg):
-    """(decoded - a)^2, mean over B and A, + kl_weight KL(N(mean, std), N(0, 1)), mean over 2 A."""
+    """(decoded - a)^2 + kl_weight KL(N(mean, std), N(0, 1)) of the latent, mean over B.
+
+    The first term is a mean over A, the second over L, as in the authors' code.
+    """
     decoded, mean, log_std = state.vae.apply_fn(params, batch.observation, batch.action, key)
-    error = jnp.square(decoded - batch.action).mean(axis=-1)  # [B]
-    kl = 0.5 * (jnp.square(mean) + jnp.exp(2 * log_std) - 2 * log_std - 1.0).mean(axis=-1)
-    chex.assert_equal_shape([error, kl, batch.reward])
-    loss = (error + cfg.kl_weight * kl).mean()
-    return loss, {"vae_loss": loss, "behaviour_mse": error.mean(), "kl": kl.mean()}
+    reconstruction_mse = jnp.square(decoded - batch.action).mean(axis=-1)  # [B]
+    kl = 0.5 * (jnp.square(mean) + jnp.exp(2 * log_std) - 2 * log_std - 1.0)  # [B, L]
+    kl = kl.mean(axis=-1)  # [B]
+    chex.assert_equal_shape([reconstruction_mse, kl, batch.reward])
+    loss = (reconstruction_mse + cfg.kl_weight * kl).mean()
+    return loss, {
+        "vae_loss": loss,
+        "reconstruction_mse": reconstruction_mse.mean(),
+        "kl": kl.mean(),
+    }
 
 
-def perturb(apply_fn, params, observation, action, cfg):
+def perturb(apply_actor, actor_params, observation, action, cfg):
     """a + xi(s, a) with |xi| < Phi, clipped to [-1, 1], [..., O], [..., A] -> [..., A]."""
-    shift = apply_fn(params, jnp.concatenate([observation, action], axis=-1))
-    return (action + cfg.perturbation * shift).clip(-1.0, 1.0)
+    xi = cfg.perturbation * apply_actor(actor_params, observation, action)
+    return (action + xi).clip(-1.0, 1.0)
 
 
 # --- Update -------------------------------------------------------------------------------------
 def update(state, step, key, data, cfg):
-    """One step of each network in the order below, then of the targets, on one batch. One seed.
+    """One step of the VAE, the critics and the actor, then of the targets, on one batch. One seed.
 
     Randomness is a function of (key, step) alone, so neither the length of a chunk nor a resumed
     run changes the result. `key` is folded with the step, never split.
     """
-    key_batch, *keys = jax.random.split(jax.random.fold_in(key, step), 4)
+    key_batch, key_vae, key_critic, key_actor = jax.random.split(jax.random.fold_in(key, step), 4)
     batch = sample_batch(data, key_batch, cfg)
+
     grads, vae_metrics = jax.grad(vae_loss, has_aux=True)(
-        state.vae.params, state, batch, keys[0], cfg
+        state.vae.params, state, batch, key_vae, cfg
     )
     state = state._replace(vae=state.vae.apply_gradients(grads=grads))
+
     grads, critic_metrics = jax.grad(critic_loss, has_aux=True)(
-        state.critic.params, state, batch, keys[1], cfg
+        state.critic.params, state, batch, key_critic, cfg
     )
     state = state._replace(critic=state.critic.apply_gradients(grads=grads))
+
     grads, actor_metrics = jax.grad(actor_loss, has_aux=True)(
-        state.actor.params, state, batch, keys[2], cfg
+        state.actor.params, state, batch, key_actor, cfg
     )
     state = state._replace(actor=state.actor.apply_gradients(grads=grads))
-    return update_targets(state, cfg), critic_metrics | actor_metrics | vae_metrics
+
+    state = state._replace(
+        actor=update_target(state.actor, cfg), critic=update_target(state.critic, cfg)
+    )
+    return state, critic_metrics | actor_metrics | vae_metrics
 
 
 def sample_batch(data, key, cfg):
@@ -238,15 +284,9 @@ def sample_batch(data, key, cfg):
     return jax.tree.map(lambda column: column[index], data)
 
 
-def update_targets(state, cfg):
-    """One Polyak step of both target networks."""
-    actor, critic = (
-        net.replace(
-            target_params=optax.incremental_update(net.params, net.target_params, cfg.target_rate)
-        )
-        for net in (state.actor, state.critic)
-    )
-    return state._replace(actor=actor, critic=critic)
+def update_target(net, cfg):
+    target_params = optax.incremental_update(net.params, net.target_params, cfg.target_rate)
+    return net.replace(target_params=target_params)
 
 
 def train_chunk(state, key, start, data, cfg):
@@ -257,14 +297,18 @@ def train_chunk(state, key, start, data, cfg):
 
 
 # --- Policy -------------------------------------------------------------------------------------
-def policy(apply_fn, params, observation, key, vae, critic, cfg):
-    """The best by Q_1 of sampled, perturbed actions, [..., O] -> [..., A], random by `key`."""
+def policy(apply_fn, params, observation, key, apply_vae, apply_critics, cfg):
+    """Of `num_eval_samples` sampled and perturbed actions the one of highest Q_1.
+
+    [..., O] -> [..., A]. `key` draws the samples. In the shapes below M is their number.
+    """
     actor_params, vae_params, critic_params = params
-    observation = jnp.broadcast_to(observation, (cfg.num_choices, *observation.shape))
-    action = vae(vae_params, observation, key, method="sample")  # [num_choices, ..., A]
-    action = perturb(apply_fn, actor_params, observation, action, cfg)
-    q = critic(critic_params, observation, action)[0]  # [num_choices, ...]
-    best = q.argmax(axis=0)[None, ..., None]
+    observation = jnp.repeat(observation[None], cfg.num_eval_samples, axis=0)  # [M, ..., O]
+    action = apply_vae(vae_params, observation, key, method="sample")
+    action = perturb(apply_fn, actor_params, observation, action, cfg)  # [M, ..., A]
+    q = apply_critics(critic_params, observation, action)
+    q = q[0]  # [K, M, ...] -> [M, ...], the first critic
+    best = q.argmax(axis=0)[None, ..., None]  # [1, ..., 1]
     return jnp.take_along_axis(action, best, axis=0)[0]
 
 
@@ -283,8 +327,13 @@ def train(cfg, options):
     state = jax.vmap(create)(init_keys)
     # Compiled once for all seeds. `update` shows which rows a step reads, for --data host.
     train_seeds = experiment.over_seeds(partial(train_chunk, cfg=cfg), update=update)
-    functions = {"vae": state.vae.apply_fn, "critic": state.critic.apply_fn}
-    act = partial(policy, state.actor.apply_fn, **functions, cfg=cfg)
+    act = partial(
+        policy,
+        state.actor.apply_fn,
+        apply_vae=state.vae.apply_fn,
+        apply_critics=state.critic.apply_fn,
+        cfg=cfg,
+    )
 
     with (
         experiment.Run(cfg, options, dataset) as run,

@@ -34,7 +34,7 @@ TINY = [*SHORT, *NARROW]
 ALSO_TINY = {  # by algorithm
     "atac": ["--warm-start", "10"],
     "awr": ["--actor-updates", "2", "--critic-updates", "1"],
-    "bcq": ["--vae-hidden", "8", "--num-samples", "2", "--num-choices", "2"],
+    "bcq": ["--vae-hidden", "8", "--num-samples", "2", "--num-eval-samples", "2"],
     "cql": ["--critic-hidden", "8", "--num-samples", "2"],
     "idql": ["--actor-hidden", "8", "--num-samples", "2"],
     "odice": ["--value-hidden", "8"],

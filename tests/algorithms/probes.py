@@ -161,7 +161,7 @@ SMALL = {  # what makes an algorithm file small and fast; data sets and claims s
     "bc": NET | FAST,
     "bcq": NET
     | FAST
-    | {"vae_learning_rate": 1e-3, "vae_hidden": (64, 64), "num_samples": 4, "num_choices": 50},
+    | {"vae_learning_rate": 1e-3, "vae_hidden": (64, 64), "num_samples": 4, "num_eval_samples": 50},
     "cql": NET | FAST | {"critic_hidden": (64, 64), "num_samples": 4},
     "cql_discrete": NET | FAST,
     "dt": SEQUENCE | FAST | {"context": 3, "warm_up": 10, "episode_length": 20},

@@ -110,7 +110,7 @@ def linear_state(actor=(0, 0), critic=(1, -1), critic_target=(9, 9)):
         return params[0].reshape(shape) * action[..., 0][None] + params[1].reshape(shape)
 
     return bcq.State(
-        net(lambda p, x: p + 0 * x[..., :1], actor[0], actor[1]),
+        net(lambda p, s, a: p + 0 * a, actor[0], actor[1]),
         net(critics, [critic, (0, 0)], [critic_target, (0, 1)]),
         nets.linear_net(train_state.TrainState.create, vae, 0.0),
     )
@@ -153,8 +153,8 @@ def test_actor_loss_by_hand():
 # --- Acting -------------------------------------------------------------------------------------
 @functools.cache
 def acting():
-    cfg, state, _, _ = setup(num_choices=6, perturbation=0.4)
-    functions = {"vae": state.vae.apply_fn, "critic": state.critic.apply_fn}
+    cfg, state, _, _ = setup(num_eval_samples=6, perturbation=0.4)
+    functions = {"apply_vae": state.vae.apply_fn, "apply_critics": state.critic.apply_fn}
     act = functools.partial(bcq.policy, state.actor.apply_fn, **functions, cfg=cfg)
     return cfg, state, jax.jit(act, compiler_options=nets.QUICK)
 
