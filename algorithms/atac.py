@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ATAC (Cheng et al., 2022): a slow actor against fast critics that look for its faults.
+"""ATAC (Cheng et al., 2022): a game of a slow actor against fast, pessimistic critics.
 
 Paper       https://arxiv.org/abs/2202.02446
 Reference   https://github.com/microsoft/ATAC
 Run         python algorithms/atac.py --config configs/atac/mujoco.yaml
 Parent      none
 Results     benchmarks/results
-Deviations  networks and their start, limits of targets and action_margin are chinganc/lightATAC's,
-            which sums no log pi over action dimensions, starts the game with targets at their
-            initial parameters and a fresh optimiser for the critics too, and projects no weights
-            before. The paper's beta per data set is in neither code. Rows at truncations are kept.
+Deviations  The networks, their initialisation, the limits of the targets and action_margin are
+            those of chinganc/lightATAC. Unlike this file, it does not sum log pi over the action
+            dimensions, ends the warm start by resetting the target critics to their initial
+            parameters and the critics' optimiser too, and projects no weights before that. Neither
+            code has the paper's beta per data set. Rows at truncations are kept.
 
 Shapes: S seeds, K critics, B batch, E episodes, O observation, A action. Arrays are float32.
 """
@@ -33,25 +34,25 @@ from common import datasets, evaluation, experiment
 class Config:
     dataset: str = "local/pointmaze/umaze-v0"  # data set id or path, see common/datasets.py
     seeds: tuple[int, ...] = (0,)  # trained in parallel
-    num_updates: int = 1_100_000  # gradient steps of every network, the warm start's included
+    num_updates: int = 1_100_000  # gradient steps of every network, including the warm start
     log_every: int = 1_000  # updates per compiled chunk, the unit of logging and saving
     eval_every: int = 20_000  # updates between evaluations
     eval_episodes: int = 10  # episodes per seed and evaluation
     batch_size: int = 256  # transitions per update
     actor_learning_rate: float = 5e-7  # Adam, after the warm start
-    critic_learning_rate: float = 5e-4  # Adam, also for temperature and warm start of the actor
+    critic_learning_rate: float = 5e-4  # Adam; also of temperature and, in the warm start, actor
     discount: float = 0.99  # gamma, per environment step
     target_rate: float = 0.005  # tau, Polyak step of the target critics
     hidden: tuple[int, ...] = (256, 256, 256)  # widths of actor and critics
-    num_critics: int = 2  # K, the minimum of their targets counts; the actor follows the first
+    num_critics: int = 2  # K, the target is their minimum; the actor follows the first
     # ATAC
-    beta: float = 16.0  # weight of the Bellman error beside the pessimism
-    warm_start: int = 100_000  # the first updates: cloning, and critics of the Bellman error alone
-    residual: float = 0.5  # share of the residual error in the Bellman error, the rest is TD
+    beta: float = 16.0  # beta, weight of the Bellman error beside the pessimism term
+    warm_start: int = 100_000  # first updates: behaviour cloning, and critics without pessimism
+    residual: float = 0.5  # w, weight of the residual error; the TD error has 1 - w
     weight_norm: float = 100.0  # largest Frobenius norm of a weight matrix of the critics
-    lowest_target: float | None = None  # of the critics, such as the least reward / (1 - discount)
-    highest_target: float | None = None  # the same from above
-    action_margin: float = 1e-6  # the data's actions are kept this far inside [-1, 1], for log pi
+    lowest_target: float | None = None  # lower bound on targets, e.g. least reward / (1 - discount)
+    highest_target: float | None = None  # upper bound on targets
+    action_margin: float = 1e-6  # the data's actions keep this distance from -1 and 1, for log pi
 
 
 # --- Networks -----------------------------------------------------------------------------------
@@ -75,7 +76,7 @@ class UnitStdActor(nn.Module):
     action_dim: int
 
     @nn.compact
-    def __call__(self, observation):  # [..., O] -> [..., A] twice, mean and log std before tanh
+    def __call__(self, observation):  # [..., O] -> mean and log std before tanh, [..., A] each
         x = observation
         for width in self.hidden:
             x = nn.relu(linear(x.shape[-1], width)(x))
@@ -109,83 +110,125 @@ class TrainState(train_state.TrainState):
 class State(NamedTuple):
     actor: train_state.TrainState
     critic: TrainState  # every array has a leading [K] axis
-    temperature: train_state.TrainState  # its logarithm
+    log_temperature: train_state.TrainState  # its parameter is the logarithm of alpha
 
 
 def create_state(key, batch, cfg):
     """State of one seed before the first update. `batch` supplies shapes only."""
     key_actor, key_critic = jax.random.split(key)
-    actor, critic = UnitStdActor(cfg.hidden, batch.action.shape[-1]), Critic(cfg.hidden)
+    actor = UnitStdActor(cfg.hidden, action_dim=batch.action.shape[-1])
+    critic = Critic(cfg.hidden)
+    init_critics = jax.vmap(critic.init, (0, None, None))
+    apply_critics = jax.vmap(critic.apply, (0, None, None))  # -> [K, B]
+
     actor_params = actor.init(key_actor, batch.observation)
-    critic_params = jax.vmap(critic.init, (0, None, None))(
-        jax.random.split(key_critic, cfg.num_critics), batch.observation, batch.action
-    )
-    critics = jax.vmap(critic.apply, (0, None, None))  # -> [K, B]
-    fast, create = optax.adam(cfg.critic_learning_rate), train_state.TrainState.create
-    rates = map(optax.constant_schedule, (cfg.critic_learning_rate, cfg.actor_learning_rate))
-    slow = optax.adam(optax.join_schedules([*rates], [cfg.warm_start]))
+    critic_keys = jax.random.split(key_critic, cfg.num_critics)
+    critic_params = init_critics(critic_keys, batch.observation, batch.action)
+    log_temperature = {"log": jnp.float32(0.0)}
+
+    warm_rate = optax.constant_schedule(cfg.critic_learning_rate)
+    slow_rate = optax.constant_schedule(cfg.actor_learning_rate)
+    actor_rate = optax.join_schedules([warm_rate, slow_rate], boundaries=[cfg.warm_start])
+    actor_adam = optax.adam(actor_rate)
+    critic_adam = optax.adam(cfg.critic_learning_rate)
+    temperature_adam = optax.adam(cfg.critic_learning_rate)
     return State(
-        create(apply_fn=actor.apply, params=actor_params, tx=slow),
-        TrainState.create(critics, critic_params, fast),
-        create(apply_fn=lambda p: jnp.exp(p["log"]), params={"log": jnp.float32(0.0)}, tx=fast),
+        actor=train_state.TrainState.create(
+            apply_fn=actor.apply, params=actor_params, tx=actor_adam
+        ),
+        critic=TrainState.create(apply_critics, critic_params, critic_adam),
+        log_temperature=train_state.TrainState.create(
+            apply_fn=temperature, params=log_temperature, tx=temperature_adam
+        ),
     )
+
+
+def temperature(params):
+    """The weight of log pi in the actor loss, alpha."""
+    return jnp.exp(params["log"])
 
 
 # --- Losses -------------------------------------------------------------------------------------
 def critic_loss(params, state, batch, noise, warm, cfg):
-    """Q(s, a~) - Q(s, a) + beta Bellman error, a~ ~ pi(s), mean over B, summed over K. Algorithm 2.
+    """(Pessimism + beta Bellman error) / max(1, beta), mean over B, summed over K. Algorithm 2.
 
-    Bellman error: (1 - w) TD error to the targets' minimum + w residual error, whose gradient goes
-    through r + gamma Q(s', a') too. With beta > 1 all is divided by it. No Q(s, a~) while `warm`.
+    Pessimism: Q(s, a~) - Q(s, a) with a~ ~ pi(s); 0 while `warm`.
+    Bellman error: (1 - w) TD error + w residual error. The TD error is to the minimum of the target
+    critics. The residual error is to r + gamma Q(s', a') of the same critic, a' ~ pi(s'), and its
+    gradient goes through both of its Qs. `noise` [2, B, A] draws a~ and a'.
     """
-    (action, _), (next_action, _) = (
-        sample_squashed(*state.actor.apply_fn(state.actor.params, x), noise[i])
-        for i, x in enumerate((batch.observation, batch.next_observation))
-    )
-    next_q = state.critic.apply_fn(state.critic.target_params, batch.next_observation, next_action)
-    # Bootstrap through truncations, never through terminations.
-    discount = cfg.discount * (1.0 - batch.termination)
-    limits = cfg.lowest_target, cfg.highest_target
-    target = (batch.reward + discount * next_q.min(axis=0)).clip(*limits)  # [B]
+    mean, log_std = state.actor.apply_fn(state.actor.params, batch.observation)
+    action, _ = sample_squashed(mean, log_std, noise[0])  # a~, [B, A]
+    next_mean, next_log_std = state.actor.apply_fn(state.actor.params, batch.next_observation)
+    next_action, _ = sample_squashed(next_mean, next_log_std, noise[1])  # a', [B, A]
+
+    # The critics see (s, a), (s', a') and (s, a~) in one pass.
     observations = [batch.observation, batch.next_observation, batch.observation]
-    pairs = map(jnp.concatenate, (observations, [batch.action, next_action, action]))
-    q, next_q, policy_q = jnp.split(state.critic.apply_fn(params, *pairs), 3, axis=1)  # [K, B]
+    actions = [batch.action, next_action, action]
+    all_q = state.critic.apply_fn(params, jnp.concatenate(observations), jnp.concatenate(actions))
+    q, next_q, policy_q = jnp.split(all_q, 3, axis=1)  # [K, 3 B] -> [K, B] each
+
+    # Bootstrap through truncations, never through terminations.
+    discount = cfg.discount * (1.0 - batch.termination)  # [B]
+    next_target_q = state.critic.apply_fn(
+        state.critic.target_params, batch.next_observation, next_action
+    )
+    next_target_q = next_target_q.min(axis=0)  # [K, B] -> [B]
+    target = batch.reward + discount * next_target_q  # [B]
+    target = target.clip(cfg.lowest_target, cfg.highest_target)
+    own_target = batch.reward[None] + discount[None] * next_q  # [K, B]
+    own_target = own_target.clip(cfg.lowest_target, cfg.highest_target)
+
     chex.assert_equal_shape([*q, *next_q, *policy_q, target])
-    own_target = (batch.reward[None] + discount[None] * next_q).clip(*limits)
     td_error = jnp.square(q - target[None]).mean(axis=1).sum()
     residual_error = jnp.square(q - own_target).mean(axis=1).sum()
     bellman_error = (1.0 - cfg.residual) * td_error + cfg.residual * residual_error
-    pessimism = jnp.where(warm, 0.0, (policy_q - q).mean(axis=1).sum())
+    pessimism = (policy_q - q).mean(axis=1).sum()
+    pessimism = jnp.where(warm, 0.0, pessimism)
     loss = pessimism / jnp.maximum(cfg.beta, 1.0) + jnp.minimum(cfg.beta, 1.0) * bellman_error
-    metrics = {"critic_loss": loss, "td_error": td_error, "residual_error": residual_error}
-    return loss, metrics | {"pessimism": pessimism, "q": q.mean()}
+    return loss, {
+        "critic_loss": loss,
+        "td_error": td_error,
+        "residual_error": residual_error,
+        "pessimism": pessimism,
+        "q": q.mean(),
+    }
 
 
 def actor_loss(params, state, batch, noise, warm, cfg):
-    """temperature log pi(a~|s) - Q_1(s, a~), a~ ~ pi(s), over max(1, temperature). Algorithm 2.
+    """(alpha log pi(a~|s) - objective) / max(1, alpha), a~ ~ pi(s), mean over B. Algorithm 2.
 
-    While `warm`, log pi(a|s) of the data stands for Q_1.
+    The objective is Q_1(s, a~), but log pi(a|s) of the data's action while `warm`. alpha is the
+    temperature.
     """
-    distribution = state.actor.apply_fn(params, batch.observation)
-    action, log_prob = sample_squashed(*distribution, noise[0])
-    clone = squashed_log_prob(jnp.arctanh(batch.action), *distribution)
-    first = jax.tree.map(lambda x: x[:1], state.critic.params)
-    q = state.critic.apply_fn(first, batch.observation, action)[0]  # [B]
-    chex.assert_equal_shape([q, log_prob, clone, batch.reward])
-    gain = jnp.where(warm, clone, q)
-    temperature = state.temperature.apply_fn(state.temperature.params)
-    loss = jnp.minimum(temperature, 1.0) * log_prob - gain / jnp.maximum(temperature, 1.0)
-    metrics = {"actor_loss": loss.mean(), "log_prob": clone.mean(), "temperature": temperature}
-    return loss.mean(), metrics | {"entropy": -log_prob.mean()}
+    mean, log_std = state.actor.apply_fn(params, batch.observation)
+    action, log_prob = sample_squashed(mean, log_std, noise[0])  # [B, A], [B]
+    bc_log_prob = squashed_log_prob(jnp.arctanh(batch.action), mean, log_std)  # [B]
+    first_critic = jax.tree.map(lambda x: x[:1], state.critic.params)
+    q = state.critic.apply_fn(first_critic, batch.observation, action)
+    q = q[0]  # [1, B] -> [B]
+    objective = jnp.where(warm, bc_log_prob, q)
+    chex.assert_equal_shape([objective, q, log_prob, bc_log_prob, batch.reward])
+
+    alpha = state.log_temperature.apply_fn(state.log_temperature.params)
+    loss = jnp.minimum(alpha, 1.0) * log_prob - objective / jnp.maximum(alpha, 1.0)
+    loss = loss.mean()
+    return loss, {
+        "actor_loss": loss,
+        "log_prob": bc_log_prob.mean(),
+        "temperature": alpha,
+        "entropy": -log_prob.mean(),
+    }
 
 
 def temperature_loss(params, entropy, action_dim):
-    """log temperature (entropy - target), with -A as the target."""
-    return params["log"] * (entropy + action_dim)
+    """log alpha (entropy - target), with the target -A: the temperature falls while above it."""
+    target = -action_dim
+    return params["log"] * (entropy - target)
 
 
 def sample_squashed(mean, log_std, noise):
-    """a = tanh(mean + std noise) and its log pi, [B, A] -> [B, A], [B]."""
+    """a = tanh(mean + std noise), [B, A], and log pi(a|s), [B]."""
     x = mean + jnp.exp(log_std) * noise
     return jnp.tanh(x), squashed_log_prob(x, mean, log_std)
 
@@ -200,49 +243,66 @@ def squashed_log_prob(x, mean, log_std):
 
 # --- Update -------------------------------------------------------------------------------------
 def update(state, step, key, data, cfg):
-    """One step of each network in the order below, then of the targets. One seed. Algorithm 2.
+    """One step of the critics, the temperature, the actor and the targets. Algorithm 2. One seed.
 
     Randomness is a function of (key, step) alone, so neither the length of a chunk nor a resumed
     run changes the result. `key` is folded with the step, never split.
     """
     key_batch, key_noise = jax.random.split(jax.random.fold_in(key, step))
     batch = sample_batch(data, key_batch, cfg)
-    noise = jax.random.normal(key_noise, (2, *batch.action.shape))  # at s and at s'
+    noise = jax.random.normal(key_noise, (2, *batch.action.shape))  # for actions at s and at s'
     warm = step < cfg.warm_start
     state = restart(state, step == cfg.warm_start)
+
     grads, critic_metrics = jax.grad(critic_loss, has_aux=True)(
         state.critic.params, state, batch, noise, warm, cfg
     )
     critic = state.critic.apply_gradients(grads=grads)
-    state = state._replace(critic=critic.replace(params=project(critic.params, cfg.weight_norm)))
-    distribution = state.actor.apply_fn(state.actor.params, batch.observation)
-    entropy = -sample_squashed(*distribution, noise[0])[1].mean()
-    grads = jax.grad(temperature_loss)(state.temperature.params, entropy, batch.action.shape[-1])
-    state = state._replace(temperature=state.temperature.apply_gradients(grads=grads))
+    critic = critic.replace(params=project_weights(critic.params, cfg.weight_norm))
+    state = state._replace(critic=critic)
+
+    mean, log_std = state.actor.apply_fn(state.actor.params, batch.observation)
+    _, log_prob = sample_squashed(mean, log_std, noise[0])
+    entropy = -log_prob.mean()
+    action_dim = batch.action.shape[-1]
+    grads = jax.grad(temperature_loss)(state.log_temperature.params, entropy, action_dim)
+    state = state._replace(log_temperature=state.log_temperature.apply_gradients(grads=grads))
+
     grads, actor_metrics = jax.grad(actor_loss, has_aux=True)(
         state.actor.params, state, batch, noise, warm, cfg
     )
     state = state._replace(actor=state.actor.apply_gradients(grads=grads))
-    return state._replace(critic=update_target(state.critic, cfg)), critic_metrics | actor_metrics
+
+    state = state._replace(critic=update_target(state.critic, cfg))
+    return state, critic_metrics | actor_metrics
 
 
 def restart(state, now):
-    """Where `now`: temperature 1 again, and Adam without memory for it and for the actor."""
-    (adam, schedule), temperature = state.actor.opt_state, state.temperature
-    old = (adam, temperature.params, temperature.opt_state)
-    adam, log, memory = jax.tree.map(lambda x: jnp.where(now, jnp.zeros_like(x), x), old)
-    actor = state.actor.replace(opt_state=(adam, schedule))
-    temperature = temperature.replace(params=log, opt_state=memory)
-    return state._replace(actor=actor, temperature=temperature)
+    """If `now`, the warm start ends: temperature 1, and fresh Adam states for it and the actor."""
+
+    def zero_if_now(tree):
+        return jax.tree.map(lambda x: jnp.where(now, jnp.zeros_like(x), x), tree)
+
+    adam_state, schedule_state = state.actor.opt_state
+    # The schedule keeps its step count, by which the actor's learning rate falls.
+    actor = state.actor.replace(opt_state=(zero_if_now(adam_state), schedule_state))
+    log_temperature = state.log_temperature.replace(
+        params=zero_if_now(state.log_temperature.params),  # log 1
+        opt_state=zero_if_now(state.log_temperature.opt_state),
+    )
+    return state._replace(actor=actor, log_temperature=log_temperature)
 
 
-def project(params, norm):
-    """Critics whose weight matrices are scaled down to this Frobenius norm where above it."""
+def project_weights(params, max_norm):
+    """Scale every weight matrix of the critics down to a Frobenius norm of at most `max_norm`."""
 
-    def scale(x):  # [K, in, out]
-        return x * jnp.minimum(1.0, norm / jnp.linalg.norm(x, axis=(-2, -1), keepdims=True))
+    def project(x):
+        if x.ndim != 3:  # a bias, [K, out]
+            return x
+        norm = jnp.linalg.norm(x, axis=(-2, -1), keepdims=True)  # [K, in, out] -> [K, 1, 1]
+        return x * jnp.minimum(1.0, max_norm / norm)
 
-    return jax.tree.map(lambda x: scale(x) if x.ndim == 3 else x, params)
+    return jax.tree.map(project, params)
 
 
 def sample_batch(data, key, cfg):
@@ -266,7 +326,8 @@ def train_chunk(state, key, start, data, cfg):
 # --- Policy -------------------------------------------------------------------------------------
 def policy(apply_fn, params, observation, key):
     """tanh of the mean, [..., O] -> [..., A]. `key` is not used."""
-    return jnp.tanh(apply_fn(params, observation)[0])
+    mean, _ = apply_fn(params, observation)
+    return jnp.tanh(mean)
 
 
 def policy_params(state):
@@ -277,10 +338,12 @@ def policy_params(state):
 def train(cfg, options):
     """Train every seed of `cfg` and return its final normalised scores, [S]."""
     dataset = datasets.load(cfg.dataset, options.env, options.env_steps)
-    rows, limit = dataset.transitions, 1.0 - cfg.action_margin
-    data = experiment.place(rows._replace(action=rows.action.clip(-limit, limit)), options)
+    limit = 1.0 - cfg.action_margin
+    action = dataset.transitions.action.clip(-limit, limit)
+    data = experiment.place(dataset.transitions._replace(action=action), options)
+    example = jax.tree.map(lambda x: x[:1], data)
     init_keys, train_keys, policy_keys = experiment.streams(cfg.seeds, 3)  # [S] each
-    create = partial(create_state, batch=jax.tree.map(lambda x: x[:1], data), cfg=cfg)
+    create = partial(create_state, batch=example, cfg=cfg)
     state = jax.vmap(create)(init_keys)
     # Compiled once for all seeds. `update` shows which rows a step reads, for --data host.
     train_seeds = experiment.over_seeds(partial(train_chunk, cfg=cfg), update=update)

@@ -81,11 +81,11 @@ def numpy_critic_loss(params, state, batch, noise, warm, cfg):
 def numpy_actor_loss(params, state, batch, noise, warm):
     """-> loss, log pi of the data's actions, entropy"""
     action, log_prob = numpy_sample(params, batch.observation, noise[0])
-    clone = numpy_log_prob(np.arctanh(batch.action), *numpy_actor(params, batch.observation))
+    bc_log_prob = numpy_log_prob(np.arctanh(batch.action), *numpy_actor(params, batch.observation))
     q = nets.critics(double(state.critic.params), batch.observation, action)[0]
-    temperature = np.exp(double(state.temperature.params["log"]))
-    loss = (temperature * log_prob - (clone if warm else q)).mean()
-    return loss / max(1, temperature), clone.mean(), -log_prob.mean()
+    temperature = np.exp(double(state.log_temperature.params["log"]))
+    loss = (temperature * log_prob - (bc_log_prob if warm else q)).mean()
+    return loss / max(1, temperature), bc_log_prob.mean(), -log_prob.mean()
 
 
 VARIANTS = [
@@ -115,14 +115,14 @@ def test_losses_and_gradients_equal_numpy(overrides, warm):
         )
         np.testing.assert_allclose(dot(grads, direction), expected, rtol=2e-3, atol=1e-3)
     if len(state.critic.params["params"]["Dense_0"]["bias"]) == 2:
-        state = state._replace(temperature=state.temperature.replace(params={"log": 0.7}))
+        state = state._replace(log_temperature=state.log_temperature.replace(params={"log": 0.7}))
     params = double(state.actor.params)
     loss, metrics, grads = actor_loss(state.actor.params, state, data, noise, warm, cfg)
-    expected, clone, entropy = numpy_actor_loss(params, state, batch, wide, warm)
+    expected, bc_log_prob, entropy = numpy_actor_loss(params, state, batch, wide, warm)
     np.testing.assert_allclose([loss, metrics["actor_loss"]], expected, rtol=1e-4)
-    np.testing.assert_allclose(metrics["log_prob"], clone, rtol=1e-4)
+    np.testing.assert_allclose(metrics["log_prob"], bc_log_prob, rtol=1e-4)
     np.testing.assert_allclose(metrics["entropy"], entropy, rtol=1e-4)
-    log = double(state.temperature.params["log"])
+    log = double(state.log_temperature.params["log"])
     np.testing.assert_allclose(metrics["temperature"], np.exp(log), rtol=1e-5)
     for direction in directions(params, 2):
         expected = slope(
@@ -202,9 +202,9 @@ def test_actor_loss_by_hand(temperature, warm):
     # Q_1(s, a~)           2 tanh 1                   2 tanh 0.5
     c, l = 0.5 * np.log(2 * np.pi), lambda x: np.log(1 - np.tanh(x) ** 2)  # noqa: E741
     log_prob = (-0.625 - 2 * c - l(1) - l(0.5)) / 2
-    gain = (-2 - 2 * c - l(2) - l(1)) / 2 if warm else np.tanh(1) + np.tanh(0.5)
+    objective = (-2 - 2 * c - l(2) - l(1)) / 2 if warm else np.tanh(1) + np.tanh(0.5)
     loss, metrics, _ = actor_loss(state.actor.params, state, batch, noise, warm, atac.Config())
-    expected = (temperature * log_prob - gain) / max(1, temperature)
+    expected = (temperature * log_prob - objective) / max(1, temperature)
     np.testing.assert_allclose(loss, expected, rtol=1e-5)
     np.testing.assert_allclose(metrics["entropy"], -log_prob, rtol=1e-5)
     np.testing.assert_allclose(metrics["temperature"], temperature, rtol=1e-5)
@@ -233,7 +233,7 @@ def test_projection_by_hand():
     kernel[0] = [[3, 0], [0, 4]]  # norm 5
     kernel[1] = [[1, 1], [1, 1]]  # norm 2
     layer = {"kernel": jnp.array(kernel), "bias": jnp.full((2, 2), 100.0)}
-    found = atac.project({"params": {"Dense_0": layer}}, 2.5)["params"]["Dense_0"]
+    found = atac.project_weights({"params": {"Dense_0": layer}}, 2.5)["params"]["Dense_0"]
     np.testing.assert_allclose(found["kernel"], [kernel[0] / 2, kernel[1]], rtol=1e-6)
     assert (found["bias"] == 100).all()
 
@@ -266,10 +266,11 @@ def test_losses_read_only_the_networks_they_should():
         here = critic(warm)
         assert critic(warm, params=other.critic.params) != here
         assert critic(warm, critic=targets) != here and critic(warm, actor=other.actor) != here
-        assert critic(warm, critic=networks) == critic(warm, temperature=other.temperature) == here
+        assert critic(warm, critic=networks) == here
+        assert critic(warm, log_temperature=other.log_temperature) == here
         here = actor(warm)
         assert actor(warm, params=other.actor.params) != here
-        assert actor(warm, temperature=other.temperature) != here
+        assert actor(warm, log_temperature=other.log_temperature) != here
         assert actor(warm, critic=targets) == actor(warm, actor=other.actor) == here
         assert (actor(warm, critic=networks) == here) == warm
         # The first critic alone is the actor's.
@@ -295,7 +296,7 @@ def test_initial_parameters():
     assert head["kernel"].shape == (96, 2) and not head["kernel"].any() and not head["bias"].any()
     nets.check_members_differ(state.critic)
     nets.check_targets_are_copies(state.critic)
-    assert state.temperature.params == {"log": 0.0}
+    assert state.log_temperature.params == {"log": 0.0}
 
 
 def test_std_is_clipped_and_the_policy_is_tanh_of_the_mean():
@@ -321,7 +322,8 @@ RATES = {"actor_learning_rate": 0.01, "critic_learning_rate": 0.05, "target_rate
 
 def test_order_of_updates_through_the_start_of_the_game():
     """Critics, projection, temperature from the same actions, the actor with the new critics and
-    temperature, targets. At the third update temperature and actor begin anew, the actor slowly."""
+    temperature, targets. The third update resets the temperature, its Adam state and the actor's,
+    and gives the actor its lower learning rate."""
     settings = {"warm_start": 2, "beta": 4.0, "weight_norm": 1.5}
     cfg, state, key, data = setup(log_every=4, **settings, **RATES)
     cfg_here, here, _, _ = setup(log_every=4, **settings)
@@ -344,21 +346,21 @@ def test_order_of_updates_through_the_start_of_the_game():
         batch, key_noise = nets.sample(key, step, data, cfg, 2)
         noise = jax.random.normal(key_noise, (2, 32, 2))
         if step == 2:
-            here = place(temperature={"params": {"log": np.float32(0)}})
+            here = place(log_temperature={"params": {"log": np.float32(0)}})
         _, metrics, grads = critic_loss(here.critic.params, here, batch, noise, warm, cfg_here)
         params = critic_adam.step(here.critic.params, grads)
         here = place(critic={"params": jax.tree.map(projected, params)})
         _, before, _ = actor_loss(here.actor.params, here, batch, noise, warm, cfg_here)
         grads = {"log": before["entropy"] + 2}  # two action dimensions
-        params = temperature_adam[phase].step(here.temperature.params, grads)
-        here = place(temperature={"params": params})
+        params = temperature_adam[phase].step(here.log_temperature.params, grads)
+        here = place(log_temperature={"params": params})
         _, more, grads = actor_loss(here.actor.params, here, batch, noise, warm, cfg_here)
         here = place(actor={"params": actor_adam[phase].step(here.actor.params, grads)})
         target = nets.polyak(here.critic.params, here.critic.target_params, 0.3)
         here = place(critic={"target_params": target})
         found.append(metrics | more)
-    start = dict(state.temperature.params)
-    state = state._replace(temperature=state.temperature.replace(params=start))
+    start = dict(state.log_temperature.params)
+    state = state._replace(log_temperature=state.log_temperature.replace(params=start))
     after, metrics = nets.train_chunk(atac, state, key, 0, data, cfg)
     for name in state._fields:
         nets.check_close(getattr(after, name).params, getattr(here, name).params)
@@ -380,7 +382,7 @@ def test_learning_rates():
     _, state, _, _ = setup(warm_start=3, **RATES)
     nets.check_rate(state.actor, lambda step: 0.05 if step < 3 else 0.01, steps=6)
     nets.check_rate(state.critic, lambda step: 0.05)
-    nets.check_rate(state.temperature, lambda step: 0.05)
+    nets.check_rate(state.log_temperature, lambda step: 0.05)
 
 
 # --- Data ---------------------------------------------------------------------------------------
