@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Decision Transformer (Chen et al., 2021): GPT clones actions given the return still to come.
+"""Decision Transformer (Chen et al., 2021): a GPT predicts actions from the return asked for.
 
 Paper       https://arxiv.org/abs/2106.01345
 Reference   https://github.com/kzl/decision-transformer (gym)
 Run         python algorithms/dt.py --config configs/dt/mujoco.yaml
-Parent      bc.py (200 lines)
+Parent      bc.py (262 lines)
 Results     benchmarks/results
-Deviations  windows are padded at their end in training, at their start in evaluation; the reference
-            pads both at the start (masked: no difference). 1e-3 is added to the std, there 1e-6.
-            One target return per run, there two. Left out, since without effect: heads for
-            observations and returns, the keys' bias. Rows at a truncation are left out where their
-            next observation is unknown (there: kept), and so their reward in the returns-to-go. An
-            unfinished last episode is kept (there: left out).
+Deviations  Training pads windows at their end, the reference at their start; padding is masked, so
+            this has no effect. Nor have the keys' bias and the heads for observations and returns,
+            which are left out. 1e-3 is added to the std, not 1e-6. A run has one target return, not
+            two. A row at a truncation is dropped if its next observation is unknown, and its reward
+            is missing in the returns-to-go (the reference keeps both). An unfinished last episode
+            is kept (the reference drops it).
 
 Shapes: S seeds, N data, B batch, K context, T = 3 K tokens, D embedding, O observation, A action.
 """
@@ -42,17 +42,17 @@ class Config:
     batch_size: int = 64  # windows per update
     actor_learning_rate: float = 1e-4  # AdamW, see warm_up
     # DT
-    context: int = 20  # K, steps of a window, three tokens each
-    embedding: int = 128  # D, width of a token; four times that inside the blocks
-    num_layers: int = 3  # blocks
-    num_heads: int = 1  # of attention, D / num_heads wide each
-    dropout: float | None = 0.1  # share dropped of tokens, attention and what blocks add; or None
-    weight_decay: float = 1e-4  # of all parameters, times the learning rate
-    warm_up: int = 10_000  # updates until the learning rate, rising linearly, is the full one
-    max_gradient_norm: float = 0.25  # gradients are scaled down to it
-    episode_length: int = 1_000  # timesteps with an embedding of their own; later ones share one
+    context: int = 20  # K, steps per window; each step is three tokens
+    embedding: int = 128  # D, width of a token; the hidden layer of a block is 4 D wide
+    num_layers: int = 3  # number of transformer blocks
+    num_heads: int = 1  # attention heads per block, each D / num_heads wide
+    dropout: float | None = 0.1  # rate for tokens, attention weights and block outputs; None: off
+    weight_decay: float = 1e-4  # of AdamW, for all parameters
+    warm_up: int = 10_000  # updates over which the learning rate rises linearly to its full value
+    max_gradient_norm: float = 0.25  # larger gradients are scaled down to this norm
+    episode_length: int = 1_000  # number of timestep embeddings; later timesteps share the last
     reward_scale: float = 0.001  # multiplies the returns-to-go that the network sees
-    target_return: float | None = None  # asked for in evaluation, unscaled; None: the data's best
+    target_return: float | None = None  # asked for in evaluation, unscaled; None: best in the data
 
 
 # --- Networks -----------------------------------------------------------------------------------
@@ -85,19 +85,36 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x, visible, train):  # [B T, D], [B, T, T] -> [B T, D]
-        width, drop = x.shape[-1], partial(nn.Dropout(self.dropout), deterministic=not train)
+        batch_size, num_tokens, _ = visible.shape
+        width = x.shape[-1]
+        head_width = width // self.num_heads
+        by_head = (batch_size, num_tokens, self.num_heads, head_width)
+        dropout = nn.Dropout(self.dropout, deterministic=not train)
+
+        # Queries and values are the two halves of one layer's output. The keys' layer is apart
+        # because it has no bias: a bias there would cancel in the softmax.
         y = layer_norm()(x)
-        query, value = jnp.split(gpt_dense(2 * width)(y), 2, axis=-1)
-        key = gpt_dense(width, use_bias=False)(y)  # it would cancel in the softmax
-        heads = (*visible.shape[:2], self.num_heads, width // self.num_heads)
-        query, key, value = (y.reshape(heads) for y in (query, key, value))
-        logits = jnp.einsum("bqhd,bkhd->bhqk", query, key) / heads[-1] ** 0.5
-        # A row per query, a column per key; those that must not be seen get a weight of exactly 0.
-        weight = nn.softmax(jnp.where(visible[:, None], logits, jnp.finfo(logits.dtype).min))
-        seen = jnp.einsum("bhqk,bkhd->bqhd", drop(weight), value).reshape(x.shape)
-        x = x + drop(gpt_dense(width)(seen))
-        y = nn.relu(gpt_dense(4 * width)(layer_norm()(x)))
-        return x + drop(gpt_dense(width)(y))
+        query_and_value = gpt_dense(2 * width)(y)
+        query, value = jnp.split(query_and_value, 2, axis=-1)
+        key = gpt_dense(width, use_bias=False)(y)
+        query = query.reshape(by_head)
+        key = key.reshape(by_head)
+        value = value.reshape(by_head)
+
+        # Attention: a row of the logits per query, a column per key. The mask makes the weight of
+        # an invisible token exactly 0.
+        logits = jnp.einsum("bqhd,bkhd->bhqk", query, key) / head_width**0.5
+        logits = jnp.where(visible[:, None], logits, jnp.finfo(logits.dtype).min)
+        weight = dropout(nn.softmax(logits))
+        attended = jnp.einsum("bhqk,bkhd->bqhd", weight, value).reshape(x.shape)
+        attended = gpt_dense(width)(attended)
+        x = x + dropout(attended)
+
+        # The feed-forward network of each token.
+        y = layer_norm()(x)
+        y = nn.relu(gpt_dense(4 * width)(y))
+        y = gpt_dense(width)(y)
+        return x + dropout(y)
 
 
 class DecisionTransformer(nn.Module):
@@ -110,37 +127,53 @@ class DecisionTransformer(nn.Module):
     action_dim: int
 
     @nn.compact
-    def __call__(self, observation, action, returns_to_go, timestep, train=False):  # -> [B, K, A]
-        """Action of each step, from its return-to-go, its observation and what came before them.
+    def __call__(self, steps, train=False):  # Steps, [B, K] -> actions, [B, K, A]
+        """Each action is predicted from its step's return-to-go and observation and what precedes.
 
-        `timestep` below 0 is padding, which no other step sees.
+        Steps with a timestep below 0 are padding, which no other step sees.
         """
-        time = nn.Embed(
-            self.episode_length, self.embedding, embedding_init=nn.initializers.normal(1.0)
-        )(timestep.clip(0, self.episode_length - 1))
-        inputs = (self.reward_scale * returns_to_go[..., None], observation, action)
-        tokens = [linear(x.shape[-1], self.embedding)(x) + time for x in inputs]  # [B, K, D] each
-        # One axis of tokens: with two, XLA copies what the weights' gradients are made of.
-        x = jnp.stack(tokens, axis=2).reshape(-1, self.embedding)  # [B T, D]
-        order = jnp.arange(3 * timestep.shape[1])
-        causal = order[:, None] >= order[None]
-        visible = causal[None] & jnp.repeat(timestep >= 0, 3, axis=1)[:, None]  # [B, T, T]
-        x = nn.Dropout(self.dropout)(layer_norm()(x), deterministic=not train)
+        embed_timestep = nn.Embed(
+            num_embeddings=self.episode_length,
+            features=self.embedding,
+            embedding_init=nn.initializers.normal(1.0),
+        )
+        time = embed_timestep(steps.timestep.clip(0, self.episode_length - 1))  # [B, K, D]
+        returns_to_go = self.reward_scale * steps.returns_to_go[..., None]  # [B, K, 1]
+        observation_dim = steps.observation.shape[-1]
+
+        # Three tokens per step, [B, K, D] each.
+        return_token = linear(1, self.embedding)(returns_to_go) + time
+        observation_token = linear(observation_dim, self.embedding)(steps.observation) + time
+        action_token = linear(self.action_dim, self.embedding)(steps.action) + time
+        tokens = jnp.stack([return_token, observation_token, action_token], axis=2)
+        # Batch and tokens share an axis: with two axes, XLA copies the inputs of the weights'
+        # gradients.
+        x = tokens.reshape(-1, self.embedding)  # [B, K, 3, D] -> [B T, D]
+
+        # A token sees itself and those before it, padding aside.
+        order = jnp.arange(3 * steps.timestep.shape[1])
+        causal = order[:, None] >= order[None]  # [T, T], query and key
+        is_step = jnp.repeat(steps.timestep >= 0, 3, axis=1)  # [B, K] -> [B, T]
+        visible = causal[None] & is_step[:, None]  # [B, T, T]
+
+        x = layer_norm()(x)
+        x = nn.Dropout(self.dropout, deterministic=not train)(x)
         for _ in range(self.num_layers):
             x = Block(self.num_heads, self.dropout)(x, visible, train)
-        x = layer_norm()(x)[1::3]  # of R_1, s_1, a_1, R_2, ... the observations
+        x = layer_norm()(x)
+        x = x[1::3]  # the observation tokens of R_1, s_1, a_1, R_2, s_2, ...; [B T, D] -> [B K, D]
         output = jnp.tanh(linear(self.embedding, self.action_dim)(x))
-        return output.reshape(action.shape)
+        return output.reshape(steps.action.shape)
 
 
 # --- State --------------------------------------------------------------------------------------
 class Steps(NamedTuple):
-    """Steps in time order: the data, [N]; windows of them, [B, K]; a policy's memory, [E, K]."""
+    """Steps in time order: the data [N], windows of it [B, K], or the policy's memory [E, K]."""
 
-    observation: jax.Array  # [..., O] of mean 0 and std 1
+    observation: jax.Array  # [..., O], normalised
     action: jax.Array  # [..., A]
     returns_to_go: jax.Array  # sum of the rewards from this step on, not discounted
-    timestep: jax.Array  # int32, steps since the episode began; -1 is padding
+    timestep: jax.Array  # int32, number of steps since the start of the episode; -1: padding
 
 
 class State(NamedTuple):
@@ -169,81 +202,104 @@ def standardise(observation, statistics):
 
 
 def episode_steps(dataset, data):
-    """Rows as steps of their episodes, [N]."""
+    """The rows of the data as steps of their episodes, [N]."""
     starts, ends = views.episodes(dataset)
     timestep = jnp.arange(ends[-1]) - jnp.repeat(starts, ends - starts)
     returns_to_go = jnp.asarray(views.returns_to_go(dataset))
-    return Steps(data.observation, data.action, returns_to_go, timestep)
+    return Steps(
+        observation=data.observation,
+        action=data.action,
+        returns_to_go=returns_to_go,
+        timestep=timestep,
+    )
 
 
 def blank_steps(count, batch, target_return, cfg):
-    """Padding only, [count, K], with the return that is asked for. `batch` supplies shapes only."""
-    shape = (count, cfg.context)
+    """A memory of padding only, [count, K], that asks for the target return.
+
+    `batch` supplies shapes only.
+    """
+    observation_dim = batch.observation.shape[-1]
+    action_dim = batch.action.shape[-1]
     return Steps(
-        jnp.zeros((*shape, batch.observation.shape[-1])),
-        jnp.zeros((*shape, batch.action.shape[-1])),
-        jnp.full(shape, target_return, jnp.float32),
-        jnp.full(shape, -1, jnp.int32),
+        observation=jnp.zeros((count, cfg.context, observation_dim)),
+        action=jnp.zeros((count, cfg.context, action_dim)),
+        returns_to_go=jnp.full((count, cfg.context), target_return, jnp.float32),
+        timestep=jnp.full((count, cfg.context), -1, jnp.int32),
     )
 
 
 def create_state(key, batch, cfg, statistics=(0.0, 1.0)):
     """State of one seed before the first update. `batch` supplies shapes only."""
     actor = DecisionTransformer(
-        *(cfg.embedding, cfg.num_layers, cfg.num_heads, cfg.dropout or 0.0),
-        *(cfg.episode_length, cfg.reward_scale, batch.action.shape[-1]),
+        embedding=cfg.embedding,
+        num_layers=cfg.num_layers,
+        num_heads=cfg.num_heads,
+        dropout=cfg.dropout or 0.0,
+        episode_length=cfg.episode_length,
+        reward_scale=cfg.reward_scale,
+        action_dim=batch.action.shape[-1],
     )
-    actor_params = actor.init(key, *blank_steps(1, batch, 0.0, cfg))
+    example_steps = blank_steps(1, batch, 0.0, cfg)
+    actor_params = actor.init(key, example_steps)
 
-    def rate(step):
+    def learning_rate(step):
         return cfg.actor_learning_rate * jnp.minimum((step + 1) / cfg.warm_up, 1.0)
 
-    adam = optax.chain(
+    actor_adam = optax.chain(
         optax.clip_by_global_norm(cfg.max_gradient_norm),
-        optax.adamw(rate, weight_decay=cfg.weight_decay),
+        optax.adamw(learning_rate, weight_decay=cfg.weight_decay),
     )
+    mean, std = statistics
+    observation_shape = batch.observation.shape[-1:]
     return State(
-        train_state.TrainState.create(apply_fn=actor.apply, params=actor_params, tx=adam),
-        tuple(jnp.broadcast_to(x, batch.observation.shape[-1:]) for x in statistics),
+        actor=train_state.TrainState.create(
+            apply_fn=actor.apply, params=actor_params, tx=actor_adam
+        ),
+        statistics=(
+            jnp.broadcast_to(mean, observation_shape),
+            jnp.broadcast_to(std, observation_shape),
+        ),
     )
 
 
 # --- Losses -------------------------------------------------------------------------------------
 def actor_loss(params, state, batch, key, cfg):
-    """(pi(R_1, s_1, a_1, ..., R_t, s_t) - a_t)^2, mean over A and the steps that are no padding."""
-    output = state.actor.apply_fn(params, *batch, train=True, rngs={"dropout": key})  # [B, K, A]
+    """(pi(R_1, s_1, a_1, ..., R_t, s_t) - a_t)^2, mean over A and all steps except padding."""
+    output = state.actor.apply_fn(params, batch, train=True, rngs={"dropout": key})  # [B, K, A]
     chex.assert_equal_shape([output, batch.action])
-    error = jnp.square(output - batch.action).mean(axis=-1)
-    valid = batch.timestep >= 0
-    chex.assert_equal_shape([error, valid, batch.returns_to_go])
-    loss = (valid * error).sum() / valid.sum()
+    error = jnp.square(output - batch.action).mean(axis=-1)  # [B, K]
+    is_step = batch.timestep >= 0  # [B, K]
+    chex.assert_equal_shape([error, is_step, batch.returns_to_go])
+    loss = (is_step * error).sum() / is_step.sum()
     return loss, {"actor_loss": loss}
 
 
 # --- Update -------------------------------------------------------------------------------------
 def update(state, step, key, data, cfg):
-    """One gradient step. One seed.
+    """One gradient step of the transformer on a batch of windows. One seed.
 
     Randomness is a function of (key, step) alone, so neither the length of a chunk nor a resumed
     run changes the result. `key` is folded with the step, never split.
     """
     key_batch, key_dropout = jax.random.split(jax.random.fold_in(key, step))
-    # Any row of the data may begin a window: episodes count by their length.
+    # A window may begin at any row, so episodes are drawn in proportion to their length.
     index = jax.random.randint(key_batch, (cfg.batch_size,), 0, len(data.timestep))
     batch = windows(data, index, cfg)
     grads, metrics = jax.grad(actor_loss, has_aux=True)(
         state.actor.params, state, batch, key_dropout, cfg
     )
-    return state._replace(actor=state.actor.apply_gradients(grads=grads)), metrics
+    state = state._replace(actor=state.actor.apply_gradients(grads=grads))
+    return state, metrics
 
 
 def windows(data, index, cfg):
-    """The K steps from each row of `index` [B] on, [B, K]; past the end of its episode, padding."""
-    offset = jnp.arange(cfg.context)[None]
-    rows = (index[:, None] + offset).clip(max=len(data.timestep) - 1)
-    batch = jax.tree.map(lambda x: x[rows], data)
-    same = batch.timestep == batch.timestep[:, :1] + offset  # episode
-    return batch._replace(timestep=jnp.where(same, batch.timestep, -1))
+    """The K steps from each row of `index` [B] on, [B, K]. Beyond the episode's end is padding."""
+    offset = jnp.arange(cfg.context)[None]  # [1, K]
+    rows = (index[:, None] + offset).clip(max=len(data.timestep) - 1)  # [B, K]
+    batch = jax.tree.map(lambda column: column[rows], data)
+    same_episode = batch.timestep == batch.timestep[:, :1] + offset  # else another one has begun
+    return batch._replace(timestep=jnp.where(same_episode, batch.timestep, -1))
 
 
 def train_chunk(state, key, start, data, cfg):
@@ -255,19 +311,24 @@ def train_chunk(state, key, start, data, cfg):
 
 # --- Policy -------------------------------------------------------------------------------------
 def policy(apply_fn, params, observation, key, memory, reward):
-    """Action in [-1, 1], [E, O] -> [E, A], and the memory of it, [E, K] Steps. No use of `key`.
+    """Action in [-1, 1], [E, O] -> [E, A], and the memory with this step in it, Steps [E, K].
 
-    The `reward` [E] of the step before is taken off the return that is asked for.
+    The `reward` [E] of the previous step reduces the return asked for. `key` is not used.
     """
     actor_params, statistics = params
-    now = Steps(
-        standardise(observation, statistics),
-        jnp.zeros_like(memory.action[:, -1]),  # not known yet and not seen
-        memory.returns_to_go[:, -1] - reward,
-        memory.timestep[:, -1] + 1,
+    step = Steps(
+        observation=standardise(observation, statistics),
+        action=jnp.zeros_like(memory.action[:, -1]),  # not known yet; its own prediction ignores it
+        returns_to_go=memory.returns_to_go[:, -1] - reward,
+        timestep=memory.timestep[:, -1] + 1,
     )
-    memory = jax.tree.map(lambda x, new: jnp.append(x[:, 1:], new[:, None], axis=1), memory, now)
-    action = apply_fn(actor_params, *memory)[:, -1]
+
+    def append(column, new):  # [E, K, ...], [E, ...]: the oldest step makes room for the new one
+        return jnp.append(column[:, 1:], new[:, None], axis=1)
+
+    memory = jax.tree.map(append, memory, step)
+    output = apply_fn(actor_params, memory)  # [E, K, A]
+    action = output[:, -1]
     return action, memory._replace(action=memory.action.at[:, -1].set(action))
 
 
@@ -289,7 +350,9 @@ def train(cfg, options):
     train_seeds = experiment.over_seeds(partial(train_chunk, cfg=cfg), update=update)
     act = partial(policy, state.actor.apply_fn)
     best = float(data.returns_to_go[views.episodes(dataset)[0]].max())  # of what it was trained on
-    target_return = best if cfg.target_return is None else cfg.target_return
+    target_return = cfg.target_return
+    if target_return is None:
+        target_return = best
     memory = blank_steps(cfg.eval_episodes, example, target_return, cfg)
 
     with (

@@ -61,7 +61,7 @@ def program(apply_fn):
 
 
 def forward(state, batch):
-    return np.asarray(program(state.actor.apply_fn)(state.actor.params, *batch))
+    return np.asarray(program(state.actor.apply_fn)(state.actor.params, batch))
 
 
 # --- The method in NumPy ------------------------------------------------------------------------
@@ -209,7 +209,7 @@ def test_dropout_on_tokens_attention_and_what_blocks_add():
 
     def pairs(params, key):
         with nn.intercept_methods(record):
-            state.actor.apply_fn(params, *batch, train=True, rngs={"dropout": key})
+            state.actor.apply_fn(params, batch, train=True, rngs={"dropout": key})
         return tuple(found)
 
     calls = jax.jit(pairs, compiler_options=nets.QUICK)(state.actor.params, key)
