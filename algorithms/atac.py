@@ -110,7 +110,7 @@ class TrainState(train_state.TrainState):
 class State(NamedTuple):
     actor: train_state.TrainState
     critic: TrainState  # every array has a leading [K] axis
-    log_temperature: train_state.TrainState  # its parameter is the logarithm of alpha
+    log_temperature: train_state.TrainState  # one number, the logarithm of the temperature
 
 
 def create_state(key, batch, cfg):
@@ -138,13 +138,13 @@ def create_state(key, batch, cfg):
         ),
         critic=TrainState.create(apply_critics, critic_params, critic_adam),
         log_temperature=train_state.TrainState.create(
-            apply_fn=temperature, params=log_temperature, tx=temperature_adam
+            apply_fn=temperature_of, params=log_temperature, tx=temperature_adam
         ),
     )
 
 
-def temperature(params):
-    """The weight of log pi in the actor loss, alpha."""
+def temperature_of(params):
+    """The weight of log pi in the actor loss, from its logarithm."""
     return jnp.exp(params["log"])
 
 
@@ -157,29 +157,25 @@ def critic_loss(params, state, batch, noise, warm, cfg):
     critics. The residual error is to r + gamma Q(s', a') of the same critic, a' ~ pi(s'), and its
     gradient goes through both of its Qs. `noise` [2, B, A] draws a~ and a'.
     """
-    mean, log_std = state.actor.apply_fn(state.actor.params, batch.observation)
-    action, _ = sample_squashed(mean, log_std, noise[0])  # a~, [B, A]
-    next_mean, next_log_std = state.actor.apply_fn(state.actor.params, batch.next_observation)
-    next_action, _ = sample_squashed(next_mean, next_log_std, noise[1])  # a', [B, A]
+    action, _ = sample_policy(state.actor, batch.observation, noise[0])  # a~, [B, A]
+    next_action, _ = sample_policy(state.actor, batch.next_observation, noise[1])  # a', [B, A]
 
     # The critics see (s, a), (s', a') and (s, a~) in one pass.
     observations = [batch.observation, batch.next_observation, batch.observation]
     actions = [batch.action, next_action, action]
     all_q = state.critic.apply_fn(params, jnp.concatenate(observations), jnp.concatenate(actions))
-    q, next_q, policy_q = jnp.split(all_q, 3, axis=1)  # [K, 3 B] -> [K, B] each
+    q, own_next_q, policy_q = jnp.split(all_q, 3, axis=1)  # [K, 3 B] -> [K, B] each
 
     # Bootstrap through truncations, never through terminations.
     discount = cfg.discount * (1.0 - batch.termination)  # [B]
-    next_target_q = state.critic.apply_fn(
-        state.critic.target_params, batch.next_observation, next_action
-    )
-    next_target_q = next_target_q.min(axis=0)  # [K, B] -> [B]
-    target = batch.reward + discount * next_target_q  # [B]
+    next_q = state.critic.apply_fn(state.critic.target_params, batch.next_observation, next_action)
+    next_q = next_q.min(axis=0)  # [K, B] -> [B]
+    target = batch.reward + discount * next_q  # [B]
     target = target.clip(cfg.lowest_target, cfg.highest_target)
-    own_target = batch.reward[None] + discount[None] * next_q  # [K, B]
+    own_target = batch.reward[None] + discount[None] * own_next_q  # [K, B]
     own_target = own_target.clip(cfg.lowest_target, cfg.highest_target)
 
-    chex.assert_equal_shape([*q, *next_q, *policy_q, target])
+    chex.assert_equal_shape([*q, *own_next_q, *policy_q, target])
     td_error = jnp.square(q - target[None]).mean(axis=1).sum()
     residual_error = jnp.square(q - own_target).mean(axis=1).sum()
     bellman_error = (1.0 - cfg.residual) * td_error + cfg.residual * residual_error
@@ -196,10 +192,9 @@ def critic_loss(params, state, batch, noise, warm, cfg):
 
 
 def actor_loss(params, state, batch, noise, warm, cfg):
-    """(alpha log pi(a~|s) - objective) / max(1, alpha), a~ ~ pi(s), mean over B. Algorithm 2.
+    """(temperature log pi(a~|s) - objective) / max(1, temperature), mean over B. Algorithm 2.
 
-    The objective is Q_1(s, a~), but log pi(a|s) of the data's action while `warm`. alpha is the
-    temperature.
+    a~ ~ pi(s). The objective is Q_1(s, a~); while `warm` it is log pi(a|s) of the data's action.
     """
     mean, log_std = state.actor.apply_fn(params, batch.observation)
     action, log_prob = sample_squashed(mean, log_std, noise[0])  # [B, A], [B]
@@ -210,21 +205,27 @@ def actor_loss(params, state, batch, noise, warm, cfg):
     objective = jnp.where(warm, bc_log_prob, q)
     chex.assert_equal_shape([objective, q, log_prob, bc_log_prob, batch.reward])
 
-    alpha = state.log_temperature.apply_fn(state.log_temperature.params)
-    loss = jnp.minimum(alpha, 1.0) * log_prob - objective / jnp.maximum(alpha, 1.0)
-    loss = loss.mean()
+    temperature = state.log_temperature.apply_fn(state.log_temperature.params)
+    loss = jnp.minimum(temperature, 1.0) * log_prob - objective / jnp.maximum(temperature, 1.0)
+    loss = loss.mean()  # [B] -> []
     return loss, {
         "actor_loss": loss,
         "log_prob": bc_log_prob.mean(),
-        "temperature": alpha,
+        "temperature": temperature,
         "entropy": -log_prob.mean(),
     }
 
 
 def temperature_loss(params, entropy, action_dim):
-    """log alpha (entropy - target), with the target -A: the temperature falls while above it."""
+    """log temperature (entropy - target), target -A. An entropy above it lowers the temperature."""
     target = -action_dim
     return params["log"] * (entropy - target)
+
+
+def sample_policy(actor, observation, noise):
+    """a ~ pi(s), [B, A], and log pi(a|s), [B], of the actor as it is."""
+    mean, log_std = actor.apply_fn(actor.params, observation)
+    return sample_squashed(mean, log_std, noise)
 
 
 def sample_squashed(mean, log_std, noise):
@@ -261,8 +262,7 @@ def update(state, step, key, data, cfg):
     critic = critic.replace(params=project_weights(critic.params, cfg.weight_norm))
     state = state._replace(critic=critic)
 
-    mean, log_std = state.actor.apply_fn(state.actor.params, batch.observation)
-    _, log_prob = sample_squashed(mean, log_std, noise[0])
+    _, log_prob = sample_policy(state.actor, batch.observation, noise[0])
     entropy = -log_prob.mean()
     action_dim = batch.action.shape[-1]
     grads = jax.grad(temperature_loss)(state.log_temperature.params, entropy, action_dim)
