@@ -4,14 +4,14 @@
 Paper       https://arxiv.org/abs/2106.01345
 Reference   https://github.com/kzl/decision-transformer (gym)
 Run         python algorithms/dt.py --config configs/dt/mujoco.yaml
-Parent      bc.py (262 lines)
+Parent      bc.py (261 lines)
 Results     benchmarks/results
 Deviations  Training pads windows at their end, the reference at their start; padding is masked, so
-            this has no effect. Nor have the keys' bias and the heads for observations and returns,
-            which are left out. 1e-3 is added to the std, not 1e-6. A run has one target return, not
-            two. A row at a truncation is dropped if its next observation is unknown, and its reward
-            is missing in the returns-to-go (the reference keeps both). An unfinished last episode
-            is kept (the reference drops it).
+            this has no effect. The keys' bias and the heads for observations and returns have none
+            either and are left out. 1e-3 is added to the std, not 1e-6. A run has one target
+            return, not two. A row at a truncation is dropped if its next observation is unknown,
+            and its reward is missing in the returns-to-go (the reference keeps both). An unfinished
+            last episode is kept (the reference drops it).
 
 Shapes: S seeds, N data, B batch, K context, T = 3 K tokens, D embedding, O observation, A action.
 """
@@ -97,17 +97,17 @@ class Block(nn.Module):
         query_and_value = gpt_dense(2 * width)(y)
         query, value = jnp.split(query_and_value, 2, axis=-1)
         key = gpt_dense(width, use_bias=False)(y)
-        query = query.reshape(by_head)
+        query = query.reshape(by_head)  # [B T, D] -> [B, T, heads, D / heads]
         key = key.reshape(by_head)
         value = value.reshape(by_head)
 
         # Attention: a row of the logits per query, a column per key. The mask makes the weight of
         # an invisible token exactly 0.
-        logits = jnp.einsum("bqhd,bkhd->bhqk", query, key) / head_width**0.5
+        logits = jnp.einsum("bqhd,bkhd->bhqk", query, key) / head_width**0.5  # [B, heads, T, T]
         logits = jnp.where(visible[:, None], logits, jnp.finfo(logits.dtype).min)
         weight = dropout(nn.softmax(logits))
-        attended = jnp.einsum("bhqk,bkhd->bqhd", weight, value).reshape(x.shape)
-        attended = gpt_dense(width)(attended)
+        attended = jnp.einsum("bhqk,bkhd->bqhd", weight, value)
+        attended = gpt_dense(width)(attended.reshape(x.shape))  # [B T, D]
         x = x + dropout(attended)
 
         # The feed-forward network of each token.
@@ -146,8 +146,7 @@ class DecisionTransformer(nn.Module):
         observation_token = linear(observation_dim, self.embedding)(steps.observation) + time
         action_token = linear(self.action_dim, self.embedding)(steps.action) + time
         tokens = jnp.stack([return_token, observation_token, action_token], axis=2)
-        # Batch and tokens share an axis: with two axes, XLA copies the inputs of the weights'
-        # gradients.
+        # B and T share one axis: with two, XLA copies the inputs of the weights' gradients.
         x = tokens.reshape(-1, self.embedding)  # [B, K, 3, D] -> [B T, D]
 
         # A token sees itself and those before it, padding aside.
@@ -161,7 +160,7 @@ class DecisionTransformer(nn.Module):
         for _ in range(self.num_layers):
             x = Block(self.num_heads, self.dropout)(x, visible, train)
         x = layer_norm()(x)
-        x = x[1::3]  # the observation tokens of R_1, s_1, a_1, R_2, s_2, ...; [B T, D] -> [B K, D]
+        x = x[1::3]  # of R_1, s_1, a_1, R_2, s_2, ... the observations; [B T, D] -> [B K, D]
         output = jnp.tanh(linear(self.embedding, self.action_dim)(x))
         return output.reshape(steps.action.shape)
 

@@ -98,8 +98,8 @@ VARIANTS = [
 @pytest.mark.parametrize("warm", [False, True])
 @pytest.mark.parametrize("overrides", VARIANTS, ids=str)
 def test_losses_and_gradients_equal_numpy(overrides, warm):
-    """The critic's gradient takes the target and the actions as numbers and goes through its own
-    backup; the actor's goes through its action, and stops at the critic and the temperature."""
+    """The critic's gradient goes through its own backup; target and actions are constants to it.
+    The actor's goes through its action; the critic and the temperature are constants to it."""
     cfg, state, _, data = setup(**overrides)
     batch, noise, params = double(data), noise_of(), double(state.critic.params)
     wide = noise.astype(np.float64)

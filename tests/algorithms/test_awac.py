@@ -219,7 +219,7 @@ def test_both_losses_sample():
         assert one != other
 
 
-def test_critic_gradient_takes_the_target_as_a_number():
+def test_the_target_is_a_constant_to_the_critics_gradient():
     cfg, state, key, data = setup()
     batch, params, noise = double(data), double(state.critic.params), normal(key)
     _, _, grads = critic_loss(state.critic.params, state, data, key, cfg)
@@ -231,7 +231,7 @@ def test_critic_gradient_takes_the_target_as_a_number():
 
 
 @pytest.mark.parametrize(("name", "beta"), [("exp", 0.1), ("softmax", 1.0)])
-def test_actor_gradient_takes_the_weights_as_numbers(name, beta):
+def test_the_weights_are_constants_to_the_actors_gradient(name, beta):
     cfg, state, key, data = setup(weight=name, inverse_temperature=beta)
     batch, params, noise = double(data), double(state.actor.params), normal(key)
     _, _, grads = actor_loss(state.actor.params, state, data, key, cfg)
@@ -249,7 +249,7 @@ def test_actor_gradient_takes_the_weights_as_numbers(name, beta):
     assert any(distinct)  # else this test could not tell
 
 
-def test_samples_are_clipped_to_the_box_but_not_squashed():
+def test_samples_are_clipped_but_not_squashed():
     key = jax.random.key(1)
     observation = np.float32([[2.0], [0.5], [-2.0]] * 100)
     actor = linear_state((1, math.log(0.3)), (1, 1)).actor

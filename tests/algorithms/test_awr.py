@@ -75,8 +75,11 @@ LENGTHS = [(1, END), (7, CUT), (1, CUT), (30, END), (2, END), (12, CUT), (9, END
 
 
 def recording(ends=LENGTHS):
-    """Episodes of these lengths; also rows as where a recording goes on after a termination, whose
-    next observations are not those of the rows after them."""
+    """Rows of episodes with these lengths and ends.
+
+    A row's next observation is not the observation of the row after it, as where a recording goes
+    on after a termination.
+    """
     flags = {END: [], CUT: []}
     for length, end in ends:
         for name, column in flags.items():
@@ -114,7 +117,7 @@ def test_lambda_returns_by_hand():
 
 
 def test_lambda_1_without_bootstrap_is_the_return_to_go():
-    """Where a recording goes on after a termination, too."""
+    """It does so even if a recording goes on after a termination."""
     lengths = [length for length, _ in LENGTHS]
     data = recording([(length, END) for length in lengths])
     cfg, state, _, _ = setup(td_lambda=1.0, discount=0.9)
@@ -127,7 +130,7 @@ def test_lambda_1_without_bootstrap_is_the_return_to_go():
 
 
 def test_termination_stops_the_bootstrap_and_truncation_does_not():
-    """A truncation bootstraps with lambda 1, too; nothing flows over either from later rows."""
+    """A truncation bootstraps even with lambda 1. After either end, later rows have no effect."""
     cfg, state, _, _ = setup(discount=0.9)
     for td_lambda in (0.0, 0.95, 1.0):
         cfg = probes.config(awr, td_lambda=td_lambda, discount=0.9)
@@ -361,8 +364,8 @@ class Momentum:
 
 
 def test_order_of_two_iterations():
-    """V to the returns of the V before, then the actor by returns and V of the V after."""
-    # Large steps and a V that is far off, so that another order would show.
+    """V is fitted to the returns under the old V; the actor uses those of the new."""
+    # Large steps and a V far from the returns, so that another order gives other numbers.
     overrides = {"actor_updates": 3, "critic_updates": 4, "discount": 0.9, "max_weight": 5.0}
     rates = {"actor_learning_rate": 0.002, "critic_learning_rate": 0.02, "optimiser": "momentum"}
     cfg, state, key, _ = setup(log_every=6, inverse_temperature=2.0, **overrides, **rates)

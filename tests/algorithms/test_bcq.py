@@ -77,7 +77,7 @@ def numpy_vae_loss(params, state, batch, key, cfg):
 )
 @pytest.mark.parametrize("name", ["critic", "actor", "vae"])
 def test_losses_and_gradients_equal_numpy(name, overrides):
-    """The gradient takes the target, and for the actor the sampled action, as numbers."""
+    """The target is a constant to the critic's gradient, the sampled action one to the actor's."""
     cfg, state, key, data = setup(**overrides)
     loss = {"critic": critic_loss, "actor": actor_loss, "vae": vae_loss}[name]
     numpy_loss = globals()[f"numpy_{name}_loss"]
@@ -95,8 +95,11 @@ def test_losses_and_gradients_equal_numpy(name, overrides):
 
 # --- By hand ------------------------------------------------------------------------------------
 def linear_state(actor=(0, 0), critic=(1, -1), critic_target=(9, 9)):
-    """Sampled actions are 0.5, 0 and -1 (of one state 0.5), Q_k(s, a) = critic_k a, or the same
-    plus 1 for k = 2 and the targets, and xi = Phi actor."""
+    """Networks whose outputs are worked out by hand; A = 1.
+
+    The VAE samples 0.5, 0 and -1 for three rows of samples, 0.5 if there is one sample per state.
+    Q_k(s, a) = critic_k a; the second target critic adds 1. xi = Phi actor.
+    """
     net = functools.partial(nets.linear_net, bcq.TrainState.create)
 
     def vae(params, observation, key, method):

@@ -152,20 +152,20 @@ def test_causality():
 
 
 def test_padding_is_invisible_wherever_it_is():
-    """The same two steps at the start, at the end and amid other rubbish."""
+    """Two steps have the same actions at the start, at the end and amid any padding."""
     _, state, _, batch = setup()
     batch, rng = jax.tree.map(np.array, batch), np.random.default_rng(7)
     found = []
     for places in ([0, 1], [2, 3], [0, 3], [1, 2]):
         for _ in range(2):
-            rubbish = dt.Steps(
+            padding = dt.Steps(
                 *(100 * rng.standard_normal(x.shape, np.float32) for x in batch[:3]),
                 np.full((6, 4), -1, np.int32),
             )
-            for x, y in zip(rubbish, batch, strict=True):
+            for x, y in zip(padding, batch, strict=True):
                 x[:, places] = y[:, :2]
-            rubbish.timestep[:, places] = [4, 5]
-            found.append(forward(state, rubbish)[:, places])
+            padding.timestep[:, places] = [4, 5]
+            found.append(forward(state, padding)[:, places])
     for other in found[1:]:
         np.testing.assert_allclose(other, found[0], rtol=1e-5, atol=1e-6)
 
