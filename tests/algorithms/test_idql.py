@@ -99,8 +99,8 @@ def numpy_actor(params, observation, action, time, cfg, drop=lambda i, x: x):
     return nets.dense(layers["head"], swish(x))
 
 
-def numpy_kept(steps):
-    """alpha_t and their running products, from the authors' formula."""
+def numpy_schedule(steps):
+    """alpha_t and alpha_bar_t, their running products, from the authors' formula."""
     alpha = [
         math.exp(-0.1 / steps - 0.5 * 9.9 * (2 * t - 1) / steps**2) for t in range(1, steps + 1)
     ]
@@ -130,8 +130,9 @@ def numpy_actor_loss(params, batch, time, noise, drop, cfg):
     if cfg.generator == "flow":
         x, target = noise + time * (batch.action - noise), batch.action - noise
     else:
-        kept = numpy_kept(cfg.generator_steps)[1][time]
-        x, target = np.sqrt(kept) * batch.action + np.sqrt(1 - kept) * noise, noise
+        _, alpha_bar = numpy_schedule(cfg.generator_steps)
+        alpha_bar = alpha_bar[time]
+        x, target = np.sqrt(alpha_bar) * batch.action + np.sqrt(1 - alpha_bar) * noise, noise
     found = numpy_actor(params, batch.observation, x, time.astype(np.float64), cfg, drop)
     for one, wanted in zip(found, target, strict=True):
         loss += sum((one - wanted) ** 2) / len(found)
@@ -204,8 +205,8 @@ def test_a_perfect_model_of_one_action_generates_it(generator, steps):
     cfg = idql.Config(generator=generator, generator_steps=steps)
 
     def noise(params, observation, x, time):
-        kept = np.float32(numpy_kept(steps)[1])[int(time[0])]
-        return (x - np.sqrt(kept) * ACTIONS) / np.sqrt(1 - kept)
+        alpha_bar = np.float32(numpy_schedule(steps)[1])[int(time[0])]
+        return (x - np.sqrt(alpha_bar) * ACTIONS) / np.sqrt(1 - alpha_bar)
 
     def velocity(params, observation, x, time):
         return (ACTIONS - x) / (1 - time[0])
@@ -220,7 +221,7 @@ def numpy_generate(params, observation, key, cfg):
     keys = jax.random.split(key, cfg.generator_steps)
     shape = (*observation.shape[:-1], 2)
     x = np.asarray(jax.random.normal(keys[0], shape), np.float64)
-    alpha, kept = numpy_kept(cfg.generator_steps)
+    alpha, alpha_bar = numpy_schedule(cfg.generator_steps)
     for i in range(cfg.generator_steps):
         if cfg.generator == "flow":
             time = np.full((*shape[:-1], 1), i / cfg.generator_steps)
@@ -228,7 +229,7 @@ def numpy_generate(params, observation, key, cfg):
             continue
         t = cfg.generator_steps - 1 - i
         noise = numpy_actor(params, observation, x, np.full((*shape[:-1], 1), float(t)), cfg)
-        x = (x - (1 - alpha[t]) / np.sqrt(1 - kept[t]) * noise) / np.sqrt(alpha[t])
+        x = (x - (1 - alpha[t]) / np.sqrt(1 - alpha_bar[t]) * noise) / np.sqrt(alpha[t])
         if t > 0:
             x = x + np.sqrt(1 - alpha[t]) * np.asarray(jax.random.normal(keys[t], shape))
         x = x.clip(-1, 1)
