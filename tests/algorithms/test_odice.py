@@ -175,10 +175,15 @@ def tabular(value, target):
     )
 
 
-def rows(here, there, **columns):
-    count = len(here)
+def rows(states, next_states, **columns):
+    count = len(states)
     return probes.random_transitions(
-        count, 2, 1, observation=np.eye(2)[here], next_observation=np.eye(2)[there], **columns
+        count,
+        2,
+        1,
+        observation=np.eye(2)[states],
+        next_observation=np.eye(2)[next_states],
+        **columns,
     )
 
 
@@ -241,7 +246,7 @@ def test_the_backward_part_is_orthogonal_to_the_forward_part_over_all_parameters
     params = state.value_net.params
     _, _, forward = dual_loss(params, state, data, "forward", cfg)
     _, _, backward = dual_loss(params, state, data, "backward", cfg)
-    added = jax.tree.map(lambda x, y: x - y, *(double(grads[x]) for x in ("orthogonal", "semi")))
+    added = jax.tree.map(lambda x, y: x - y, double(grads["orthogonal"]), double(grads["semi"]))
     forward, backward = double(forward), double(backward)
     share = dot(backward, forward) / dot(forward, forward)
     expected = jax.tree.map(lambda b, f: 0.7 * (b - share * f), backward, forward)
@@ -310,16 +315,16 @@ def test_losses_read_only_the_networks_they_should():
     networks = state._replace(value_net=state.value_net.replace(params=other.value_net.params))
     params = state.value_net.params
     for name in RESIDUALS:
-        here = dual_loss(params, state, data, name, cfg)[0]
-        assert dual_loss(other.value_net.params, state, data, name, cfg)[0] != here
-        assert (dual_loss(params, targets, data, name, cfg)[0] == here) == (name == "full")
-        assert dual_loss(params, networks, data, name, cfg)[0] == here
+        before = dual_loss(params, state, data, name, cfg)[0]
+        assert dual_loss(other.value_net.params, state, data, name, cfg)[0] != before
+        assert (dual_loss(params, targets, data, name, cfg)[0] == before) == (name == "full")
+        assert dual_loss(params, networks, data, name, cfg)[0] == before
     for gradient in ("semi", "orthogonal", "true"):
         cfg, _, _, _ = setup(gradient=gradient)
-        here = actor_loss(state.actor.params, state, data, cfg)[0]
-        assert actor_loss(state.actor.params, networks, data, cfg)[0] != here
+        before = actor_loss(state.actor.params, state, data, cfg)[0]
+        assert actor_loss(state.actor.params, networks, data, cfg)[0] != before
         found = actor_loss(state.actor.params, targets, data, cfg)[0]
-        assert (found == here) == (gradient == "true")
+        assert (found == before) == (gradient == "true")
 
 
 # --- Networks -----------------------------------------------------------------------------------
@@ -369,10 +374,14 @@ def test_the_policy_is_the_mean_clipped_to_the_box():
 RATES = {"actor_learning_rate": 0.02, "value_learning_rate": 0.05, "target_rate": 0.3}
 
 
+def take(data, index):
+    return jax.tree.map(lambda column: column[index], data)
+
+
 def test_order_of_two_updates():
     """V and the actor from the state before, the actor with its parameters added, then targets."""
     cfg, state, key, data = setup(log_every=2, **RATES, weight_decay=0.5)
-    cfg_here, here, _, _ = setup()  # the same numbers, with the losses compiled already
+    loss_cfg, expected, _, _ = setup()  # the same numbers, with the losses compiled already
     tx = nets.shapes(odice, cfg, None).actor.tx  # `setup` leaves the weight decay at its default
     state = state._replace(actor=state.actor.replace(tx=tx))
     adam = {"value_net": nets.Adam(0.05), "actor": nets.Adam(0.02)}
@@ -380,21 +389,21 @@ def test_order_of_two_updates():
     for step in (6, 7):
         key_batch = jax.random.fold_in(jax.random.clone(key), step)
         index = jax.random.randint(key_batch, (cfg.batch_size,), 0, len(data.reward))
-        batch = jax.tree.map(lambda x, index=index: x[index], data)
-        grads, metrics = value_gradient(here, batch, cfg_here)
-        _, more, actor_grads = actor_loss(here.actor.params, here, batch, cfg_here)
+        batch = take(data, index)
+        grads, metrics = value_gradient(expected, batch, loss_cfg)
+        _, more, actor_grads = actor_loss(expected.actor.params, expected, batch, loss_cfg)
         found.append(metrics | more)
-        actor_grads = jax.tree.map(lambda g, x: g + 0.5 * x, actor_grads, here.actor.params)
+        actor_grads = jax.tree.map(lambda g, x: g + 0.5 * x, actor_grads, expected.actor.params)
         for name, gradient in (("value_net", grads), ("actor", actor_grads)):
-            net = getattr(here, name)
+            net = getattr(expected, name)
             net = net.replace(params=adam[name].step(net.params, gradient))
-            here = here._replace(**{name: net})
-        target = nets.polyak(here.value_net.params, here.value_net.target_params, 0.3)
-        here = here._replace(value_net=here.value_net.replace(target_params=target))
+            expected = expected._replace(**{name: net})
+        target = nets.polyak(expected.value_net.params, expected.value_net.target_params, 0.3)
+        expected = expected._replace(value_net=expected.value_net.replace(target_params=target))
     after, metrics = nets.train_chunk(odice, state, key, 6, data, cfg)
     for name in ("value_net", "actor"):
-        nets.check_close(getattr(after, name).params, getattr(here, name).params)
-    nets.check_close(after.value_net.target_params, here.value_net.target_params)
+        nets.check_close(getattr(after, name).params, getattr(expected, name).params)
+    nets.check_close(after.value_net.target_params, expected.value_net.target_params)
     assert {*metrics} == {*found[0]}
     for name in metrics:
         mean = np.mean([float(x[name]) for x in found])
