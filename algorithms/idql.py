@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""IDQL (Hansen-Estruch et al., 2023): IQL's values pick among samples of a diffusion model.
+"""IDQL (Hansen-Estruch et al., 2023): IQL's critics choose among samples of a diffusion model.
 
 Paper       https://arxiv.org/abs/2304.10573, IFQL (generator=flow) https://arxiv.org/abs/2502.02538
 Reference   https://github.com/philippe-eecs/IDQL, https://github.com/seohongpark/fql
 Run         python algorithms/idql.py --config configs/idql/antmaze.yaml
-Parent      iql.py (170 lines)
+Parent      iql.py (270 lines)
 Results     benchmarks/results
-Deviations  as the code has it since 7582571, not before: one batch and one step per update for all
-            networks. The best sample acts (paper: also one drawn by its weight). All rows train
-            (code: 95 %), those at a truncation too where their next observation is known. IFQL:
-            the reference has one Adam, its losses and targets are of the state before, its online
-            critics choose, the actor's loss is a mean over actions; configs turn off the rest.
+Deviations  As in the authors' code since 7582571, each update is one step of every network on one
+            batch. Only the best sample acts (the paper also draws one by its weight). All rows
+            train, not 95 %, also those at a truncation whose next observation is known. IFQL's code
+            has one Adam, computes losses and targets from the state before, chooses by the online
+            critics and averages the actor's loss over actions; the configs turn off the rest.
 
 Shapes: S seeds, K critics, N samples, B batch, E episodes, O observation, A action. All float32.
 """
@@ -42,58 +42,70 @@ class Config:
     actor_learning_rate: float = 3e-4  # AdamW, see cosine
     critic_learning_rate: float = 3e-4  # Adam, for Q and V
     discount: float = 0.99  # gamma, per environment step
-    target_rate: float = 0.005  # tau, Polyak step of the target critics
+    target_rate: float = 0.005  # Polyak rate of the target critics
     hidden: tuple[int, ...] = (256, 256)  # widths of Q and V
-    num_critics: int = 2  # K, their minimum counts
-    layer_norm: Literal["none", "input", "hidden"] = "input"  # of V, or after Q's and V's layers
+    num_critics: int = 2  # K, V and the policy use their minimum
+    layer_norm: Literal["none", "input", "hidden"] = "input"  # input of V | hidden layers of Q, V
     reward_shift: float = 0.0  # added to data set rewards (AntMaze: -1)
-    return_scale: float | None = None  # returns of the data span this much (MuJoCo: 1000)
+    return_scale: float | None = None  # rescales rewards to this range of returns (MuJoCo: 1000)
     # IDQL
-    expectile: float = 0.7  # tau, weight of errors where Q > V
-    generator: Literal["ddpm", "flow"] = "ddpm"  # of actions; flow, with GELU in Q and V: IFQL
-    generator_steps: int = 5  # T, from noise to action
-    num_samples: int = 64  # N, actions to choose from when acting
-    actor_hidden: tuple[int, ...] = (256, 256, 256)  # widths of residual blocks, flow: of layers
-    actor_target_rate: float = 0.001  # Polyak step of the parameters that act
-    weight_decay: float = 1e-4  # of the actor, relative to its learning rate
-    cosine: bool = True  # the actor's learning rate falls to 0 over num_updates
-    dropout: float | None = 0.1  # share of the actor's hidden units dropped in training
+    expectile: float = 0.7  # tau, weight of (Q - V)^2 where Q > V
+    generator: Literal["ddpm", "flow"] = "ddpm"  # model of actions; flow: IFQL, GELU in Q and V
+    generator_steps: int = 5  # T, sampling steps from noise to action
+    num_samples: int = 64  # N, sampled actions from which the policy takes the best
+    actor_hidden: tuple[int, ...] = (256, 256, 256)  # widths of residual blocks (flow: layers)
+    actor_target_rate: float = 0.001  # Polyak rate of the actor's parameters that act
+    weight_decay: float = 1e-4  # AdamW's weight decay of the actor
+    cosine: bool = True  # cosine decay of the actor's learning rate to 0 over num_updates
+    dropout: float | None = 0.1  # dropout rate of the actor's hidden layers in training
 
 
 # --- Networks -----------------------------------------------------------------------------------
-def glorot(width):
+def glorot_dense(width):
     return nn.Dense(width, kernel_init=nn.initializers.xavier_uniform())
 
 
 def drop(x, rate, key):
-    """x with a share `rate` of its numbers at 0, the others larger by as much; None: x itself."""
+    """Dropout: a share `rate` of x is 0, the rest is scaled by 1 / (1 - rate). None: no dropout."""
     if rate is None:
         return x
-    return jnp.where(jax.random.bernoulli(key, 1.0 - rate, x.shape), x / (1.0 - rate), 0.0)
+    keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
+    return jnp.where(keep, x / (1.0 - rate), 0.0)
 
 
-class NoiseNet(nn.Module):
+class EpsilonNet(nn.Module):
     hidden: tuple[int, ...]
     action_dim: int
+    num_frequencies: int = 64  # learned, each gives a cosine and a sine of the time
+    time_width: int = 256  # of the embedding of the time
 
     @nn.compact
     def __call__(self, observation, action, time, keys=None, dropout=None):  # -> [..., A]
-        keys = [None] * len(self.hidden) if keys is None else keys  # one per block
-        frequency = self.param("frequency", nn.initializers.normal(0.2), (64,))
-        angle = 2 * jnp.pi * time * jnp.broadcast_to(frequency, (*time.shape[:-1], 64))
-        waves = jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)
-        context = nn.swish(glorot(256)(waves))
-        context = glorot(256)(context)  # [..., 256] or, at one time, [256]
-        context = jnp.broadcast_to(context, (*action.shape[:-1], 256))
-        x = jnp.concatenate([action, observation, context], axis=-1)
-        x = glorot(self.hidden[0])(x)
+        """The noise in `action`. `time` is [..., 1] or [1], `keys` has one key per block."""
+        if keys is None:
+            keys = [None] * len(self.hidden)
+        time_embedding = self.embed(time)
+        time_embedding = jnp.broadcast_to(time_embedding, (*action.shape[:-1], self.time_width))
+        x = jnp.concatenate([action, observation, time_embedding], axis=-1)
+        x = glorot_dense(self.hidden[0])(x)
         for width, key in zip(self.hidden, keys, strict=True):
             y = nn.LayerNorm()(drop(x, dropout, key))
             y = nn.swish(nn.Dense(4 * width)(y))
             y = nn.Dense(width)(y)
-            x = y + (x if x.shape == y.shape else nn.Dense(width)(x))
-        head = nn.Dense(self.action_dim, kernel_init=nn.initializers.xavier_uniform(), name="head")
-        return head(nn.swish(x))
+            if x.shape != y.shape:
+                x = nn.Dense(width)(x)
+            x = y + x
+        glorot = nn.initializers.xavier_uniform()
+        return nn.Dense(self.action_dim, kernel_init=glorot, name="head")(nn.swish(x))
+
+    def embed(self, time):  # [..., 1] -> [..., time_width]
+        init = nn.initializers.normal(0.2)
+        frequency = self.param("frequency", init, (self.num_frequencies,))
+        frequency = jnp.broadcast_to(frequency, (*time.shape[:-1], self.num_frequencies))
+        angle = 2 * jnp.pi * time * frequency
+        waves = jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)
+        x = nn.swish(glorot_dense(self.time_width)(waves))
+        return glorot_dense(self.time_width)(x)
 
 
 class VelocityNet(nn.Module):
@@ -102,13 +114,16 @@ class VelocityNet(nn.Module):
 
     @nn.compact
     def __call__(self, observation, action, time, keys=None, dropout=None):  # -> [..., A]
-        keys = [None] * len(self.hidden) if keys is None else keys  # one per layer
+        """The velocity at `action`. `time` is [..., 1] or [1], `keys` has one key per layer."""
+        if keys is None:
+            keys = [None] * len(self.hidden)
         time = jnp.broadcast_to(time, (*action.shape[:-1], 1))
         x = jnp.concatenate([observation, action, time], axis=-1)
         for width, key in zip(self.hidden, keys, strict=True):
-            x = drop(nn.gelu(glorot(width)(x)), dropout, key)
-        head = nn.Dense(self.action_dim, kernel_init=nn.initializers.xavier_uniform(), name="head")
-        return head(x)
+            x = nn.gelu(glorot_dense(width)(x))
+            x = drop(x, dropout, key)
+        glorot = nn.initializers.xavier_uniform()
+        return nn.Dense(self.action_dim, kernel_init=glorot, name="head")(x)
 
 
 class GlorotCritic(nn.Module):
@@ -118,13 +133,15 @@ class GlorotCritic(nn.Module):
     norm_hidden: bool
 
     @nn.compact
-    def __call__(self, *inputs):  # [..., O] and for Q [..., A] -> [...]
+    def __call__(self, *inputs):  # Q: [..., O], [..., A] -> [...]; V: [..., O] -> [...]
         x = jnp.concatenate(inputs, axis=-1)
-        x = nn.LayerNorm()(x) if self.norm_input else x
+        if self.norm_input:
+            x = nn.LayerNorm()(x)
         for width in self.hidden:
-            x = self.activation(glorot(width)(x))
-            x = nn.LayerNorm()(x) if self.norm_hidden else x
-        return glorot(1)(x).squeeze(-1)
+            x = self.activation(glorot_dense(width)(x))
+            if self.norm_hidden:
+                x = nn.LayerNorm()(x)
+        return glorot_dense(1)(x).squeeze(-1)
 
 
 # --- State --------------------------------------------------------------------------------------
@@ -139,43 +156,61 @@ class TrainState(train_state.TrainState):
 
 
 class State(NamedTuple):
-    actor: TrainState  # models the behaviour; its targets act
+    actor: TrainState  # model of the behaviour policy; its target_params act
     critic: TrainState  # every array has a leading [K] axis
-    value_net: train_state.TrainState
+    value_net: train_state.TrainState  # Flax's own class: no target_params
+
+
+def create_networks(action_dim, cfg):
+    """The actor, one critic and the value network, without parameters."""
+    if cfg.generator == "flow":
+        actor = VelocityNet(cfg.actor_hidden, action_dim)
+        activation = nn.gelu
+    else:
+        actor = EpsilonNet(cfg.actor_hidden, action_dim)
+        activation = nn.relu
+    norm_input = cfg.layer_norm == "input"  # of V alone
+    norm_hidden = cfg.layer_norm == "hidden"
+    critic = GlorotCritic(cfg.hidden, activation, norm_input=False, norm_hidden=norm_hidden)
+    value_net = GlorotCritic(cfg.hidden, activation, norm_input=norm_input, norm_hidden=norm_hidden)
+    return actor, critic, value_net
 
 
 def create_state(key, batch, cfg):
     """State of one seed before the first update. `batch` supplies shapes only."""
     key_actor, key_critic, key_value = jax.random.split(key, 3)
-    flow = cfg.generator == "flow"
-    actor = (VelocityNet if flow else NoiseNet)(cfg.actor_hidden, batch.action.shape[-1])
-    sizes = cfg.hidden, nn.gelu if flow else nn.relu
-    critic = GlorotCritic(*sizes, False, cfg.layer_norm == "hidden")
-    value_net = GlorotCritic(*sizes, cfg.layer_norm == "input", cfg.layer_norm == "hidden")
+    actor, critic, value_net = create_networks(batch.action.shape[-1], cfg)
+    init_critics = jax.vmap(critic.init, (0, None, None))
+    apply_critics = jax.vmap(critic.apply, (0, None, None))  # -> [K, B]
+
     time = jnp.zeros_like(batch.action[..., :1])
     actor_params = actor.init(key_actor, batch.observation, batch.action, time)
-    critic_params = jax.vmap(critic.init, (0, None, None))(
-        jax.random.split(key_critic, cfg.num_critics), batch.observation, batch.action
-    )
+    critic_keys = jax.random.split(key_critic, cfg.num_critics)
+    critic_params = init_critics(critic_keys, batch.observation, batch.action)
     value_params = value_net.init(key_value, batch.observation)
-    critics = jax.vmap(critic.apply, (0, None, None))  # -> [K, B]
-    rate, create = cfg.actor_learning_rate, train_state.TrainState.create
-    rate = optax.cosine_decay_schedule(rate, cfg.num_updates) if cfg.cosine else rate
-    adamw = optax.adamw(rate, weight_decay=cfg.weight_decay)
-    adam = optax.adam(cfg.critic_learning_rate)
+
+    actor_learning_rate = cfg.actor_learning_rate
+    if cfg.cosine:
+        actor_learning_rate = optax.cosine_decay_schedule(actor_learning_rate, cfg.num_updates)
+    actor_adamw = optax.adamw(actor_learning_rate, weight_decay=cfg.weight_decay)
+    critic_adam = optax.adam(cfg.critic_learning_rate)
+    value_adam = optax.adam(cfg.critic_learning_rate)
     return State(
-        TrainState.create(actor.apply, actor_params, adamw),
-        TrainState.create(critics, critic_params, adam),
-        create(apply_fn=value_net.apply, params=value_params, tx=adam),
+        actor=TrainState.create(actor.apply, actor_params, actor_adamw),
+        critic=TrainState.create(apply_critics, critic_params, critic_adam),
+        value_net=train_state.TrainState.create(
+            apply_fn=value_net.apply, params=value_params, tx=value_adam
+        ),
     )
 
 
 # --- Losses -------------------------------------------------------------------------------------
 def critic_loss(params, state, batch, cfg):
-    """TD error to r + gamma V(s'), mean over B, summed over K. Eq. 6 of IQL."""
+    """Squared TD error to r + gamma V(s'), mean over B, summed over K. Eq. 6 of IQL."""
     next_value = state.value_net.apply_fn(state.value_net.params, batch.next_observation)  # [B]
     # Bootstrap through truncations, never through terminations.
-    target = batch.reward + cfg.discount * (1.0 - batch.termination) * next_value
+    target = batch.reward + cfg.discount * (1.0 - batch.termination) * next_value  # [B]
+
     q = state.critic.apply_fn(params, batch.observation, batch.action)  # [K, B]
     chex.assert_equal_shape([*q, target])
     loss = jnp.square(q - target[None]).mean(axis=1).sum()
@@ -183,67 +218,87 @@ def critic_loss(params, state, batch, cfg):
 
 
 def value_loss(params, state, batch, cfg):
-    """|tau - 1(u < 0)| u^2 with u = min_k Q_k(s, a) - V(s), target critics. Eq. 5 of IQL."""
+    """|tau - 1(A < 0)| A^2, mean over B, with A = min_k Q_k(s, a) - V(s), target critics.
+
+    Eq. 5 of IQL.
+    """
     q = state.critic.apply_fn(state.critic.target_params, batch.observation, batch.action)
+    q = q.min(axis=0)  # [K, B] -> [B]
     value = state.value_net.apply_fn(params, batch.observation)  # [B]
-    error = q.min(axis=0) - value
-    chex.assert_equal_shape([error, value, batch.reward])
-    weight = jnp.where(error > 0, cfg.expectile, 1.0 - cfg.expectile)
-    loss = (weight * jnp.square(error)).mean()
+    advantage = q - value
+    chex.assert_equal_shape([advantage, value, batch.reward])
+    weight = jnp.where(advantage > 0, cfg.expectile, 1.0 - cfg.expectile)
+    loss = (weight * jnp.square(advantage)).mean()
     return loss, {"value_loss": loss, "value": value.mean()}
 
 
 def actor_loss(params, state, batch, key, cfg):
-    """|eps_theta(x_t, s, t) - eps|^2 at x_t = sqrt(abar_t) a + sqrt(1 - abar_t) eps, any step t.
+    """Denoising or flow matching loss of the behaviour model, summed over A, mean over B.
 
-    With flow |v_theta(x_t, s, t) - (a - eps)|^2 at x_t = (1 - t) eps + t a, t from 0 to 1.
+    ddpm: |eps_theta(x_t, s, t) - eps|^2, x_t = sqrt(alpha_bar_t) a + sqrt(1 - alpha_bar_t) eps.
+    flow: |v_theta(x_t, s, t) - (a - eps)|^2, x_t = (1 - t) eps + t a.
     """
-    key_time, key_noise, *keys = jax.random.split(key, 2 + len(cfg.actor_hidden))
+    key_time, key_noise, *dropout_keys = jax.random.split(key, 2 + len(cfg.actor_hidden))
     noise = jax.random.normal(key_noise, batch.action.shape)
     if cfg.generator == "flow":
         time = jax.random.uniform(key_time, (len(noise), 1))
-        x, target = (1.0 - time) * noise + time * batch.action, batch.action - noise
+        noisy_action = (1.0 - time) * noise + time * batch.action
+        target = batch.action - noise  # the velocity
     else:
         time = jax.random.randint(key_time, (len(noise), 1), 0, cfg.generator_steps)
-        kept = jnp.cumprod(vp_schedule(cfg))[time]  # abar, [B, 1]
-        x, target = jnp.sqrt(kept) * batch.action + jnp.sqrt(1.0 - kept) * noise, noise
-    output = state.actor.apply_fn(params, batch.observation, x, time, keys, cfg.dropout)
-    error = jnp.square(output - target).sum(axis=-1)  # [B]
-    chex.assert_equal_shape([error, batch.reward])
-    return error.mean(), {"actor_loss": error.mean()}
+        alpha_bar = jnp.cumprod(vp_schedule(cfg))[time]  # [B, 1]
+        noisy_action = jnp.sqrt(alpha_bar) * batch.action + jnp.sqrt(1.0 - alpha_bar) * noise
+        target = noise
+
+    output = state.actor.apply_fn(
+        params, batch.observation, noisy_action, time, dropout_keys, cfg.dropout
+    )
+    squared_error = jnp.square(output - target).sum(axis=-1)  # [B, A] -> [B]
+    chex.assert_equal_shape([squared_error, batch.reward])
+    loss = squared_error.mean()
+    return loss, {"actor_loss": loss}
 
 
-def vp_schedule(cfg):
-    """alpha_t = 1 - beta_t of the variance preserving process, from 0.1 to 10, [T]."""
-    t = jnp.arange(1, cfg.generator_steps + 1) / cfg.generator_steps
-    return jnp.exp(-(0.1 + (10.0 - 0.1) * (t - 0.5 / cfg.generator_steps)) / cfg.generator_steps)
+def vp_schedule(cfg, beta_min=0.1, beta_max=10.0):
+    """alpha_t = 1 - beta_t of the variance preserving process for t = 1 to T, [T].
+
+    The process has continuous time from 0 to 1 and a rate of noise from beta_min to beta_max;
+    alpha_t is what one of T equal steps keeps of the signal's variance.
+    """
+    steps = cfg.generator_steps
+    end_of_step = jnp.arange(1, steps + 1) / steps
+    middle_of_step = end_of_step - 0.5 / steps
+    rate = beta_min + (beta_max - beta_min) * middle_of_step
+    return jnp.exp(-rate / steps)
 
 
 # --- Update -------------------------------------------------------------------------------------
 def update(state, step, key, data, cfg):
-    """One step of each network in the order below, then of the targets, on one batch. One seed.
+    """One gradient step of V, the actor and Q in turn, then one step of the targets. One seed.
 
-    Randomness is a function of (key, step) alone, so neither the length of a chunk nor a resumed
-    run changes the result. `key` is folded with the step, never split.
+    All of them use the same batch. Randomness is a function of (key, step) alone, so neither the
+    length of a chunk nor a resumed run changes the result. `key` is folded with the step, never
+    split.
     """
     key_batch, key_actor = jax.random.split(jax.random.fold_in(key, step))
     batch = sample_batch(data, key_batch, cfg)
-    grads, value_metrics = jax.grad(value_loss, has_aux=True)(
+
+    value_grads, value_metrics = jax.grad(value_loss, has_aux=True)(
         state.value_net.params, state, batch, cfg
     )
-    state = state._replace(value_net=state.value_net.apply_gradients(grads=grads))
-    grads, actor_metrics = jax.grad(actor_loss, has_aux=True)(
+    state = state._replace(value_net=state.value_net.apply_gradients(grads=value_grads))
+
+    actor_grads, actor_metrics = jax.grad(actor_loss, has_aux=True)(
         state.actor.params, state, batch, key_actor, cfg
     )
-    state = state._replace(actor=state.actor.apply_gradients(grads=grads))
-    grads, critic_metrics = jax.grad(critic_loss, has_aux=True)(
+    state = state._replace(actor=state.actor.apply_gradients(grads=actor_grads))
+
+    critic_grads, critic_metrics = jax.grad(critic_loss, has_aux=True)(
         state.critic.params, state, batch, cfg
     )
-    state = state._replace(critic=state.critic.apply_gradients(grads=grads))
+    state = state._replace(critic=state.critic.apply_gradients(grads=critic_grads))
     state = state._replace(critic=update_target(state.critic, cfg))
-    actor, rate = state.actor, cfg.actor_target_rate
-    target_params = optax.incremental_update(actor.params, actor.target_params, rate)
-    state = state._replace(actor=actor.replace(target_params=target_params))
+    state = state._replace(actor=update_acting_params(state.actor, cfg))
     return state, critic_metrics | value_metrics | actor_metrics
 
 
@@ -258,6 +313,14 @@ def update_target(net, cfg):
     return net.replace(target_params=target_params)
 
 
+def update_acting_params(actor, cfg):
+    """`update_target` with the rate of the actor."""
+    target_params = optax.incremental_update(
+        actor.params, actor.target_params, cfg.actor_target_rate
+    )
+    return actor.replace(target_params=target_params)
+
+
 def train_chunk(state, key, start, data, cfg):
     """`log_every` updates of one seed, compiled as one program. Metrics are chunk means."""
     steps = start + jnp.arange(cfg.log_every)
@@ -267,29 +330,48 @@ def train_chunk(state, key, start, data, cfg):
 
 # --- Policy -------------------------------------------------------------------------------------
 def policy(apply_fn, params, observation, key, critic, cfg):
-    """The best by min_k Q_k of N sampled actions, [..., O] -> [..., A], random by `key`."""
+    """The sampled action with the highest min_k Q_k of N, [..., O] -> [..., A], random by `key`.
+
+    `critic` is the critics' apply function.
+    """
     actor_params, critic_params = params
     observation = jnp.broadcast_to(observation, (cfg.num_samples, *observation.shape))
     action = generate(apply_fn, actor_params, observation, key, cfg)  # [N, ..., A]
-    q = critic(critic_params, observation, action).min(axis=0)  # [N, ...]
+    q = critic(critic_params, observation, action)
+    q = q.min(axis=0)  # [K, N, ...] -> [N, ...]
     best = q.argmax(axis=0)[None, ..., None]
     return jnp.take_along_axis(action, best, axis=0)[0]
 
 
 def generate(apply_fn, params, observation, key, cfg):
     """Actions of the behaviour model, [..., O] -> [..., A], in T steps. `key` is split."""
-    keys, steps = jax.random.split(key, cfg.generator_steps), cfg.generator_steps
+    keys = jax.random.split(key, cfg.generator_steps)
     action_dim = params["params"]["head"]["bias"].shape[0]
-    x = jax.random.normal(keys[0], (*observation.shape[:-1], action_dim))
+    noise = jax.random.normal(keys[0], (*observation.shape[:-1], action_dim))
     if cfg.generator == "flow":
-        for i in range(steps):
-            x = x + apply_fn(params, observation, x, jnp.full(1, i / steps)) / steps
-        return x.clip(-1.0, 1.0)
+        return follow_velocity(apply_fn, params, observation, noise, cfg)
+    return denoise(apply_fn, params, observation, noise, keys, cfg)
+
+
+def follow_velocity(apply_fn, params, observation, noise, cfg):
+    """T Euler steps along the velocity, from noise at time 0 to an action at time 1."""
+    x = noise
+    for i in range(cfg.generator_steps):
+        time = jnp.full(1, i / cfg.generator_steps)
+        velocity = apply_fn(params, observation, x, time)
+        x = x + velocity / cfg.generator_steps
+    return x.clip(-1.0, 1.0)
+
+
+def denoise(apply_fn, params, observation, noise, keys, cfg):
+    """DDPM sampling: T denoising steps, each but the last with new noise, clipped to [-1, 1]."""
     alpha = vp_schedule(cfg)
-    kept = jnp.cumprod(alpha)
-    for t in reversed(range(steps)):
-        noise = apply_fn(params, observation, x, jnp.full(1, float(t)))
-        x = (x - (1.0 - alpha[t]) / jnp.sqrt(1.0 - kept[t]) * noise) / jnp.sqrt(alpha[t])
+    alpha_bar = jnp.cumprod(alpha)
+    x = noise
+    for t in reversed(range(cfg.generator_steps)):
+        epsilon = apply_fn(params, observation, x, jnp.full(1, float(t)))
+        x = x - (1.0 - alpha[t]) / jnp.sqrt(1.0 - alpha_bar[t]) * epsilon
+        x = x / jnp.sqrt(alpha[t])
         if t > 0:
             x = x + jnp.sqrt(1.0 - alpha[t]) * jax.random.normal(keys[t], x.shape)
         x = x.clip(-1.0, 1.0)

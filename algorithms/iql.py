@@ -6,11 +6,11 @@ Reference   https://github.com/ikostrikov/implicit_q_learning
 Run         python algorithms/iql.py --config configs/iql/antmaze.yaml
 Parent      none
 Results     benchmarks/results
-Deviations  rows at a truncation are kept where their next observation is known, and count in
-            return_scale. extraction=ddpg_bc and layer_norm are after seohongpark/fql, which has
-            GELU, Glorot initialisation, no tanh on the mean, losses of the state before and awr
-            from online critics, and samples the action where the std is learned. deterministic
-            is CORL's.
+Deviations  Rows at a truncation are kept where their next observation is known, and they count in
+            return_scale. extraction=ddpg_bc and layer_norm follow seohongpark/fql, which also has
+            GELU, Glorot initialisation, no tanh on the mean, one state that all losses read, awr
+            weights from the online critics, and sampled actions where the std is learned.
+            deterministic follows CORL.
 
 Shapes: S seeds, K critics, B batch, E episodes, O observation, A action. Arrays are float32.
 """
@@ -42,25 +42,25 @@ class Config:
     actor_learning_rate: float = 3e-4  # Adam, see cosine
     critic_learning_rate: float = 3e-4  # Adam, for Q and V
     discount: float = 0.99  # gamma, per environment step
-    target_rate: float = 0.005  # tau, Polyak step of the target critics
+    target_rate: float = 0.005  # Polyak rate of the target critics
     hidden: tuple[int, ...] = (256, 256)  # widths of all networks
-    num_critics: int = 2  # K, their minimum counts
-    layer_norm: bool = False  # after the activations of Q and V
+    num_critics: int = 2  # K, V and the actor learn from their minimum
+    layer_norm: bool = False  # LayerNorm after every hidden layer of Q and V
     reward_shift: float = 0.0  # added to data set rewards (AntMaze: -1)
-    return_scale: float | None = None  # returns of the data span this much (MuJoCo: 1000)
+    return_scale: float | None = None  # rescales rewards to this range of returns (MuJoCo: 1000)
     # IQL
-    expectile: float = 0.7  # tau, weight of errors where Q > V, Eq. 5
-    extraction: Literal["awr", "ddpg_bc"] = "awr"  # of the policy
+    expectile: float = 0.7  # tau, weight of (Q - V)^2 where Q > V, Eq. 5
+    extraction: Literal["awr", "ddpg_bc"] = "awr"  # how the actor learns from Q and V
     inverse_temperature: float = 3.0  # beta of awr, Eq. 7
     alpha: float = 1.0  # weight of log pi(a|s) in ddpg_bc
-    deterministic: bool = False  # squared error in place of -log pi(a|s)
-    fixed_std: float | None = None  # std of the policy; None learns one per action dimension
-    cosine: bool = True  # the actor's learning rate falls to 0 over num_updates
-    dropout: float | None = None  # share of the actor's hidden units dropped in training
+    deterministic: bool = False  # |a - mu(s)|^2 in place of -log pi(a|s)
+    fixed_std: float | None = None  # std of the policy; None: one learned per action dimension
+    cosine: bool = True  # cosine decay of the actor's learning rate to 0 over num_updates
+    dropout: float | None = None  # dropout rate of the actor's hidden layers in training
 
 
 # --- Networks -----------------------------------------------------------------------------------
-def orthogonal(width):
+def orthogonal_dense(width):
     return nn.Dense(width, kernel_init=nn.initializers.orthogonal(2**0.5))
 
 
@@ -69,15 +69,16 @@ class DropoutGaussianActor(nn.Module):
     action_dim: int
 
     @nn.compact
-    def __call__(self, observation, key=None, dropout=None):  # [..., O] -> [..., A] twice
+    def __call__(self, observation, key=None, dropout=None):  # [..., O] -> mean, log std [..., A]
         x = observation
         for i, width in enumerate(self.hidden):
-            x = nn.relu(orthogonal(width)(x))
+            x = nn.relu(orthogonal_dense(width)(x))
             if dropout is not None:
-                keep = jax.random.bernoulli(jax.random.fold_in(key, i), 1.0 - dropout, x.shape)
+                key_layer = jax.random.fold_in(key, i)
+                keep = jax.random.bernoulli(key_layer, 1.0 - dropout, x.shape)
                 x = jnp.where(keep, x / (1.0 - dropout), 0.0)
         log_std = self.param("log_std", nn.initializers.zeros, (self.action_dim,))
-        mean = jnp.tanh(orthogonal(self.action_dim)(x))
+        mean = jnp.tanh(orthogonal_dense(self.action_dim)(x))
         return mean, jnp.broadcast_to(log_std.clip(-5.0, 2.0), mean.shape)
 
 
@@ -86,12 +87,13 @@ class OrthogonalCritic(nn.Module):
     layer_norm: bool
 
     @nn.compact
-    def __call__(self, *inputs):  # [..., O] and for Q [..., A] -> [...]
+    def __call__(self, *inputs):  # Q: [..., O], [..., A] -> [...]; V: [..., O] -> [...]
         x = jnp.concatenate(inputs, axis=-1)
         for width in self.hidden:
-            x = nn.relu(orthogonal(width)(x))
-            x = nn.LayerNorm()(x) if self.layer_norm else x
-        return orthogonal(1)(x).squeeze(-1)
+            x = nn.relu(orthogonal_dense(width)(x))
+            if self.layer_norm:
+                x = nn.LayerNorm()(x)
+        return orthogonal_dense(1)(x).squeeze(-1)
 
 
 # --- State --------------------------------------------------------------------------------------
@@ -106,38 +108,49 @@ class TrainState(train_state.TrainState):
 
 
 class State(NamedTuple):
-    actor: train_state.TrainState
+    actor: train_state.TrainState  # Flax's own class: no target_params
     critic: TrainState  # every array has a leading [K] axis
-    value_net: train_state.TrainState
+    value_net: train_state.TrainState  # likewise
 
 
 def create_state(key, batch, cfg):
     """State of one seed before the first update. `batch` supplies shapes only."""
     key_actor, key_critic, key_value = jax.random.split(key, 3)
-    actor = DropoutGaussianActor(cfg.hidden, batch.action.shape[-1])
-    critic = value_net = OrthogonalCritic(cfg.hidden, cfg.layer_norm)
+    actor = DropoutGaussianActor(cfg.hidden, action_dim=batch.action.shape[-1])
+    critic = OrthogonalCritic(cfg.hidden, cfg.layer_norm)
+    value_net = OrthogonalCritic(cfg.hidden, cfg.layer_norm)
+    init_critics = jax.vmap(critic.init, (0, None, None))
+    apply_critics = jax.vmap(critic.apply, (0, None, None))  # -> [K, B]
+
     actor_params = actor.init(key_actor, batch.observation)
-    critic_params = jax.vmap(critic.init, (0, None, None))(
-        jax.random.split(key_critic, cfg.num_critics), batch.observation, batch.action
-    )
+    critic_keys = jax.random.split(key_critic, cfg.num_critics)
+    critic_params = init_critics(critic_keys, batch.observation, batch.action)
     value_params = value_net.init(key_value, batch.observation)
-    critics = jax.vmap(critic.apply, (0, None, None))  # -> [K, B]
-    rate, create = cfg.actor_learning_rate, train_state.TrainState.create
-    rate = optax.cosine_decay_schedule(rate, cfg.num_updates) if cfg.cosine else rate
-    adam = optax.adam(cfg.critic_learning_rate)
+
+    actor_learning_rate = cfg.actor_learning_rate
+    if cfg.cosine:
+        actor_learning_rate = optax.cosine_decay_schedule(actor_learning_rate, cfg.num_updates)
+    actor_adam = optax.adam(actor_learning_rate)
+    critic_adam = optax.adam(cfg.critic_learning_rate)
+    value_adam = optax.adam(cfg.critic_learning_rate)
     return State(
-        create(apply_fn=actor.apply, params=actor_params, tx=optax.adam(rate)),
-        TrainState.create(critics, critic_params, adam),
-        create(apply_fn=value_net.apply, params=value_params, tx=adam),
+        actor=train_state.TrainState.create(
+            apply_fn=actor.apply, params=actor_params, tx=actor_adam
+        ),
+        critic=TrainState.create(apply_critics, critic_params, critic_adam),
+        value_net=train_state.TrainState.create(
+            apply_fn=value_net.apply, params=value_params, tx=value_adam
+        ),
     )
 
 
 # --- Losses -------------------------------------------------------------------------------------
 def critic_loss(params, state, batch, cfg):
-    """TD error to r + gamma V(s'), mean over B, summed over K. Eq. 6."""
+    """Squared TD error to r + gamma V(s'), mean over B, summed over K. Eq. 6."""
     next_value = state.value_net.apply_fn(state.value_net.params, batch.next_observation)  # [B]
     # Bootstrap through truncations, never through terminations.
-    target = batch.reward + cfg.discount * (1.0 - batch.termination) * next_value
+    target = batch.reward + cfg.discount * (1.0 - batch.termination) * next_value  # [B]
+
     q = state.critic.apply_fn(params, batch.observation, batch.action)  # [K, B]
     chex.assert_equal_shape([*q, target])
     loss = jnp.square(q - target[None]).mean(axis=1).sum()
@@ -145,39 +158,62 @@ def critic_loss(params, state, batch, cfg):
 
 
 def value_loss(params, state, batch, cfg):
-    """|tau - 1(u < 0)| u^2 with u = min_k Q_k(s, a) - V(s), target critics. Eq. 5."""
+    """|tau - 1(A < 0)| A^2, mean over B, with A = min_k Q_k(s, a) - V(s), target critics. Eq. 5."""
     q = state.critic.apply_fn(state.critic.target_params, batch.observation, batch.action)
+    q = q.min(axis=0)  # [K, B] -> [B]
     value = state.value_net.apply_fn(params, batch.observation)  # [B]
-    error = q.min(axis=0) - value
-    chex.assert_equal_shape([error, value, batch.reward])
-    weight = jnp.where(error > 0, cfg.expectile, 1.0 - cfg.expectile)
-    loss = (weight * jnp.square(error)).mean()
+    advantage = q - value
+    chex.assert_equal_shape([advantage, value, batch.reward])
+    weight = jnp.where(advantage > 0, cfg.expectile, 1.0 - cfg.expectile)
+    loss = (weight * jnp.square(advantage)).mean()
     return loss, {"value_loss": loss, "value": value.mean()}
 
 
 def actor_loss(params, state, batch, key, cfg):
-    """-exp(beta A) log pi(a|s), capped at 100, A = min_k Q_k(s, a) - V(s), target critics. Eq. 7.
+    """The loss of the chosen policy extraction, awr or ddpg_bc."""
+    if cfg.extraction == "ddpg_bc":
+        return ddpg_bc_loss(params, state, batch, key, cfg)
+    return awr_loss(params, state, batch, key, cfg)
 
-    With ddpg_bc it is -min_k Q_k(s, mu(s)) / mean |min_k Q_k| - alpha log pi(a|s), online critics.
+
+def awr_loss(params, state, batch, key, cfg):
+    """-exp(beta A) log pi(a|s), mean over B, the weight at most 100. A as in value_loss. Eq. 7."""
+    _, log_prob = mean_and_log_prob(params, state, batch, key, cfg)  # [B]
+    q = state.critic.apply_fn(state.critic.target_params, batch.observation, batch.action)
+    q = q.min(axis=0)  # [K, B] -> [B]
+    value = state.value_net.apply_fn(state.value_net.params, batch.observation)  # [B]
+    advantage = q - value
+    weight = jnp.minimum(jnp.exp(cfg.inverse_temperature * advantage), 100.0)
+    chex.assert_equal_shape([log_prob, weight, batch.reward])
+    loss = -(weight * log_prob).mean()
+    return loss, {"actor_loss": loss, "log_prob": log_prob.mean(), "weight": weight.mean()}
+
+
+def ddpg_bc_loss(params, state, batch, key, cfg):
+    """-Q / mean |Q| - alpha log pi(a|s), mean over B, Q = min_k Q_k(s, mu(s)), online critics."""
+    mean, log_prob = mean_and_log_prob(params, state, batch, key, cfg)  # [B, A], [B]
+    q = state.critic.apply_fn(state.critic.params, batch.observation, mean)
+    q = q.min(axis=0)  # [K, B] -> [B]
+    q_scale = jax.lax.stop_gradient(jnp.abs(q).mean())
+    chex.assert_equal_shape([q, log_prob, batch.reward])
+    q_loss = -q / q_scale
+    bc_loss = -cfg.alpha * log_prob
+    loss = (q_loss + bc_loss).mean()
+    weight = jnp.asarray(cfg.alpha)  # of log pi(a|s), the same for every row
+    return loss, {"actor_loss": loss, "log_prob": log_prob.mean(), "weight": weight}
+
+
+def mean_and_log_prob(params, state, batch, key, cfg):
+    """The policy's mean mu(s), [B, A], and log pi(a|s) of the data's actions, [B].
+
+    If deterministic, -|a - mu(s)|^2 takes the place of log pi(a|s). `key` is for dropout.
     """
     mean, log_std = state.actor.apply_fn(params, batch.observation, key, cfg.dropout)
+    if cfg.deterministic:
+        return mean, -jnp.square(batch.action - mean).sum(axis=-1)
     if cfg.fixed_std is not None:
         log_std = jnp.full_like(log_std, jnp.log(cfg.fixed_std))
-    if cfg.deterministic:
-        log_prob = -jnp.square(batch.action - mean).sum(axis=-1)  # [B]
-    else:
-        log_prob = gaussian_log_prob(batch.action, mean, log_std)  # [B]
-    if cfg.extraction == "ddpg_bc":
-        q = state.critic.apply_fn(state.critic.params, batch.observation, mean).min(axis=0)
-        weight, gain = cfg.alpha, q / jax.lax.stop_gradient(jnp.abs(q).mean())
-    else:
-        q = state.critic.apply_fn(state.critic.target_params, batch.observation, batch.action)
-        value = state.value_net.apply_fn(state.value_net.params, batch.observation)
-        weight = jnp.minimum(jnp.exp(cfg.inverse_temperature * (q.min(axis=0) - value)), 100.0)
-        gain = jnp.zeros_like(value)
-    chex.assert_equal_shape([log_prob, gain, batch.reward])
-    loss = -(weight * log_prob + gain).mean()
-    return loss, {"actor_loss": loss, "log_prob": log_prob.mean(), "weight": jnp.mean(weight)}
+    return mean, gaussian_log_prob(batch.action, mean, log_std)
 
 
 def gaussian_log_prob(x, mean, log_std):
@@ -188,25 +224,29 @@ def gaussian_log_prob(x, mean, log_std):
 
 # --- Update -------------------------------------------------------------------------------------
 def update(state, step, key, data, cfg):
-    """One step of each network in the order below, then of the targets, on one batch. One seed.
+    """One gradient step of V, the actor and Q in turn, then one step of the targets. One seed.
 
-    Randomness is a function of (key, step) alone, so neither the length of a chunk nor a resumed
-    run changes the result. `key` is folded with the step, never split.
+    All of them use the same batch. Randomness is a function of (key, step) alone, so neither the
+    length of a chunk nor a resumed run changes the result. `key` is folded with the step, never
+    split.
     """
     key_batch, key_actor = jax.random.split(jax.random.fold_in(key, step))
     batch = sample_batch(data, key_batch, cfg)
-    grads, value_metrics = jax.grad(value_loss, has_aux=True)(
+
+    value_grads, value_metrics = jax.grad(value_loss, has_aux=True)(
         state.value_net.params, state, batch, cfg
     )
-    state = state._replace(value_net=state.value_net.apply_gradients(grads=grads))
-    grads, actor_metrics = jax.grad(actor_loss, has_aux=True)(
+    state = state._replace(value_net=state.value_net.apply_gradients(grads=value_grads))
+
+    actor_grads, actor_metrics = jax.grad(actor_loss, has_aux=True)(
         state.actor.params, state, batch, key_actor, cfg
     )
-    state = state._replace(actor=state.actor.apply_gradients(grads=grads))
-    grads, critic_metrics = jax.grad(critic_loss, has_aux=True)(
+    state = state._replace(actor=state.actor.apply_gradients(grads=actor_grads))
+
+    critic_grads, critic_metrics = jax.grad(critic_loss, has_aux=True)(
         state.critic.params, state, batch, cfg
     )
-    state = state._replace(critic=state.critic.apply_gradients(grads=grads))
+    state = state._replace(critic=state.critic.apply_gradients(grads=critic_grads))
     state = state._replace(critic=update_target(state.critic, cfg))
     return state, critic_metrics | value_metrics | actor_metrics
 
@@ -232,7 +272,8 @@ def train_chunk(state, key, start, data, cfg):
 # --- Policy -------------------------------------------------------------------------------------
 def policy(apply_fn, params, observation, key):
     """Mean action in [-1, 1], [..., O] -> [..., A]. `key` is not used."""
-    return apply_fn(params, observation)[0]
+    mean, _ = apply_fn(params, observation)
+    return mean
 
 
 def policy_params(state):

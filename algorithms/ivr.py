@@ -4,13 +4,13 @@
 Paper       https://arxiv.org/abs/2303.15810
 Reference   https://github.com/ryanxhr/IVR
 Run         python algorithms/ivr.py --config configs/ivr/antmaze.yaml
-Parent      iql.py (63 lines)
+Parent      iql.py (91 lines)
 Results     benchmarks/results
-Deviations  from the paper's derivation, as in its code: the clone's weight is max(A, 0) in place of
-            max(1 + A / (2 alpha), 0), EQL's has a factor 10 (inverse_temperature), its A / alpha
-            is at most 5 in V's loss, and that loss is over the exponential of the batch's largest.
-            From the code: rows at a truncation are kept where their next observation is known,
-            and count in return_scale. V's dropout is left out, which the code never turns on.
+Deviations  As in the authors' code, not the paper: SQL's actor weight is max(A, 0) in place of
+            max(1 + A / (2 alpha), 0), EQL's has a factor of 10 (inverse_temperature), and EQL's
+            loss of V bounds A / alpha at 5 and is divided by the batch's largest exponential.
+            Unlike that code: rows at a truncation are kept where their next observation is known,
+            and count in return_scale; V has no dropout, which the code never turns on.
 
 Shapes: S seeds, K critics, B batch, E episodes, O observation, A action. Arrays are float32.
 """
@@ -42,22 +42,22 @@ class Config:
     actor_learning_rate: float = 3e-4  # Adam, see cosine
     critic_learning_rate: float = 3e-4  # Adam, for Q and V
     discount: float = 0.99  # gamma, per environment step
-    target_rate: float = 0.005  # tau, Polyak step of the target critics
+    target_rate: float = 0.005  # Polyak rate of the target critics
     hidden: tuple[int, ...] = (256, 256)  # widths of all networks
-    num_critics: int = 2  # K, their minimum counts
+    num_critics: int = 2  # K, V and the actor learn from their minimum
     reward_shift: float = 0.0  # added to data set rewards (AntMaze: -1)
-    return_scale: float | None = None  # returns of the data span this much (MuJoCo: 1000)
+    return_scale: float | None = None  # rescales rewards to this range of returns (MuJoCo: 1000)
     # IVR
-    variant: Literal["sql", "eql"] = "sql"  # the regulariser: chi-square or reverse KL
-    sql_alpha: float = 1.0  # weight of SQL's regulariser
-    eql_alpha: float = 2.0  # weight of EQL's regulariser
-    inverse_temperature: float = 10.0  # of EQL's weights, in units of 1 / eql_alpha
-    cosine: bool = True  # the actor's learning rate falls to 0 over num_updates
-    dropout: float | None = None  # share of the actor's hidden units dropped in training
+    variant: Literal["sql", "eql"] = "sql"  # regulariser: chi-square (sql), reverse KL (eql)
+    sql_alpha: float = 1.0  # alpha of SQL, weight of its regulariser
+    eql_alpha: float = 2.0  # alpha of EQL, weight of its regulariser
+    inverse_temperature: float = 10.0  # factor of A / alpha in EQL's actor weights
+    cosine: bool = True  # cosine decay of the actor's learning rate to 0 over num_updates
+    dropout: float | None = None  # dropout rate of the actor's hidden layers in training
 
 
 # --- Networks -----------------------------------------------------------------------------------
-def orthogonal(width):
+def orthogonal_dense(width):
     return nn.Dense(width, kernel_init=nn.initializers.orthogonal(2**0.5))
 
 
@@ -66,29 +66,28 @@ class DropoutGaussianActor(nn.Module):
     action_dim: int
 
     @nn.compact
-    def __call__(self, observation, key=None, dropout=None):  # [..., O] -> [..., A] twice
+    def __call__(self, observation, key=None, dropout=None):  # [..., O] -> mean, log std [..., A]
         x = observation
         for i, width in enumerate(self.hidden):
-            x = nn.relu(orthogonal(width)(x))
+            x = nn.relu(orthogonal_dense(width)(x))
             if dropout is not None:
-                keep = jax.random.bernoulli(jax.random.fold_in(key, i), 1.0 - dropout, x.shape)
+                key_layer = jax.random.fold_in(key, i)
+                keep = jax.random.bernoulli(key_layer, 1.0 - dropout, x.shape)
                 x = jnp.where(keep, x / (1.0 - dropout), 0.0)
         log_std = self.param("log_std", nn.initializers.zeros, (self.action_dim,))
-        mean = jnp.tanh(orthogonal(self.action_dim)(x))
+        mean = jnp.tanh(orthogonal_dense(self.action_dim)(x))
         return mean, jnp.broadcast_to(log_std.clip(-5.0, 2.0), mean.shape)
 
 
-class OrthogonalCritic(nn.Module):
+class OrthogonalReluCritic(nn.Module):
     hidden: tuple[int, ...]
-    layer_norm: bool
 
     @nn.compact
-    def __call__(self, *inputs):  # [..., O] and for Q [..., A] -> [...]
-        x = jnp.concatenate(inputs, axis=-1)
+    def __call__(self, observation, action):  # [..., O], [..., A] -> [...]
+        x = jnp.concatenate([observation, action], axis=-1)
         for width in self.hidden:
-            x = nn.relu(orthogonal(width)(x))
-            x = nn.LayerNorm()(x) if self.layer_norm else x
-        return orthogonal(1)(x).squeeze(-1)
+            x = nn.relu(orthogonal_dense(width)(x))
+        return orthogonal_dense(1)(x).squeeze(-1)
 
 
 class LayerNormValue(nn.Module):
@@ -98,8 +97,8 @@ class LayerNormValue(nn.Module):
     def __call__(self, observation):  # [..., O] -> [...]
         x = observation
         for width in self.hidden:
-            x = nn.relu(nn.LayerNorm()(orthogonal(width)(x)))
-        return orthogonal(1)(x).squeeze(-1)
+            x = nn.relu(nn.LayerNorm()(orthogonal_dense(width)(x)))
+        return orthogonal_dense(1)(x).squeeze(-1)
 
 
 # --- State --------------------------------------------------------------------------------------
@@ -114,39 +113,49 @@ class TrainState(train_state.TrainState):
 
 
 class State(NamedTuple):
-    actor: train_state.TrainState
+    actor: train_state.TrainState  # Flax's own class: no target_params
     critic: TrainState  # every array has a leading [K] axis
-    value_net: train_state.TrainState
+    value_net: train_state.TrainState  # likewise
 
 
 def create_state(key, batch, cfg):
     """State of one seed before the first update. `batch` supplies shapes only."""
     key_actor, key_critic, key_value = jax.random.split(key, 3)
-    actor = DropoutGaussianActor(cfg.hidden, batch.action.shape[-1])
-    critic = OrthogonalCritic(cfg.hidden, layer_norm=False)
+    actor = DropoutGaussianActor(cfg.hidden, action_dim=batch.action.shape[-1])
+    critic = OrthogonalReluCritic(cfg.hidden)
     value_net = LayerNormValue(cfg.hidden)
+    init_critics = jax.vmap(critic.init, (0, None, None))
+    apply_critics = jax.vmap(critic.apply, (0, None, None))  # -> [K, B]
+
     actor_params = actor.init(key_actor, batch.observation)
-    critic_params = jax.vmap(critic.init, (0, None, None))(
-        jax.random.split(key_critic, cfg.num_critics), batch.observation, batch.action
-    )
+    critic_keys = jax.random.split(key_critic, cfg.num_critics)
+    critic_params = init_critics(critic_keys, batch.observation, batch.action)
     value_params = value_net.init(key_value, batch.observation)
-    critics = jax.vmap(critic.apply, (0, None, None))  # -> [K, B]
-    rate, create = cfg.actor_learning_rate, train_state.TrainState.create
-    rate = optax.cosine_decay_schedule(rate, cfg.num_updates) if cfg.cosine else rate
-    adam = optax.adam(cfg.critic_learning_rate)
+
+    actor_learning_rate = cfg.actor_learning_rate
+    if cfg.cosine:
+        actor_learning_rate = optax.cosine_decay_schedule(actor_learning_rate, cfg.num_updates)
+    actor_adam = optax.adam(actor_learning_rate)
+    critic_adam = optax.adam(cfg.critic_learning_rate)
+    value_adam = optax.adam(cfg.critic_learning_rate)
     return State(
-        create(apply_fn=actor.apply, params=actor_params, tx=optax.adam(rate)),
-        TrainState.create(critics, critic_params, adam),
-        create(apply_fn=value_net.apply, params=value_params, tx=adam),
+        actor=train_state.TrainState.create(
+            apply_fn=actor.apply, params=actor_params, tx=actor_adam
+        ),
+        critic=TrainState.create(apply_critics, critic_params, critic_adam),
+        value_net=train_state.TrainState.create(
+            apply_fn=value_net.apply, params=value_params, tx=value_adam
+        ),
     )
 
 
 # --- Losses -------------------------------------------------------------------------------------
 def critic_loss(params, state, batch, cfg):
-    """TD error to r + gamma V(s'), mean over B, summed over K. Eq. 6 of IQL."""
+    """Squared TD error to r + gamma V(s'), mean over B, summed over K. Eq. 6 of IQL."""
     next_value = state.value_net.apply_fn(state.value_net.params, batch.next_observation)  # [B]
     # Bootstrap through truncations, never through terminations.
-    target = batch.reward + cfg.discount * (1.0 - batch.termination) * next_value
+    target = batch.reward + cfg.discount * (1.0 - batch.termination) * next_value  # [B]
+
     q = state.critic.apply_fn(params, batch.observation, batch.action)  # [K, B]
     chex.assert_equal_shape([*q, target])
     loss = jnp.square(q - target[None]).mean(axis=1).sum()
@@ -154,38 +163,59 @@ def critic_loss(params, state, batch, cfg):
 
 
 def value_loss(params, state, batch, cfg):
-    """max(1 + A / (2 alpha), 0)^2 + V / alpha with A = min_k Q_k(s, a) - V(s), target critics. SQL.
-
-    EQL: (exp(z) + V / alpha) / exp(max z), z = A / alpha up to 5, its maximum over B from -1 on.
-    """
+    """SQL's or EQL's loss of V, with A = min_k Q_k(s, a) - V(s), target critics."""
     q = state.critic.apply_fn(state.critic.target_params, batch.observation, batch.action)
+    q = q.min(axis=0)  # [K, B] -> [B]
     value = state.value_net.apply_fn(params, batch.observation)  # [B]
-    error = q.min(axis=0) - value
-    chex.assert_equal_shape([error, value, batch.reward])
+    advantage = q - value
+    chex.assert_equal_shape([advantage, value, batch.reward])
     if cfg.variant == "sql":
-        y = nn.relu(1.0 + error / (2.0 * cfg.sql_alpha))
-        loss = (jnp.square(y) + value / cfg.sql_alpha).mean()
+        loss = sql_value_loss(advantage, value, cfg)
     else:
-        z = jnp.minimum(error / cfg.eql_alpha, 5.0)
-        largest = jax.lax.stop_gradient(jnp.maximum(z.max(), -1.0))
-        loss = (jnp.exp(z - largest) + jnp.exp(-largest) * value / cfg.eql_alpha).mean()
+        loss = eql_value_loss(advantage, value, cfg)
     return loss, {"value_loss": loss, "value": value.mean()}
 
 
 def actor_loss(params, state, batch, key, cfg):
-    """-w log pi(a|s), w = A (SQL) or exp(10 A / alpha) (EQL) from 0 to 100, A as in value_loss."""
+    """-w log pi(a|s), mean over B, w = A (SQL) or exp(10 A / alpha) (EQL) between 0 and 100.
+
+    A as in value_loss. `key` is for dropout.
+    """
     mean, log_std = state.actor.apply_fn(params, batch.observation, key, cfg.dropout)
     log_prob = gaussian_log_prob(batch.action, mean, log_std)  # [B]
     q = state.critic.apply_fn(state.critic.target_params, batch.observation, batch.action)
-    value = state.value_net.apply_fn(state.value_net.params, batch.observation)
-    weight = q.min(axis=0) - value
-    if cfg.variant == "eql":
-        weight = jnp.exp(cfg.inverse_temperature * weight / cfg.eql_alpha)
+    q = q.min(axis=0)  # [K, B] -> [B]
+    value = state.value_net.apply_fn(state.value_net.params, batch.observation)  # [B]
+    advantage = q - value
+    if cfg.variant == "sql":
+        weight = advantage
+    else:
+        weight = jnp.exp(cfg.inverse_temperature * advantage / cfg.eql_alpha)
     weight = weight.clip(0.0, 100.0)
     chex.assert_equal_shape([log_prob, weight, batch.reward])
     loss = -(weight * log_prob).mean()
-    metrics = {"actor_loss": loss, "log_prob": log_prob.mean(), "weight": weight.mean()}
-    return loss, metrics | {"cloned": jnp.mean(weight > 0)}
+    cloned = jnp.mean(weight > 0)  # share of the rows that the actor clones
+    metrics = {"log_prob": log_prob.mean(), "weight": weight.mean(), "cloned": cloned}
+    return loss, {"actor_loss": loss} | metrics
+
+
+def sql_value_loss(advantage, value, cfg):
+    """max(1 + A / (2 alpha), 0)^2 + V / alpha, mean over B."""
+    sparse_term = jnp.square(nn.relu(1.0 + advantage / (2.0 * cfg.sql_alpha)))
+    linear_term = value / cfg.sql_alpha
+    return (sparse_term + linear_term).mean()
+
+
+def eql_value_loss(advantage, value, cfg):
+    """(e^z + V / alpha) / e^(max z), mean over B, with z = A / alpha, at most 5.
+
+    max z is over the batch and at least -1.
+    """
+    z = jnp.minimum(advantage / cfg.eql_alpha, 5.0)
+    max_z = jax.lax.stop_gradient(jnp.maximum(z.max(), -1.0))
+    exponential_term = jnp.exp(z - max_z)
+    linear_term = jnp.exp(-max_z) * value / cfg.eql_alpha
+    return (exponential_term + linear_term).mean()
 
 
 def gaussian_log_prob(x, mean, log_std):
@@ -196,25 +226,29 @@ def gaussian_log_prob(x, mean, log_std):
 
 # --- Update -------------------------------------------------------------------------------------
 def update(state, step, key, data, cfg):
-    """One step of each network in the order below, then of the targets, on one batch. One seed.
+    """One gradient step of V, the actor and Q in turn, then one step of the targets. One seed.
 
-    Randomness is a function of (key, step) alone, so neither the length of a chunk nor a resumed
-    run changes the result. `key` is folded with the step, never split.
+    All of them use the same batch. Randomness is a function of (key, step) alone, so neither the
+    length of a chunk nor a resumed run changes the result. `key` is folded with the step, never
+    split.
     """
     key_batch, key_actor = jax.random.split(jax.random.fold_in(key, step))
     batch = sample_batch(data, key_batch, cfg)
-    grads, value_metrics = jax.grad(value_loss, has_aux=True)(
+
+    value_grads, value_metrics = jax.grad(value_loss, has_aux=True)(
         state.value_net.params, state, batch, cfg
     )
-    state = state._replace(value_net=state.value_net.apply_gradients(grads=grads))
-    grads, actor_metrics = jax.grad(actor_loss, has_aux=True)(
+    state = state._replace(value_net=state.value_net.apply_gradients(grads=value_grads))
+
+    actor_grads, actor_metrics = jax.grad(actor_loss, has_aux=True)(
         state.actor.params, state, batch, key_actor, cfg
     )
-    state = state._replace(actor=state.actor.apply_gradients(grads=grads))
-    grads, critic_metrics = jax.grad(critic_loss, has_aux=True)(
+    state = state._replace(actor=state.actor.apply_gradients(grads=actor_grads))
+
+    critic_grads, critic_metrics = jax.grad(critic_loss, has_aux=True)(
         state.critic.params, state, batch, cfg
     )
-    state = state._replace(critic=state.critic.apply_gradients(grads=grads))
+    state = state._replace(critic=state.critic.apply_gradients(grads=critic_grads))
     state = state._replace(critic=update_target(state.critic, cfg))
     return state, critic_metrics | value_metrics | actor_metrics
 
@@ -240,7 +274,8 @@ def train_chunk(state, key, start, data, cfg):
 # --- Policy -------------------------------------------------------------------------------------
 def policy(apply_fn, params, observation, key):
     """Mean action in [-1, 1], [..., O] -> [..., A]. `key` is not used."""
-    return apply_fn(params, observation)[0]
+    mean, _ = apply_fn(params, observation)
+    return mean
 
 
 def policy_params(state):

@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ODICE (Mao et al., 2024): the dual of chi-square regularised offline RL, gradients projected.
+"""ODICE (Mao et al., 2024): the dual of chi-square regularised RL, with an orthogonal gradient.
 
 Paper       https://arxiv.org/abs/2402.00348
 Reference   https://github.com/maoliyuan/ODICE-Pytorch
 Run         python algorithms/odice.py --config configs/odice/mujoco.yaml
 Parent      none
 Results     benchmarks/results
-Deviations  rows at a truncation are kept where their next observation is known, and count in
-            return_scale, whose range is over episodes (there: over at most 1000 rows that glue
-            episodes cut in time, without the last; 5 % less on hopper-medium-replay-v4, 0 to 2 %
-            on three others). No reverse KL. The paper's lam and eta per data set are not in its
-            code: the configs have the code's defaults. alpha is not the paper's: with lam=0.5 the
-            objective is the practical Pearson dual E max(0, 1 + e / (2 alpha))^2 + E V / alpha.
+Deviations  Rows at a truncation are kept where their next observation is known, and count in
+            return_scale. Its range is over episodes; the code's is over pieces of at most 1000 rows
+            that join timed-out episodes, without the last piece (5 % less on
+            hopper-medium-replay-v4, 0 to 2 % on three others). No reverse KL. The paper's lam and
+            eta per data set are not in its code; the configs have the code's defaults. alpha is not
+            the paper's: with lam=0.5 the objective is the practical Pearson dual, see dual_loss.
 
 Shapes: S seeds, K value networks, B batch, E episodes, O observation, A action.
 """
@@ -43,20 +43,20 @@ class Config:
     actor_learning_rate: float = 2e-4  # Adam
     value_learning_rate: float = 2e-4  # Adam
     discount: float = 0.99  # gamma, per environment step
-    target_rate: float = 0.005  # tau, Polyak step of the target value networks
+    target_rate: float = 0.005  # Polyak rate of the target value networks
     hidden: tuple[int, ...] = (1024, 1024)  # widths of the actor
     value_hidden: tuple[int, ...] = (256, 256)  # widths of the value networks
-    num_values: int = 2  # K, the minimum of their targets counts (some AntMaze: 1)
-    layer_norm: bool = True  # before the activations of V (AntMaze: False)
+    num_values: int = 2  # K, targets are their minimum (some AntMaze: 1)
+    layer_norm: bool = True  # LayerNorm before every activation of V (AntMaze: False)
     reward_scale: float = 1.0  # multiplies data set rewards (AntMaze: 3)
-    reward_shift: float = 0.0  # added afterwards (AntMaze: -3)
-    return_scale: float | None = None  # returns of the data span this much (MuJoCo: 1000)
+    reward_shift: float = 0.0  # added to the scaled rewards (AntMaze: -3)
+    return_scale: float | None = None  # rescales rewards to this range of returns (MuJoCo: 1000)
     # ODICE
-    gradient: Literal["orthogonal", "semi", "true"] = "orthogonal"  # of f*(e) through V(s')
-    lam: float = 0.6  # lambda, weight of f*(e) beside 1 - lambda of V(s)
-    eta: float = 1.0  # weight of the projected backward gradient
-    alpha: float = 1.0  # divides e and V(s): the smaller, the nearer to a maximum over the data
-    weight_decay: float = 1e-4  # L2 on the actor's parameters, in its gradient
+    gradient: Literal["orthogonal", "semi", "true"] = "orthogonal"  # gradient of f* through V(s')
+    lam: float = 0.6  # lambda, weight of f*(e); V(s) has 1 - lambda
+    eta: float = 1.0  # weight of the projected backward gradient (orthogonal)
+    alpha: float = 1.0  # divides e and V(s); small: V is close to a maximum over the data
+    weight_decay: float = 1e-4  # L2 regularisation of the actor, added to its gradient
 
 
 # --- Networks -----------------------------------------------------------------------------------
@@ -80,7 +80,7 @@ class UnsquashedGaussianActor(nn.Module):
     action_dim: int
 
     @nn.compact
-    def __call__(self, observation):  # [..., O] -> [..., A] twice
+    def __call__(self, observation):  # [..., O] -> mean and log std, [..., A] each
         x = observation
         for width in self.hidden:
             x = nn.relu(linear(x.shape[-1], width)(x))
@@ -98,7 +98,9 @@ class NormThenReluValue(nn.Module):
         x = observation
         for width in self.hidden:
             x = linear(x.shape[-1], width)(x)
-            x = nn.relu(nn.LayerNorm(epsilon=1e-5)(x) if self.layer_norm else x)
+            if self.layer_norm:
+                x = nn.LayerNorm(epsilon=1e-5)(x)  # PyTorch's epsilon
+            x = nn.relu(x)
         return linear(x.shape[-1], 1)(x).squeeze(-1)
 
 
@@ -114,74 +116,109 @@ class TrainState(train_state.TrainState):
 
 
 class State(NamedTuple):
-    actor: train_state.TrainState
+    actor: train_state.TrainState  # Flax's own class: no target_params
     value_net: TrainState  # every array has a leading [K] axis
 
 
 def create_state(key, batch, cfg):
     """State of one seed before the first update. `batch` supplies shapes only."""
     key_actor, key_value = jax.random.split(key)
-    actor = UnsquashedGaussianActor(cfg.hidden, batch.action.shape[-1])
+    actor = UnsquashedGaussianActor(cfg.hidden, action_dim=batch.action.shape[-1])
     value_net = NormThenReluValue(cfg.value_hidden, cfg.layer_norm)
+    init_values = jax.vmap(value_net.init, (0, None))
+    apply_values = jax.vmap(value_net.apply, (0, None))  # -> [K, B]
+
     actor_params = actor.init(key_actor, batch.observation)
-    value_params = jax.vmap(value_net.init, (0, None))(
-        jax.random.split(key_value, cfg.num_values), batch.observation
+    value_keys = jax.random.split(key_value, cfg.num_values)
+    value_params = init_values(value_keys, batch.observation)
+    actor_adam = optax.chain(
+        optax.add_decayed_weights(cfg.weight_decay),  # before Adam: L2, not AdamW
+        optax.adam(cfg.actor_learning_rate),
     )
-    value_nets = jax.vmap(value_net.apply, (0, None))  # -> [K, B]
-    adam = optax.adam(cfg.actor_learning_rate)
-    adam = optax.chain(optax.add_decayed_weights(cfg.weight_decay), adam)  # L2, not AdamW
-    create = train_state.TrainState.create
+    value_adam = optax.adam(cfg.value_learning_rate)
     return State(
-        create(apply_fn=actor.apply, params=actor_params, tx=adam),
-        TrainState.create(value_nets, value_params, optax.adam(cfg.value_learning_rate)),
+        actor=train_state.TrainState.create(
+            apply_fn=actor.apply, params=actor_params, tx=actor_adam
+        ),
+        value_net=TrainState.create(apply_values, value_params, value_adam),
     )
 
 
 # --- Losses -------------------------------------------------------------------------------------
 def value_loss(params, state, batch, cfg):
-    """(1 - lambda) V(s) / alpha, mean over K and B: what keeps V from growing."""
+    """(1 - lambda) V(s) / alpha, mean over K and B: the linear term, which keeps V from growing."""
     value = state.value_net.apply_fn(params, batch.observation)  # [K, B]
     loss = (1.0 - cfg.lam) * value.mean() / cfg.alpha
     return loss, {"value": value.mean()}
 
 
 def actor_loss(params, state, batch, cfg):
-    """-max(0, e) log pi(a|s), the weight capped at 100, mean over K and B."""
-    side = "both" if cfg.gradient == "true" else "forward"
-    error = residual(state.value_net.params, state, batch, side, cfg)  # [K, B]
-    weight = error.clip(0.0, 100.0)
-    log_prob = gaussian_log_prob(batch.action, *state.actor.apply_fn(params, batch.observation))
+    """-w log pi(a|s), mean over K and B, with w = e between 0 and 100."""
+    if cfg.gradient == "true":
+        residual = full_residual(state.value_net.params, state, batch, cfg)  # [K, B]
+    else:
+        residual = forward_residual(state.value_net.params, state, batch, cfg)  # [K, B]
+    weight = residual.clip(0.0, 100.0)
+
+    mean, log_std = state.actor.apply_fn(params, batch.observation)
+    log_prob = gaussian_log_prob(batch.action, mean, log_std)  # [B]
     chex.assert_equal_shape([*weight, log_prob])
     loss = -(weight * log_prob[None]).mean()
-    positive = (error > 0).mean()
-    metrics = {"actor_loss": loss, "log_prob": log_prob.mean(), "weight": weight.mean()}
-    return loss, metrics | {"residual": error.mean(), "positive": positive}
+    return loss, {
+        "actor_loss": loss,
+        "log_prob": log_prob.mean(),
+        "weight": weight.mean(),
+        "residual": residual.mean(),
+        "positive": (residual > 0).mean(),
+    }
 
 
-def dual_loss(params, state, batch, side, cfg):
-    """lambda f*(e / alpha), mean over K and B, f*(y) = max(0, 1 + y / 2)^2 - 1 for chi-square."""
-    error = residual(params, state, batch, side, cfg) / cfg.alpha
-    loss = cfg.lam * (jnp.square(jnp.maximum(1.0 + error / 2, 0.0)) - 1.0).mean()
+def dual_loss(params, state, batch, residual, cfg):
+    """lambda f*(e / alpha), mean over K and B, with f*(y) = max(0, 1 + y / 2)^2 - 1 (chi-square).
+
+    `residual` computes e: one of the three functions below. With lambda = 1/2, twice the sum of
+    value_loss and dual_loss is E max(0, 1 + e / (2 alpha))^2 + E V / alpha, minus 1.
+    """
+    y = residual(params, state, batch, cfg) / cfg.alpha  # [K, B]
+    conjugate = jnp.square(jnp.maximum(1.0 + y / 2, 0.0)) - 1.0
+    loss = cfg.lam * conjugate.mean()
     return loss, {"dual_loss": loss}
 
 
-def residual(params, state, batch, side, cfg):
-    """e = r + gamma V(s') - V(s), [K, B]. `side` is where the networks of `params` are.
+def forward_residual(params, state, batch, cfg):
+    """e with V(s) from the networks of `params`, V(s') from the target networks, [K, B]."""
+    value = state.value_net.apply_fn(params, batch.observation)
+    next_value = target_value(state, batch.next_observation)
+    return td_residual(value, next_value, batch, cfg)
 
-    That is s ("forward"), s' ("backward") or "both"; elsewhere the minimum of the targets is.
-    """
 
-    def value(observation, learned):
-        net = state.value_net
-        found = net.apply_fn(params if learned else net.target_params, observation)  # [K, B]
-        return found if learned else jnp.broadcast_to(found.min(axis=0), found.shape)
+def backward_residual(params, state, batch, cfg):
+    """e with V(s) from the target networks, V(s') from the networks of `params`, [K, B]."""
+    value = target_value(state, batch.observation)
+    next_value = state.value_net.apply_fn(params, batch.next_observation)
+    return td_residual(value, next_value, batch, cfg)
 
-    here = value(batch.observation, side != "backward")
-    there = value(batch.next_observation, side != "forward")
+
+def full_residual(params, state, batch, cfg):
+    """e with V(s) and V(s') from the networks of `params`, [K, B]."""
+    value = state.value_net.apply_fn(params, batch.observation)
+    next_value = state.value_net.apply_fn(params, batch.next_observation)
+    return td_residual(value, next_value, batch, cfg)
+
+
+def target_value(state, observation):
+    """The minimum of the target networks, the same for every k, [K, B]."""
+    value = state.value_net.apply_fn(state.value_net.target_params, observation)  # [K, B]
+    return jnp.broadcast_to(value.min(axis=0), value.shape)
+
+
+def td_residual(value, next_value, batch, cfg):
+    """e = r + gamma V(s') - V(s), [K, B]."""
     # Bootstrap through truncations, never through terminations.
-    target = batch.reward[None] + cfg.discount * (1.0 - batch.termination)[None] * there
-    chex.assert_equal_shape([here, there, target])
-    return target - here
+    discount = cfg.discount * (1.0 - batch.termination)  # [B]
+    target = batch.reward[None] + discount[None] * next_value
+    chex.assert_equal_shape([value, next_value, target])
+    return target - value
 
 
 def gaussian_log_prob(x, mean, log_std):
@@ -192,13 +229,15 @@ def gaussian_log_prob(x, mean, log_std):
 
 # --- Update -------------------------------------------------------------------------------------
 def update(state, step, key, data, cfg):
-    """One step of V and the actor, both from the state before, then of the targets. One seed.
+    """One gradient step of V and the actor, then one step of the targets. One seed.
 
-    Randomness is a function of (key, step) alone, so neither the length of a chunk nor a resumed
-    run changes the result. `key` is folded with the step, never split.
+    Both gradients are of the state before the update. Randomness is a function of (key, step)
+    alone, so neither the length of a chunk nor a resumed run changes the result. `key` is folded
+    with the step, never split.
     """
     key_batch = jax.random.fold_in(key, step)
     batch = sample_batch(data, key_batch, cfg)
+
     value_grads, value_metrics = value_gradient(state, batch, cfg)
     actor_grads, actor_metrics = jax.grad(actor_loss, has_aux=True)(
         state.actor.params, state, batch, cfg
@@ -210,24 +249,37 @@ def update(state, step, key, data, cfg):
 
 
 def value_gradient(state, batch, cfg):
-    """Gradient of value_loss + dual_loss: through both V ("true"), through V(s) alone ("semi"),
-    or with the part through V(s') freed of what lies along the other one ("orthogonal")."""
+    """Gradient of value_loss + dual_loss with regard to the value networks.
+
+    "true" differentiates V(s) and V(s') in e, "semi" V(s) alone. "orthogonal" is "semi" plus eta
+    times the backward gradient, the one through V(s'), projected orthogonally to the forward one.
+    """
     params = state.value_net.params
-    grads, metrics = jax.grad(value_loss, has_aux=True)(params, state, batch, cfg)
-    side = "both" if cfg.gradient == "true" else "forward"
-    forward, dual_metrics = jax.grad(dual_loss, has_aux=True)(params, state, batch, side, cfg)
+    residual = full_residual if cfg.gradient == "true" else forward_residual
+    grads, value_metrics = jax.grad(value_loss, has_aux=True)(params, state, batch, cfg)
+    dual_grads, dual_metrics = jax.grad(dual_loss, has_aux=True)(
+        params, state, batch, residual, cfg
+    )
     if cfg.gradient == "orthogonal":
-        backward, _ = jax.grad(dual_loss, has_aux=True)(params, state, batch, "backward", cfg)
-        backward = without_component(backward, forward)
-        grads = jax.tree.map(lambda x, y: x + cfg.eta * y, grads, backward)
-    return jax.tree.map(jnp.add, grads, forward), metrics | dual_metrics
+        backward_grads, _ = jax.grad(dual_loss, has_aux=True)(
+            params, state, batch, backward_residual, cfg
+        )
+        projected = project_orthogonally(backward_grads, dual_grads)
+        grads = jax.tree.map(lambda x, y: x + cfg.eta * y, grads, projected)
+    grads = jax.tree.map(jnp.add, grads, dual_grads)
+    return grads, value_metrics | dual_metrics
 
 
-def without_component(x, along):
-    """x - (x . along) / |along|^2 along, over all arrays of the trees as one vector."""
-    dot, square = (sum(jax.tree.leaves(jax.tree.map(jnp.vdot, y, along))) for y in (x, along))
-    share = dot / jnp.maximum(square, 1e-10)
-    return jax.tree.map(lambda x, y: x - share * y, x, along)
+def project_orthogonally(tree, direction):
+    """x - (x . d) / |d|^2 d, where x and d are all arrays of a tree as one vector each."""
+    share = tree_dot(tree, direction) / jnp.maximum(tree_dot(direction, direction), 1e-10)
+    return jax.tree.map(lambda x, d: x - share * d, tree, direction)
+
+
+def tree_dot(tree, other):
+    """Dot product of two trees of arrays, all arrays of each as one vector."""
+    products = jax.tree.map(jnp.vdot, tree, other)
+    return sum(jax.tree.leaves(products))
 
 
 def sample_batch(data, key, cfg):
@@ -251,7 +303,8 @@ def train_chunk(state, key, start, data, cfg):
 # --- Policy -------------------------------------------------------------------------------------
 def policy(apply_fn, params, observation, key):
     """Mean action, clipped to [-1, 1], [..., O] -> [..., A]. `key` is not used."""
-    return apply_fn(params, observation)[0].clip(-1.0, 1.0)
+    mean, _ = apply_fn(params, observation)
+    return mean.clip(-1.0, 1.0)
 
 
 def policy_params(state):
@@ -269,7 +322,6 @@ def train(cfg, options):
     example = jax.tree.map(lambda x: x[:1], data)
     init_keys, train_keys, policy_keys = experiment.streams(cfg.seeds, 3)  # [S] each
     create = partial(create_state, batch=example, cfg=cfg)
-    # Not jitted: XLA can hang on the QR decompositions of two orthogonal initialisers.
     state = jax.vmap(create)(init_keys)
     # Compiled once for all seeds. `update` shows which rows a step reads, for --data host.
     train_seeds = experiment.over_seeds(partial(train_chunk, cfg=cfg), update=update)

@@ -4,13 +4,13 @@
 Paper       https://arxiv.org/abs/2301.02328
 Reference   https://github.com/Div99/XQL (offline)
 Run         python algorithms/xql.py --config configs/xql/antmaze.yaml
-Parent      iql.py (95 lines)
+Parent      iql.py (119 lines)
 Results     benchmarks/results
-Deviations  from the paper, as in its code: Huber loss of Q in place of the square, the clone's
-            temperature is not beta, target critics, and only an upper clip of V's exponent.
-            From the code: each of value_updates draws its own noise and uniform actions, noise
-            does not go with the uniform ones; rows at a truncation are kept where their next
-            observation is known, and count in return_scale; no V dropout, which it never turns on.
+Deviations  As in the authors' code, not the paper: Q has a Huber loss, the actor's temperature is
+            not beta, V and the actor learn from target critics, and z has an upper clip only.
+            Unlike that code: every value update draws new noise and uniform actions, the uniform
+            ones get no noise, and V has no dropout, which the code never turns on. Rows at a
+            truncation are kept where their next observation is known, and count in return_scale.
 
 Shapes: S seeds, K critics, B batch, E episodes, O observation, A action. Arrays are float32.
 """
@@ -42,25 +42,25 @@ class Config:
     actor_learning_rate: float = 3e-4  # Adam, see cosine
     critic_learning_rate: float = 3e-4  # Adam, for Q and V
     discount: float = 0.99  # gamma, per environment step
-    target_rate: float = 0.005  # tau, Polyak step of the target critics
+    target_rate: float = 0.005  # Polyak rate of the target critics
     hidden: tuple[int, ...] = (256, 256)  # widths of all networks
-    num_critics: int = 2  # K, their minimum counts
+    num_critics: int = 2  # K, V and the actor learn from their minimum
     reward_shift: float = 0.0  # added to data set rewards (AntMaze: -1)
-    return_scale: float | None = None  # returns of the data span this much (MuJoCo: 1000)
+    return_scale: float | None = None  # rescales rewards to this range of returns (MuJoCo: 1000)
     # XQL
-    beta: float = 2.0  # temperature of V's regression, Eq. 11
-    max_clip: float = 7.0  # upper bound of (Q - V) / beta in V's loss
-    value_updates: int = 1  # steps of V per update, all on its batch
-    random_actions: int | None = None  # uniform actions per row that V learns from as well
-    action_noise: float | None = None  # std of noise on V's data actions, clipped at 0.5
-    huber_delta: float = 20.0  # TD errors count linearly from here on
-    inverse_temperature: float = 3.0  # of the policy's weights exp(this A), capped at 100
-    cosine: bool = True  # the actor's learning rate falls to 0 over num_updates
-    dropout: float | None = None  # share of the actor's hidden units dropped in training
+    beta: float = 2.0  # temperature of V's Gumbel regression, Eq. 11
+    max_clip: float = 7.0  # upper bound of z = (Q - V) / beta in V's loss
+    value_updates: int = 1  # gradient steps of V per update, all on one batch
+    random_actions: int | None = None  # R, uniform actions per row added to V's batch
+    action_noise: float | None = None  # std of the noise on V's data actions, clipped at 0.5
+    huber_delta: float = 20.0  # TD error from which Q's loss is linear
+    inverse_temperature: float = 3.0  # of the actor's weights, which are at most 100
+    cosine: bool = True  # cosine decay of the actor's learning rate to 0 over num_updates
+    dropout: float | None = None  # dropout rate of the actor's hidden layers in training
 
 
 # --- Networks -----------------------------------------------------------------------------------
-def orthogonal(width):
+def orthogonal_dense(width):
     return nn.Dense(width, kernel_init=nn.initializers.orthogonal(2**0.5))
 
 
@@ -69,29 +69,28 @@ class DropoutGaussianActor(nn.Module):
     action_dim: int
 
     @nn.compact
-    def __call__(self, observation, key=None, dropout=None):  # [..., O] -> [..., A] twice
+    def __call__(self, observation, key=None, dropout=None):  # [..., O] -> mean, log std [..., A]
         x = observation
         for i, width in enumerate(self.hidden):
-            x = nn.relu(orthogonal(width)(x))
+            x = nn.relu(orthogonal_dense(width)(x))
             if dropout is not None:
-                keep = jax.random.bernoulli(jax.random.fold_in(key, i), 1.0 - dropout, x.shape)
+                key_layer = jax.random.fold_in(key, i)
+                keep = jax.random.bernoulli(key_layer, 1.0 - dropout, x.shape)
                 x = jnp.where(keep, x / (1.0 - dropout), 0.0)
         log_std = self.param("log_std", nn.initializers.zeros, (self.action_dim,))
-        mean = jnp.tanh(orthogonal(self.action_dim)(x))
+        mean = jnp.tanh(orthogonal_dense(self.action_dim)(x))
         return mean, jnp.broadcast_to(log_std.clip(-5.0, 2.0), mean.shape)
 
 
-class OrthogonalCritic(nn.Module):
+class OrthogonalReluCritic(nn.Module):
     hidden: tuple[int, ...]
-    layer_norm: bool
 
     @nn.compact
-    def __call__(self, *inputs):  # [..., O] and for Q [..., A] -> [...]
-        x = jnp.concatenate(inputs, axis=-1)
+    def __call__(self, observation, action):  # [..., O], [..., A] -> [...]
+        x = jnp.concatenate([observation, action], axis=-1)
         for width in self.hidden:
-            x = nn.relu(orthogonal(width)(x))
-            x = nn.LayerNorm()(x) if self.layer_norm else x
-        return orthogonal(1)(x).squeeze(-1)
+            x = nn.relu(orthogonal_dense(width)(x))
+        return orthogonal_dense(1)(x).squeeze(-1)
 
 
 class LayerNormValue(nn.Module):
@@ -101,8 +100,8 @@ class LayerNormValue(nn.Module):
     def __call__(self, observation):  # [..., O] -> [...]
         x = observation
         for width in self.hidden:
-            x = nn.relu(nn.LayerNorm()(orthogonal(width)(x)))
-        return orthogonal(1)(x).squeeze(-1)
+            x = nn.relu(nn.LayerNorm()(orthogonal_dense(width)(x)))
+        return orthogonal_dense(1)(x).squeeze(-1)
 
 
 # --- State --------------------------------------------------------------------------------------
@@ -117,30 +116,39 @@ class TrainState(train_state.TrainState):
 
 
 class State(NamedTuple):
-    actor: train_state.TrainState
+    actor: train_state.TrainState  # Flax's own class: no target_params
     critic: TrainState  # every array has a leading [K] axis
-    value_net: train_state.TrainState
+    value_net: train_state.TrainState  # likewise
 
 
 def create_state(key, batch, cfg):
     """State of one seed before the first update. `batch` supplies shapes only."""
     key_actor, key_critic, key_value = jax.random.split(key, 3)
-    actor = DropoutGaussianActor(cfg.hidden, batch.action.shape[-1])
-    critic = OrthogonalCritic(cfg.hidden, layer_norm=False)
+    actor = DropoutGaussianActor(cfg.hidden, action_dim=batch.action.shape[-1])
+    critic = OrthogonalReluCritic(cfg.hidden)
     value_net = LayerNormValue(cfg.hidden)
+    init_critics = jax.vmap(critic.init, (0, None, None))
+    apply_critics = jax.vmap(critic.apply, (0, None, None))  # -> [K, B]
+
     actor_params = actor.init(key_actor, batch.observation)
-    critic_params = jax.vmap(critic.init, (0, None, None))(
-        jax.random.split(key_critic, cfg.num_critics), batch.observation, batch.action
-    )
+    critic_keys = jax.random.split(key_critic, cfg.num_critics)
+    critic_params = init_critics(critic_keys, batch.observation, batch.action)
     value_params = value_net.init(key_value, batch.observation)
-    critics = jax.vmap(critic.apply, (0, None, None))  # -> [K, B]
-    rate, create = cfg.actor_learning_rate, train_state.TrainState.create
-    rate = optax.cosine_decay_schedule(rate, cfg.num_updates) if cfg.cosine else rate
-    adam = optax.adam(cfg.critic_learning_rate)
+
+    actor_learning_rate = cfg.actor_learning_rate
+    if cfg.cosine:
+        actor_learning_rate = optax.cosine_decay_schedule(actor_learning_rate, cfg.num_updates)
+    actor_adam = optax.adam(actor_learning_rate)
+    critic_adam = optax.adam(cfg.critic_learning_rate)
+    value_adam = optax.adam(cfg.critic_learning_rate)
     return State(
-        create(apply_fn=actor.apply, params=actor_params, tx=optax.adam(rate)),
-        TrainState.create(critics, critic_params, adam),
-        create(apply_fn=value_net.apply, params=value_params, tx=adam),
+        actor=train_state.TrainState.create(
+            apply_fn=actor.apply, params=actor_params, tx=actor_adam
+        ),
+        critic=TrainState.create(apply_critics, critic_params, critic_adam),
+        value_net=train_state.TrainState.create(
+            apply_fn=value_net.apply, params=value_params, tx=value_adam
+        ),
     )
 
 
@@ -149,7 +157,8 @@ def critic_loss(params, state, batch, cfg):
     """Huber loss of the TD error to r + gamma V(s'), mean over B, summed over K. Eq. 14."""
     next_value = state.value_net.apply_fn(state.value_net.params, batch.next_observation)  # [B]
     # Bootstrap through truncations, never through terminations.
-    target = batch.reward + cfg.discount * (1.0 - batch.termination) * next_value
+    target = batch.reward + cfg.discount * (1.0 - batch.termination) * next_value  # [B]
+
     q = state.critic.apply_fn(params, batch.observation, batch.action)  # [K, B]
     chex.assert_equal_shape([*q, target])
     loss = optax.huber_loss(q, target[None], delta=cfg.huber_delta).mean(axis=1).sum()
@@ -157,48 +166,59 @@ def critic_loss(params, state, batch, cfg):
 
 
 def value_loss(params, state, batch, key, cfg):
-    """(e^z - z - 1) / e^(max z), z = (min_k Q_k(s, a) - V(s)) / beta, target critics. Eq. 11.
+    """e^z - z - 1, mean over rows, z = (min_k Q_k(s, a) - V(s)) / beta, target critics. Eq. 11.
 
-    z is at most max_clip, its maximum over the rows -1 at least. `key` is split.
+    z is at most max_clip. The loss is divided by e^(max z), with max z over the rows at least -1.
     """
     observation, action = value_batch(batch, key, cfg)
     q = state.critic.apply_fn(state.critic.target_params, observation, action)
-    value = state.value_net.apply_fn(params, observation)
-    error = q.min(axis=0) - value
-    chex.assert_equal_shape([error, value, observation[:, 0]])
-    z = jnp.minimum(error / cfg.beta, cfg.max_clip)
-    largest = jax.lax.stop_gradient(jnp.maximum(z.max(), -1.0))
-    loss = (jnp.exp(z - largest) - (z + 1.0) * jnp.exp(-largest)).mean()
+    q = q.min(axis=0)  # [K, B + B R] -> [B + B R]
+    value = state.value_net.apply_fn(params, observation)  # [B + B R]
+    advantage = q - value
+    chex.assert_equal_shape([advantage, value, observation[:, 0]])
+
+    z = jnp.minimum(advantage / cfg.beta, cfg.max_clip)
+    max_z = jax.lax.stop_gradient(jnp.maximum(z.max(), -1.0))
+    exponential_term = jnp.exp(z - max_z)
+    linear_term = (z + 1.0) * jnp.exp(-max_z)
+    loss = (exponential_term - linear_term).mean()
     return loss, {"value_loss": loss, "value": value.mean()}
 
 
 def actor_loss(params, state, batch, key, cfg):
-    """-exp(A / T) log pi(a|s), capped at 100, A = min_k Q_k(s, a) - V(s), target Q. Eq. 12."""
+    """-w log pi(a|s), mean over B, w = exp(inverse_temperature A) up to 100. Eq. 12.
+
+    A = min_k Q_k(s, a) - V(s), target critics. `key` is for dropout.
+    """
     mean, log_std = state.actor.apply_fn(params, batch.observation, key, cfg.dropout)
     log_prob = gaussian_log_prob(batch.action, mean, log_std)  # [B]
     q = state.critic.apply_fn(state.critic.target_params, batch.observation, batch.action)
-    value = state.value_net.apply_fn(state.value_net.params, batch.observation)
-    weight = jnp.minimum(jnp.exp(cfg.inverse_temperature * (q.min(axis=0) - value)), 100.0)
+    q = q.min(axis=0)  # [K, B] -> [B]
+    value = state.value_net.apply_fn(state.value_net.params, batch.observation)  # [B]
+    advantage = q - value
+    weight = jnp.minimum(jnp.exp(cfg.inverse_temperature * advantage), 100.0)
     chex.assert_equal_shape([log_prob, weight, batch.reward])
     loss = -(weight * log_prob).mean()
     return loss, {"actor_loss": loss, "log_prob": log_prob.mean(), "weight": weight.mean()}
 
 
 def value_batch(batch, key, cfg):
-    """Observations and actions of V's loss: the batch's, then R uniform actions for each row.
+    """Observations and actions for V's loss: the batch's rows, then R uniform actions per row.
 
-    [B, O], [B, A] -> [B + B R, O], [B + B R, A]
+    [B, O], [B, A] -> [B + B R, O], [B + B R, A]. `key` is split.
     """
-    observation, action = batch.observation, batch.action
+    observation = batch.observation
+    action = batch.action
     key_noise, key_random = jax.random.split(key)
     if cfg.action_noise is not None:
         noise = cfg.action_noise * jax.random.normal(key_noise, action.shape)
         action = (action + noise.clip(-0.5, 0.5)).clip(-1.0, 1.0)
     if cfg.random_actions is not None:
-        count = cfg.random_actions * len(action)
-        uniform = jax.random.uniform(key_random, (count, action.shape[1]), minval=-1.0)
+        batch_size, action_dim = action.shape
+        random_shape = (cfg.random_actions * batch_size, action_dim)
+        random_action = jax.random.uniform(key_random, random_shape, minval=-1.0)
         observation = jnp.tile(observation, (1 + cfg.random_actions, 1))
-        action = jnp.concatenate([action, uniform])
+        action = jnp.concatenate([action, random_action])
     return observation, action
 
 
@@ -210,26 +230,30 @@ def gaussian_log_prob(x, mean, log_std):
 
 # --- Update -------------------------------------------------------------------------------------
 def update(state, step, key, data, cfg):
-    """One step of each network in the order below, then of the targets, on one batch. One seed.
+    """`value_updates` gradient steps of V, one of the actor and of Q, then the targets. One seed.
 
-    Randomness is a function of (key, step) alone, so neither the length of a chunk nor a resumed
-    run changes the result. `key` is folded with the step, never split.
+    All of them use the same batch. Randomness is a function of (key, step) alone, so neither the
+    length of a chunk nor a resumed run changes the result. `key` is folded with the step, never
+    split.
     """
     key_batch, key_value, key_actor = jax.random.split(jax.random.fold_in(key, step), 3)
     batch = sample_batch(data, key_batch, cfg)
+
     for i in range(cfg.value_updates):
-        grads, value_metrics = jax.grad(value_loss, has_aux=True)(
+        value_grads, value_metrics = jax.grad(value_loss, has_aux=True)(
             state.value_net.params, state, batch, jax.random.fold_in(key_value, i), cfg
         )
-        state = state._replace(value_net=state.value_net.apply_gradients(grads=grads))
-    grads, actor_metrics = jax.grad(actor_loss, has_aux=True)(
+        state = state._replace(value_net=state.value_net.apply_gradients(grads=value_grads))
+
+    actor_grads, actor_metrics = jax.grad(actor_loss, has_aux=True)(
         state.actor.params, state, batch, key_actor, cfg
     )
-    state = state._replace(actor=state.actor.apply_gradients(grads=grads))
-    grads, critic_metrics = jax.grad(critic_loss, has_aux=True)(
+    state = state._replace(actor=state.actor.apply_gradients(grads=actor_grads))
+
+    critic_grads, critic_metrics = jax.grad(critic_loss, has_aux=True)(
         state.critic.params, state, batch, cfg
     )
-    state = state._replace(critic=state.critic.apply_gradients(grads=grads))
+    state = state._replace(critic=state.critic.apply_gradients(grads=critic_grads))
     state = state._replace(critic=update_target(state.critic, cfg))
     return state, critic_metrics | value_metrics | actor_metrics
 
@@ -255,7 +279,8 @@ def train_chunk(state, key, start, data, cfg):
 # --- Policy -------------------------------------------------------------------------------------
 def policy(apply_fn, params, observation, key):
     """Mean action in [-1, 1], [..., O] -> [..., A]. `key` is not used."""
-    return apply_fn(params, observation)[0]
+    mean, _ = apply_fn(params, observation)
+    return mean
 
 
 def policy_params(state):

@@ -99,8 +99,8 @@ def numpy_actor(params, observation, action, time, cfg, drop=lambda i, x: x):
     return nets.dense(layers["head"], swish(x))
 
 
-def numpy_kept(steps):
-    """alpha_t and their running products, from the authors' formula."""
+def numpy_schedule(steps):
+    """alpha_t and alpha_bar_t, their running products, from the authors' formula."""
     alpha = [
         math.exp(-0.1 / steps - 0.5 * 9.9 * (2 * t - 1) / steps**2) for t in range(1, steps + 1)
     ]
@@ -130,8 +130,9 @@ def numpy_actor_loss(params, batch, time, noise, drop, cfg):
     if cfg.generator == "flow":
         x, target = noise + time * (batch.action - noise), batch.action - noise
     else:
-        kept = numpy_kept(cfg.generator_steps)[1][time]
-        x, target = np.sqrt(kept) * batch.action + np.sqrt(1 - kept) * noise, noise
+        _, alpha_bar = numpy_schedule(cfg.generator_steps)
+        alpha_bar = alpha_bar[time]
+        x, target = np.sqrt(alpha_bar) * batch.action + np.sqrt(1 - alpha_bar) * noise, noise
     found = numpy_actor(params, batch.observation, x, time.astype(np.float64), cfg, drop)
     for one, wanted in zip(found, target, strict=True):
         loss += sum((one - wanted) ** 2) / len(found)
@@ -204,8 +205,8 @@ def test_a_perfect_model_of_one_action_generates_it(generator, steps):
     cfg = idql.Config(generator=generator, generator_steps=steps)
 
     def noise(params, observation, x, time):
-        kept = np.float32(numpy_kept(steps)[1])[int(time[0])]
-        return (x - np.sqrt(kept) * ACTIONS) / np.sqrt(1 - kept)
+        alpha_bar = np.float32(numpy_schedule(steps)[1])[int(time[0])]
+        return (x - np.sqrt(alpha_bar) * ACTIONS) / np.sqrt(1 - alpha_bar)
 
     def velocity(params, observation, x, time):
         return (ACTIONS - x) / (1 - time[0])
@@ -220,7 +221,7 @@ def numpy_generate(params, observation, key, cfg):
     keys = jax.random.split(key, cfg.generator_steps)
     shape = (*observation.shape[:-1], 2)
     x = np.asarray(jax.random.normal(keys[0], shape), np.float64)
-    alpha, kept = numpy_kept(cfg.generator_steps)
+    alpha, alpha_bar = numpy_schedule(cfg.generator_steps)
     for i in range(cfg.generator_steps):
         if cfg.generator == "flow":
             time = np.full((*shape[:-1], 1), i / cfg.generator_steps)
@@ -228,7 +229,7 @@ def numpy_generate(params, observation, key, cfg):
             continue
         t = cfg.generator_steps - 1 - i
         noise = numpy_actor(params, observation, x, np.full((*shape[:-1], 1), float(t)), cfg)
-        x = (x - (1 - alpha[t]) / np.sqrt(1 - kept[t]) * noise) / np.sqrt(alpha[t])
+        x = (x - (1 - alpha[t]) / np.sqrt(1 - alpha_bar[t]) * noise) / np.sqrt(alpha[t])
         if t > 0:
             x = x + np.sqrt(1 - alpha[t]) * np.asarray(jax.random.normal(keys[t], shape))
         x = x.clip(-1, 1)
@@ -297,19 +298,19 @@ def test_losses_read_only_the_networks_and_columns_they_should(name):
             return value_loss(params.value_net.params, state, data, cfg)[0]
         return actor_loss(params.actor.params, state, data, key, cfg)[0]
 
-    here = loss(state)
-    assert loss(state, params=other) != here
+    before = loss(state)
+    assert loss(state, params=other) != before
     found = set()
     for net in state._fields:
         for kind in ("params", "target_params"):
             if hasattr(getattr(state, net), kind):
                 changed = getattr(state, net).replace(**{kind: getattr(getattr(other, net), kind)})
-                if loss(state._replace(**{net: changed})) != here:
+                if loss(state._replace(**{net: changed})) != before:
                     found.add(f"{net}.{kind}")
     assert found == READS[name]
     for column in data._fields if name != "critic" else ():
         rolled = data._replace(**{column: np.roll(getattr(data, column), 1, axis=0)})
-        assert (loss(state, data=rolled) != here) == (column in ("observation", "action")), column
+        assert (loss(state, data=rolled) != before) == (column in ("observation", "action")), column
 
 
 # --- Networks -----------------------------------------------------------------------------------
@@ -357,7 +358,7 @@ def test_order_of_two_updates():
     rates |= {"actor_target_rate": 0.2, "weight_decay": 0.5}
     cosine = {"cosine": True, "num_updates": 4}
     cfg, state, key, data = setup(log_every=2, **rates, **cosine)
-    cfg_here, here, _, _ = setup()  # the same numbers, with the losses compiled already
+    loss_cfg, expected, _, _ = setup()  # the same numbers, with the losses compiled already
     rate = {
         "value_net": lambda step: 0.05,
         "actor": lambda step: 0.02 * (1 + math.cos(math.pi * step / 4)) / 2,
@@ -365,36 +366,36 @@ def test_order_of_two_updates():
     }
     adam, found = {name: nets.Adam(x) for name, x in rate.items()}, {}
 
-    def descend(name, loss, *arguments):
-        nonlocal here
-        net, step = getattr(here, name), adam[name].steps
-        _, metrics, grads = loss(net.params, here, *arguments, cfg_here)
+    def gradient_step(name, loss, *arguments):
+        nonlocal expected
+        net, step = getattr(expected, name), adam[name].steps
+        _, metrics, grads = loss(net.params, expected, *arguments, loss_cfg)
         shrink = rate[name](step) * (0.5 if name == "actor" else 0.0)
         params = adam[name].step(net.params, grads)
         params = jax.tree.map(lambda x, old: np.float32(x - shrink * old), params, net.params)
-        here = here._replace(**{name: net.replace(params=params)})
+        expected = expected._replace(**{name: net.replace(params=params)})
         for key, x in metrics.items():
             found.setdefault(key, []).append(x)
 
-    def follow(name, rate):
-        nonlocal here
-        net = getattr(here, name)
+    def polyak_step(name, rate):
+        nonlocal expected
+        net = getattr(expected, name)
         target = nets.polyak(net.params, net.target_params, rate)
-        here = here._replace(**{name: net.replace(target_params=target)})
+        expected = expected._replace(**{name: net.replace(target_params=target)})
 
     for step in (6, 7):
         batch, key_actor = nets.sample(key, step, data, cfg, 2)
-        descend("value_net", value_loss, batch)
-        descend("actor", actor_loss, batch, key_actor)
-        descend("critic", critic_loss, batch)
-        follow("critic", 0.3)
-        follow("actor", 0.2)
+        gradient_step("value_net", value_loss, batch)
+        gradient_step("actor", actor_loss, batch, key_actor)
+        gradient_step("critic", critic_loss, batch)
+        polyak_step("critic", 0.3)
+        polyak_step("actor", 0.2)
 
     after, metrics = nets.train_chunk(idql, state, key, 6, data, cfg)
     for name in ("value_net", "actor", "critic"):
-        nets.check_close(getattr(after, name).params, getattr(here, name).params)
+        nets.check_close(getattr(after, name).params, getattr(expected, name).params)
     for name in ("actor", "critic"):
-        nets.check_close(getattr(after, name).target_params, getattr(here, name).target_params)
+        nets.check_close(getattr(after, name).target_params, getattr(expected, name).target_params)
     for name, numbers in found.items():
         np.testing.assert_allclose(metrics.pop(name), np.mean(numbers), rtol=1e-3)
     assert not metrics

@@ -123,14 +123,17 @@ def test_actor_loss_and_gradient_equal_numpy(overrides):
     np.testing.assert_allclose(metrics["weight"], weight.mean(), rtol=1e-4)
     if not overrides:
         assert weight.min() < 1 and weight.max() == 100
+
+    def loss_at_constant_scale(p):
+        return numpy_actor_loss(p, state, batch, cfg, drop, scale)[0]
+
+    def loss_at_moving_scale(p):
+        return numpy_actor_loss(p, state, batch, cfg, drop, None)[0]
+
     distinct = []
     for direction in directions(params):
-        constant, moving = (
-            slope(
-                lambda p, s=s: numpy_actor_loss(p, state, batch, cfg, drop, s)[0], params, direction
-            )
-            for s in (scale, None)
-        )
+        constant = slope(loss_at_constant_scale, params, direction)
+        moving = slope(loss_at_moving_scale, params, direction)
         np.testing.assert_allclose(dot(grads, direction), constant, rtol=2e-3, atol=1e-4)
         distinct.append(abs(moving - constant) > 0.02 * abs(constant))
     assert any(distinct) == (scale is not None)  # else this test could not tell
@@ -255,10 +258,10 @@ def test_value_and_actor_read_observation_and_action_only(name):
         "value_net": lambda batch: value_loss(state.value_net.params, state, batch, cfg)[0],
         "actor": lambda batch: actor_loss(state.actor.params, state, batch, key, cfg)[0],
     }[name]
-    here = loss(data)
+    before = loss(data)
     for column in data._fields:
         rolled = data._replace(**{column: np.roll(getattr(data, column), 1, axis=0)})
-        assert (loss(rolled) != here) == (column in ("observation", "action")), column
+        assert (loss(rolled) != before) == (column in ("observation", "action")), column
 
 
 READS = {  # loss -> what it reads of the state
@@ -282,14 +285,14 @@ def test_losses_read_only_the_networks_they_should(name):
             return value_loss(params.value_net.params, state, data, cfg)[0]
         return actor_loss(params.actor.params, state, data, key, cfg)[0]
 
-    here = loss(state)
-    assert loss(state, params=other) != here
+    before = loss(state)
+    assert loss(state, params=other) != before
     found = set()
     for net in state._fields:
         for kind in ("params", "target_params"):
             if hasattr(getattr(state, net), kind):
                 changed = getattr(state, net).replace(**{kind: getattr(getattr(other, net), kind)})
-                if loss(state._replace(**{net: changed})) != here:
+                if loss(state._replace(**{net: changed})) != before:
                     found.add(f"{net}.{kind}")
     assert found == READS[name]
 
@@ -316,9 +319,8 @@ def test_dropout_is_in_the_actors_loss_only():
     _, state, key, data = setup()
     for overrides, random in ((MILD, False), (MILD | {"dropout": 0.3}, True)):
         cfg, _, _, _ = setup(**overrides)
-        one, other = (
-            actor_loss(state.actor.params, state, data, jax.random.key(i), cfg)[0] for i in (0, 1)
-        )
+        one, _, _ = actor_loss(state.actor.params, state, data, jax.random.key(0), cfg)
+        other, _, _ = actor_loss(state.actor.params, state, data, jax.random.key(1), cfg)
         assert (one != other) == random
     params = iql.policy_params(state)
     assert params is state.actor.params
@@ -383,7 +385,7 @@ def test_order_of_two_updates():
     rest = MILD | {"dropout": 0.3}
     cosine = {"cosine": True, "num_updates": 4}
     cfg, state, key, data = setup(log_every=2, **rates, **rest, **cosine)
-    cfg_here, here, _, _ = setup(**rest)  # the same numbers, with the losses compiled already
+    loss_cfg, expected, _, _ = setup(**rest)  # the same numbers, with the losses compiled already
     adam = {
         "value_net": nets.Adam(0.05),
         "actor": nets.Adam(lambda step: 0.02 * (1 + math.cos(math.pi * step / 4)) / 2),
@@ -391,26 +393,28 @@ def test_order_of_two_updates():
     }
     found = {}
 
-    def descend(name, loss, *arguments):
-        nonlocal here
-        net = getattr(here, name)
-        _, metrics, grads = loss(net.params, here, *arguments, cfg_here)
-        here = here._replace(**{name: net.replace(params=adam[name].step(net.params, grads))})
+    def gradient_step(name, loss, *arguments):
+        nonlocal expected
+        net = getattr(expected, name)
+        _, metrics, grads = loss(net.params, expected, *arguments, loss_cfg)
+        expected = expected._replace(
+            **{name: net.replace(params=adam[name].step(net.params, grads))}
+        )
         for key, x in metrics.items():
             found.setdefault(key, []).append(x)
 
     for step in (6, 7):
         batch, key_dropout = nets.sample(key, step, data, cfg, 2)
-        descend("value_net", value_loss, batch)
-        descend("actor", actor_loss, batch, key_dropout)
-        descend("critic", critic_loss, batch)
-        target = nets.polyak(here.critic.params, here.critic.target_params, 0.3)
-        here = here._replace(critic=here.critic.replace(target_params=target))
+        gradient_step("value_net", value_loss, batch)
+        gradient_step("actor", actor_loss, batch, key_dropout)
+        gradient_step("critic", critic_loss, batch)
+        target = nets.polyak(expected.critic.params, expected.critic.target_params, 0.3)
+        expected = expected._replace(critic=expected.critic.replace(target_params=target))
 
     after, metrics = nets.train_chunk(iql, state, key, 6, data, cfg)
     for name in ("value_net", "actor", "critic"):
-        nets.check_close(getattr(after, name).params, getattr(here, name).params)
-    nets.check_close(after.critic.target_params, here.critic.target_params)
+        nets.check_close(getattr(after, name).params, getattr(expected, name).params)
+    nets.check_close(after.critic.target_params, expected.critic.target_params)
     for name, numbers in found.items():
         np.testing.assert_allclose(metrics.pop(name), np.mean(numbers), rtol=1e-3)
     assert not metrics

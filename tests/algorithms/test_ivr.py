@@ -121,12 +121,17 @@ def test_value_loss_and_gradient_equal_numpy(overrides):
     np.testing.assert_allclose([loss, metrics["value_loss"]], expected, rtol=1e-4)
     np.testing.assert_allclose(metrics["value"], value.mean(), rtol=1e-4)
     assert largest is None or (largest == 5) == (cfg.eql_alpha == 0.3)
+
+    def loss_at_constant_maximum(p):
+        return numpy_value_loss(p, state, batch, cfg, largest)[0]
+
+    def loss_at_moving_maximum(p):
+        return numpy_value_loss(p, state, batch, cfg, None)[0]
+
     distinct = []
     for direction in directions(params):
-        constant, moving = (
-            slope(lambda p, x=x: numpy_value_loss(p, state, batch, cfg, x)[0], params, direction)
-            for x in (largest, None)
-        )
+        constant = slope(loss_at_constant_maximum, params, direction)
+        moving = slope(loss_at_moving_maximum, params, direction)
         np.testing.assert_allclose(dot(grads, direction), constant, rtol=2e-3, atol=1e-5)
         distinct.append(abs(moving - constant) > 0.02 * abs(constant))
     if cfg.variant == "eql" and largest < 5:
@@ -257,10 +262,10 @@ def test_value_and_actor_read_observation_and_action_only(name, variant):
         "value_net": lambda batch: value_loss(state.value_net.params, state, batch, cfg)[0],
         "actor": lambda batch: actor_loss(state.actor.params, state, batch, key, cfg)[0],
     }[name]
-    here = loss(data)
+    before = loss(data)
     for column in data._fields:
         rolled = data._replace(**{column: np.roll(getattr(data, column), 1, axis=0)})
-        assert (loss(rolled) != here) == (column in ("observation", "action")), column
+        assert (loss(rolled) != before) == (column in ("observation", "action")), column
 
 
 READS = {  # loss -> what it reads of the state
@@ -284,14 +289,14 @@ def test_losses_read_only_the_networks_they_should(name, variant):
             return value_loss(params, state, data, cfg)[0]
         return actor_loss(params, state, data, key, cfg)[0]
 
-    here = loss(state)
-    assert loss(state, params=other) != here
+    before = loss(state)
+    assert loss(state, params=other) != before
     found = set()
     for net in state._fields:
         for kind in ("params", "target_params"):
             if hasattr(getattr(state, net), kind):
                 changed = getattr(state, net).replace(**{kind: getattr(getattr(other, net), kind)})
-                if loss(state._replace(**{net: changed})) != here:
+                if loss(state._replace(**{net: changed})) != before:
                     found.add(f"{net}.{kind}")
     assert found == READS[name]
 
@@ -299,16 +304,16 @@ def test_losses_read_only_the_networks_they_should(name, variant):
 def test_each_variant_has_a_coefficient_of_its_own():
     for variant, own in ((SQL, {"sql_alpha"}), (EQL, {"eql_alpha", "inverse_temperature"})):
         cfg, state, key, data = setup(**variant | MILD)
+
+        def losses(cfg, state=state, key=key, data=data):
+            of_value, _, _ = value_loss(state.value_net.params, state, data, cfg)
+            of_actor, _, _ = actor_loss(state.actor.params, state, data, key, cfg)
+            return of_value, of_actor
+
+        before = losses(cfg)
         for name in ("sql_alpha", "eql_alpha", "inverse_temperature"):
             changed, _, _, _ = setup(**variant | MILD | {name: 0.15})
-            before, after = (
-                (
-                    value_loss(state.value_net.params, state, data, c)[0],
-                    actor_loss(state.actor.params, state, data, key, c)[0],
-                )
-                for c in (cfg, changed)
-            )
-            assert (before != after) == (name in own), (variant, name)
+            assert (before != losses(changed)) == (name in own), (variant, name)
 
 
 # --- Networks -----------------------------------------------------------------------------------
@@ -357,7 +362,7 @@ def test_order_of_two_updates():
     rates = {"actor_learning_rate": 0.02, "critic_learning_rate": 0.05, "target_rate": 0.3}
     rest = EQL | MILD | {"dropout": 0.6}
     cfg, state, key, data = setup(log_every=2, **rates, **rest, cosine=True, num_updates=4)
-    cfg_here, here, _, _ = setup(**rest)  # the same numbers, with the losses compiled already
+    loss_cfg, expected, _, _ = setup(**rest)  # the same numbers, with the losses compiled already
     adam = {
         "value_net": nets.Adam(0.05),
         "actor": nets.Adam(lambda step: 0.02 * (1 + math.cos(math.pi * step / 4)) / 2),
@@ -365,26 +370,28 @@ def test_order_of_two_updates():
     }
     found = {}
 
-    def descend(name, loss, *arguments):
-        nonlocal here
-        net = getattr(here, name)
-        _, metrics, grads = loss(net.params, here, *arguments, cfg_here)
-        here = here._replace(**{name: net.replace(params=adam[name].step(net.params, grads))})
+    def gradient_step(name, loss, *arguments):
+        nonlocal expected
+        net = getattr(expected, name)
+        _, metrics, grads = loss(net.params, expected, *arguments, loss_cfg)
+        expected = expected._replace(
+            **{name: net.replace(params=adam[name].step(net.params, grads))}
+        )
         for key, x in metrics.items():
             found.setdefault(key, []).append(x)
 
     for step in (6, 7):
         batch, key_dropout = nets.sample(key, step, data, cfg, 2)
-        descend("value_net", value_loss, batch)
-        descend("actor", actor_loss, batch, key_dropout)
-        descend("critic", critic_loss, batch)
-        target = nets.polyak(here.critic.params, here.critic.target_params, 0.3)
-        here = here._replace(critic=here.critic.replace(target_params=target))
+        gradient_step("value_net", value_loss, batch)
+        gradient_step("actor", actor_loss, batch, key_dropout)
+        gradient_step("critic", critic_loss, batch)
+        target = nets.polyak(expected.critic.params, expected.critic.target_params, 0.3)
+        expected = expected._replace(critic=expected.critic.replace(target_params=target))
 
     after, metrics = nets.train_chunk(ivr, state, key, 6, data, cfg)
     for name in ("value_net", "actor", "critic"):
-        nets.check_close(getattr(after, name).params, getattr(here, name).params)
-    nets.check_close(after.critic.target_params, here.critic.target_params)
+        nets.check_close(getattr(after, name).params, getattr(expected, name).params)
+    nets.check_close(after.critic.target_params, expected.critic.target_params)
     for name, numbers in found.items():
         np.testing.assert_allclose(metrics.pop(name), np.mean(numbers), rtol=1e-3)
     assert not metrics

@@ -18,17 +18,28 @@ from algorithms import odice
 value_loss = nets.compiled(odice.value_loss)
 actor_loss = nets.compiled(odice.actor_loss)
 setup = functools.partial(nets.setup, odice, value_hidden=(16, 16))
-SIDES = ("forward", "backward", "both")
-
-
-def dual_loss(params, state, batch, side, cfg):
-    return _dual[side](params, state, batch, cfg)
-
-
-_dual = {
-    side: nets.compiled(lambda p, s, b, cfg, side=side: odice.dual_loss(p, s, b, side, cfg))
-    for side in SIDES
+RESIDUALS = {  # name -> residual whose V(s), V(s') or both are learned
+    "forward": odice.forward_residual,
+    "backward": odice.backward_residual,
+    "full": odice.full_residual,
 }
+
+
+def compiled_dual_loss(residual):
+    def loss(params, state, batch, cfg):
+        return odice.dual_loss(params, state, batch, residual, cfg)
+
+    return nets.compiled(loss)
+
+
+COMPILED = {name: compiled_dual_loss(residual) for name, residual in RESIDUALS.items()}
+
+
+def dual_loss(params, state, batch, name, cfg):
+    """`name` is that of a residual."""
+    return COMPILED[name](params, state, batch, cfg)
+
+
 value_gradient = jax.jit(odice.value_gradient, static_argnums=2, compiler_options=nets.QUICK)
 
 
@@ -52,28 +63,25 @@ def numpy_values(params, observation):
     return np.stack([member(k) for k in range(len(params["params"]["Dense_0"]["bias"]))])
 
 
-def numpy_residual(params, state, batch, side, cfg):
+def numpy_residual(params, state, batch, name, cfg):
     target_params = double(state.value_net.target_params)
-    here, there = (
-        numpy_values(params if side in (own, "both") else target_params, observation)
-        for own, observation in (
-            ("forward", batch.observation),
-            ("backward", batch.next_observation),
-        )
+    values = numpy_values(target_params if name == "backward" else params, batch.observation)
+    next_values = numpy_values(
+        target_params if name == "forward" else params, batch.next_observation
     )
-    error = np.zeros(here.shape)
-    for k in range(len(error)):
+    residual = np.zeros(values.shape)
+    for k in range(len(residual)):
         for i, reward in enumerate(batch.reward):
-            value = here[k, i] if side != "backward" else min(here[:, i])
-            next_value = there[k, i] if side != "forward" else min(there[:, i])
+            value = min(values[:, i]) if name == "backward" else values[k, i]
+            next_value = min(next_values[:, i]) if name == "forward" else next_values[k, i]
             alive = 0.0 if batch.termination[i] else 1.0
-            error[k, i] = reward + cfg.discount * alive * next_value - value
-    return error
+            residual[k, i] = reward + cfg.discount * alive * next_value - value
+    return residual
 
 
-def numpy_dual(params, state, batch, side, cfg):
+def numpy_dual(params, state, batch, name, cfg):
     """The conjugate as the largest y x - (x - 1)^2 over ratios x of 0 and more."""
-    y = numpy_residual(params, state, batch, side, cfg) / cfg.alpha
+    y = numpy_residual(params, state, batch, name, cfg) / cfg.alpha
     ratio = np.maximum(0, 1 + y / 2)
     return cfg.lam * (y * ratio - (ratio - 1) ** 2).mean()
 
@@ -84,8 +92,8 @@ def numpy_policy(params, observation):
 
 def numpy_actor_loss(params, state, batch, cfg):
     """-> loss, log pi, weight, e"""
-    side = "both" if cfg.gradient == "true" else "forward"
-    error = numpy_residual(double(state.value_net.params), state, batch, side, cfg)
+    name = "full" if cfg.gradient == "true" else "forward"
+    error = numpy_residual(double(state.value_net.params), state, batch, name, cfg)
     weight = np.clip(error, 0, 100)
     log_prob = nets.log_normal(batch.action, *numpy_policy(params, batch.observation))
     loss = -sum((w * log_prob).mean() for w in weight) / len(weight)
@@ -108,14 +116,14 @@ def test_losses_and_gradients_equal_numpy(overrides):
     value = numpy_values(params, batch.observation).mean()
     np.testing.assert_allclose(metrics["value"], value, rtol=1e-4)
     np.testing.assert_allclose(loss, (1 - cfg.lam) * value / cfg.alpha, rtol=1e-4)
-    sides = SIDES if not overrides else ("forward", "both")
-    for side in sides:
-        loss, metrics, grads = dual_loss(state.value_net.params, state, data, side, cfg)
-        expected = numpy_dual(params, state, batch, side, cfg)
+    names = RESIDUALS if not overrides else ("forward", "full")
+    for name in names:
+        loss, metrics, grads = dual_loss(state.value_net.params, state, data, name, cfg)
+        expected = numpy_dual(params, state, batch, name, cfg)
         np.testing.assert_allclose([loss, metrics["dual_loss"]], expected, rtol=1e-4)
         for direction in directions(params, 3):
             expected = slope(
-                lambda p, side=side: numpy_dual(p, state, batch, side, cfg), params, direction
+                lambda p, name=name: numpy_dual(p, state, batch, name, cfg), params, direction
             )
             np.testing.assert_allclose(dot(grads, direction), expected, rtol=2e-3, atol=1e-4)
     params = double(state.actor.params)
@@ -138,11 +146,11 @@ def test_lambda_one_half_is_the_pearson_dual(alpha):
     cfg, state, _, data = setup(lam=0.5, alpha=alpha)
     params, batch = double(state.value_net.params), double(data)
     linear, _, linear_grads = value_loss(state.value_net.params, state, data, cfg)
-    for side in ("both", "forward"):
-        dual, _, grads = dual_loss(state.value_net.params, state, data, side, cfg)
+    for name in ("full", "forward"):
+        dual, _, grads = dual_loss(state.value_net.params, state, data, name, cfg)
 
-        def pearson(p, side=side):
-            error = numpy_residual(p, state, batch, side, cfg)
+        def pearson(p, name=name):
+            error = numpy_residual(p, state, batch, name, cfg)
             hinge = np.maximum(0, 1 + error / (2 * alpha))
             return (hinge**2).mean() + numpy_values(p, batch.observation).mean() / alpha
 
@@ -167,10 +175,15 @@ def tabular(value, target):
     )
 
 
-def rows(here, there, **columns):
-    count = len(here)
+def rows(states, next_states, **columns):
+    count = len(states)
     return probes.random_transitions(
-        count, 2, 1, observation=np.eye(2)[here], next_observation=np.eye(2)[there], **columns
+        count,
+        2,
+        1,
+        observation=np.eye(2)[states],
+        next_observation=np.eye(2)[next_states],
+        **columns,
     )
 
 
@@ -183,7 +196,7 @@ def test_the_three_gradients_by_hand():
     # f*'(e) = max(0, 1 + e / 2), the gradient of V(0) is (1, 0), of V(1) it is (0, 1)
     # forward   e = 1 + 4 / 2 - 1 = 2    f*' = 2      f = 1/2 * 2 * (-1, 0)       = (-1, 0)
     # backward  e = 1 + 2 / 2 - 3 = -1   f*' = 1/2    b = 1/2 * 1/2 * (0, 1/2)    = (0, 1/8)
-    # both      e = 1 + 2 / 2 - 1 = 1    f*' = 3/2        1/2 * 3/2 * (-1, 1/2)   = (-3/4, 3/8)
+    # full      e = 1 + 2 / 2 - 1 = 1    f*' = 3/2        1/2 * 3/2 * (-1, 1/2)   = (-3/4, 3/8)
     # (1 - lambda) V(s)                                                            (1/2, 0)
     for gradient, expected in (
         ("semi", [-0.5, 0]),
@@ -214,15 +227,15 @@ def test_orthogonal_projection_by_hand():
         np.testing.assert_allclose(metrics["dual_loss"], 0.5 * (4 + 2.25**2 - 2) / 2, rtol=1e-6)
 
 
-def test_without_component_by_hand():
-    # (3, 4 | 0) along (1, 0 | 2): 3 / 5 of it is taken away, over both arrays as one vector.
+def test_project_orthogonally_by_hand():
+    # x = (3, 4 | 0), d = (1, 0 | 2), both arrays as one vector: x . d / |d|^2 = 3 / 5.
     x = {"a": jnp.array([3.0, 4.0]), "b": jnp.array([[0.0]])}
-    along = {"a": jnp.array([1.0, 0.0]), "b": jnp.array([[2.0]])}
-    found = odice.without_component(x, along)
+    direction = {"a": jnp.array([1.0, 0.0]), "b": jnp.array([[2.0]])}
+    found = odice.project_orthogonally(x, direction)
     np.testing.assert_allclose(found["a"], [2.4, 4.0], rtol=1e-6)
     np.testing.assert_allclose(found["b"], [[-1.2]], rtol=1e-6)
-    nothing = jax.tree.map(jnp.zeros_like, along)
-    nets.check_close(odice.without_component(x, nothing), x, 0, 0)  # no direction, nothing to take
+    nothing = jax.tree.map(jnp.zeros_like, direction)
+    nets.check_close(odice.project_orthogonally(x, nothing), x, 0, 0)  # no direction: x itself
 
 
 def test_the_backward_part_is_orthogonal_to_the_forward_part_over_all_parameters():
@@ -233,7 +246,7 @@ def test_the_backward_part_is_orthogonal_to_the_forward_part_over_all_parameters
     params = state.value_net.params
     _, _, forward = dual_loss(params, state, data, "forward", cfg)
     _, _, backward = dual_loss(params, state, data, "backward", cfg)
-    added = jax.tree.map(lambda x, y: x - y, *(double(grads[x]) for x in ("orthogonal", "semi")))
+    added = jax.tree.map(lambda x, y: x - y, double(grads["orthogonal"]), double(grads["semi"]))
     forward, backward = double(forward), double(backward)
     share = dot(backward, forward) / dot(forward, forward)
     expected = jax.tree.map(lambda b, f: 0.7 * (b - share * f), backward, forward)
@@ -287,10 +300,10 @@ def test_endless_reward(gradient, expected):
 
 
 # --- What the losses may depend on --------------------------------------------------------------
-@pytest.mark.parametrize("side", SIDES)
-def test_termination_stops_the_bootstrap_and_truncation_does_not(side):
+@pytest.mark.parametrize("name", RESIDUALS)
+def test_termination_stops_the_bootstrap_and_truncation_does_not(name):
     cfg, state, _, data = setup()
-    nets.check_bootstrap(lambda b: dual_loss(state.value_net.params, state, b, side, cfg)[0], data)
+    nets.check_bootstrap(lambda b: dual_loss(state.value_net.params, state, b, name, cfg)[0], data)
 
 
 def test_losses_read_only_the_networks_they_should():
@@ -301,17 +314,17 @@ def test_losses_read_only_the_networks_they_should():
     )
     networks = state._replace(value_net=state.value_net.replace(params=other.value_net.params))
     params = state.value_net.params
-    for side in SIDES:
-        here = dual_loss(params, state, data, side, cfg)[0]
-        assert dual_loss(other.value_net.params, state, data, side, cfg)[0] != here
-        assert (dual_loss(params, targets, data, side, cfg)[0] == here) == (side == "both")
-        assert dual_loss(params, networks, data, side, cfg)[0] == here
+    for name in RESIDUALS:
+        before = dual_loss(params, state, data, name, cfg)[0]
+        assert dual_loss(other.value_net.params, state, data, name, cfg)[0] != before
+        assert (dual_loss(params, targets, data, name, cfg)[0] == before) == (name == "full")
+        assert dual_loss(params, networks, data, name, cfg)[0] == before
     for gradient in ("semi", "orthogonal", "true"):
         cfg, _, _, _ = setup(gradient=gradient)
-        here = actor_loss(state.actor.params, state, data, cfg)[0]
-        assert actor_loss(state.actor.params, networks, data, cfg)[0] != here
+        before = actor_loss(state.actor.params, state, data, cfg)[0]
+        assert actor_loss(state.actor.params, networks, data, cfg)[0] != before
         found = actor_loss(state.actor.params, targets, data, cfg)[0]
-        assert (found == here) == (gradient == "true")
+        assert (found == before) == (gradient == "true")
 
 
 # --- Networks -----------------------------------------------------------------------------------
@@ -361,10 +374,14 @@ def test_the_policy_is_the_mean_clipped_to_the_box():
 RATES = {"actor_learning_rate": 0.02, "value_learning_rate": 0.05, "target_rate": 0.3}
 
 
+def take(data, index):
+    return jax.tree.map(lambda column: column[index], data)
+
+
 def test_order_of_two_updates():
     """V and the actor from the state before, the actor with its parameters added, then targets."""
     cfg, state, key, data = setup(log_every=2, **RATES, weight_decay=0.5)
-    cfg_here, here, _, _ = setup()  # the same numbers, with the losses compiled already
+    loss_cfg, expected, _, _ = setup()  # the same numbers, with the losses compiled already
     tx = nets.shapes(odice, cfg, None).actor.tx  # `setup` leaves the weight decay at its default
     state = state._replace(actor=state.actor.replace(tx=tx))
     adam = {"value_net": nets.Adam(0.05), "actor": nets.Adam(0.02)}
@@ -372,21 +389,21 @@ def test_order_of_two_updates():
     for step in (6, 7):
         key_batch = jax.random.fold_in(jax.random.clone(key), step)
         index = jax.random.randint(key_batch, (cfg.batch_size,), 0, len(data.reward))
-        batch = jax.tree.map(lambda x, index=index: x[index], data)
-        grads, metrics = value_gradient(here, batch, cfg_here)
-        _, more, actor_grads = actor_loss(here.actor.params, here, batch, cfg_here)
+        batch = take(data, index)
+        grads, metrics = value_gradient(expected, batch, loss_cfg)
+        _, more, actor_grads = actor_loss(expected.actor.params, expected, batch, loss_cfg)
         found.append(metrics | more)
-        actor_grads = jax.tree.map(lambda g, x: g + 0.5 * x, actor_grads, here.actor.params)
+        actor_grads = jax.tree.map(lambda g, x: g + 0.5 * x, actor_grads, expected.actor.params)
         for name, gradient in (("value_net", grads), ("actor", actor_grads)):
-            net = getattr(here, name)
+            net = getattr(expected, name)
             net = net.replace(params=adam[name].step(net.params, gradient))
-            here = here._replace(**{name: net})
-        target = nets.polyak(here.value_net.params, here.value_net.target_params, 0.3)
-        here = here._replace(value_net=here.value_net.replace(target_params=target))
+            expected = expected._replace(**{name: net})
+        target = nets.polyak(expected.value_net.params, expected.value_net.target_params, 0.3)
+        expected = expected._replace(value_net=expected.value_net.replace(target_params=target))
     after, metrics = nets.train_chunk(odice, state, key, 6, data, cfg)
     for name in ("value_net", "actor"):
-        nets.check_close(getattr(after, name).params, getattr(here, name).params)
-    nets.check_close(after.value_net.target_params, here.value_net.target_params)
+        nets.check_close(getattr(after, name).params, getattr(expected, name).params)
+    nets.check_close(after.value_net.target_params, expected.value_net.target_params)
     assert {*metrics} == {*found[0]}
     for name in metrics:
         mean = np.mean([float(x[name]) for x in found])

@@ -130,12 +130,17 @@ def test_value_loss_and_gradient_equal_numpy(overrides):
     np.testing.assert_allclose([loss, metrics["value_loss"]], expected, rtol=1e-4)
     np.testing.assert_allclose(metrics["value"], value.mean(), rtol=1e-4)
     assert (largest == cfg.max_clip) == (cfg.max_clip == 2)
+
+    def loss_at_constant_maximum(p):
+        return numpy_value_loss(p, state, rows, cfg, largest)[0]
+
+    def loss_at_moving_maximum(p):
+        return numpy_value_loss(p, state, rows, cfg, None)[0]
+
     distinct = []
     for direction in directions(params):
-        constant, moving = (
-            slope(lambda p, x=x: numpy_value_loss(p, state, rows, cfg, x)[0], params, direction)
-            for x in (largest, None)
-        )
+        constant = slope(loss_at_constant_maximum, params, direction)
+        moving = slope(loss_at_moving_maximum, params, direction)
         np.testing.assert_allclose(dot(grads, direction), constant, rtol=2e-3, atol=1e-5)
         distinct.append(abs(moving - constant) > 0.02 * abs(constant))
     assert any(distinct) or largest == cfg.max_clip  # else this test could not tell
@@ -265,10 +270,10 @@ def test_value_and_actor_read_observation_and_action_only(name):
         "value_net": lambda batch: value_loss(state.value_net.params, state, batch, key, cfg)[0],
         "actor": lambda batch: actor_loss(state.actor.params, state, batch, key, cfg)[0],
     }[name]
-    here = loss(data)
+    before = loss(data)
     for column in data._fields:
         rolled = data._replace(**{column: np.roll(getattr(data, column), 1, axis=0)})
-        assert (loss(rolled) != here) == (column in ("observation", "action")), column
+        assert (loss(rolled) != before) == (column in ("observation", "action")), column
 
 
 READS = {  # loss -> what it reads of the state
@@ -291,14 +296,14 @@ def test_losses_read_only_the_networks_they_should(name):
             return value_loss(params, state, data, key, cfg)[0]
         return actor_loss(params, state, data, key, cfg)[0]
 
-    here = loss(state)
-    assert loss(state, params=other) != here
+    before = loss(state)
+    assert loss(state, params=other) != before
     found = set()
     for net in state._fields:
         for kind in ("params", "target_params"):
             if hasattr(getattr(state, net), kind):
                 changed = getattr(state, net).replace(**{kind: getattr(getattr(other, net), kind)})
-                if loss(state._replace(**{net: changed})) != here:
+                if loss(state._replace(**{net: changed})) != before:
                     found.add(f"{net}.{kind}")
     assert found == READS[name]
 
@@ -350,7 +355,7 @@ def test_order_of_two_updates():
     rest = MILD | {"dropout": 0.3, "random_actions": 2}
     cosine = {"cosine": True, "num_updates": 4}
     cfg, state, key, data = setup(log_every=2, value_updates=2, **rates, **rest, **cosine)
-    cfg_here, here, _, _ = setup(**rest)
+    loss_cfg, expected, _, _ = setup(**rest)
     adam = {
         "value_net": nets.Adam(0.05),
         "actor": nets.Adam(lambda step: 0.02 * (1 + math.cos(math.pi * step / 4)) / 2),
@@ -358,29 +363,31 @@ def test_order_of_two_updates():
     }
     found = {}
 
-    def descend(name, loss, *arguments):
-        nonlocal here
-        net = getattr(here, name)
-        _, metrics, grads = loss(net.params, here, *arguments, cfg_here)
-        here = here._replace(**{name: net.replace(params=adam[name].step(net.params, grads))})
+    def gradient_step(name, loss, *arguments):
+        nonlocal expected
+        net = getattr(expected, name)
+        _, metrics, grads = loss(net.params, expected, *arguments, loss_cfg)
+        expected = expected._replace(
+            **{name: net.replace(params=adam[name].step(net.params, grads))}
+        )
         return metrics
 
     for step in (6, 7):
         batch, key_value, key_actor = nets.sample(key, step, data, cfg, 3)
-        descend("value_net", value_loss, batch, jax.random.fold_in(key_value, 0))
+        gradient_step("value_net", value_loss, batch, jax.random.fold_in(key_value, 0))
         key_value = jax.random.clone(key_value)
-        metrics = descend("value_net", value_loss, batch, jax.random.fold_in(key_value, 1))
-        metrics |= descend("actor", actor_loss, batch, key_actor)
-        metrics |= descend("critic", critic_loss, batch)
+        metrics = gradient_step("value_net", value_loss, batch, jax.random.fold_in(key_value, 1))
+        metrics |= gradient_step("actor", actor_loss, batch, key_actor)
+        metrics |= gradient_step("critic", critic_loss, batch)
         for name, x in metrics.items():
             found.setdefault(name, []).append(x)
-        target = nets.polyak(here.critic.params, here.critic.target_params, 0.3)
-        here = here._replace(critic=here.critic.replace(target_params=target))
+        target = nets.polyak(expected.critic.params, expected.critic.target_params, 0.3)
+        expected = expected._replace(critic=expected.critic.replace(target_params=target))
 
     after, metrics = nets.train_chunk(xql, state, key, 6, data, cfg)
     for name in ("value_net", "actor", "critic"):
-        nets.check_close(getattr(after, name).params, getattr(here, name).params)
-    nets.check_close(after.critic.target_params, here.critic.target_params)
+        nets.check_close(getattr(after, name).params, getattr(expected, name).params)
+    nets.check_close(after.critic.target_params, expected.critic.target_params)
     for name, numbers in found.items():
         np.testing.assert_allclose(metrics.pop(name), np.mean(numbers), rtol=1e-3)
     assert not metrics
