@@ -360,7 +360,7 @@ def chunked(dataset, cfg):
         reward = reward + cfg.discount**k * counted * rows.reward[row]
         alive = alive * (1.0 - valid[:, k] * rows.termination[row])
         actions.append(rows.action[row])
-    last = row
+    last = (first + cfg.horizon - 1).clip(max=len(first) - 1)  # [N]
 
     return Chunks(
         observation=rows.observation,
