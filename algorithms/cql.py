@@ -50,10 +50,10 @@ class Config:
     reward_scale: float = 1.0  # multiplies data set rewards (AntMaze: 10)
     reward_shift: float = 0.0  # added afterwards (AntMaze: -5)
     # CQL
-    alpha: float = 10.0  # weight of the conservative gap, Eq. 4
+    alpha: float = 10.0  # weight of the conservative gap: log sum exp Q(s, .) - Q(s, a), Eq. 4
     num_samples: int = 10  # N, actions sampled per row from each of uniform, pi(s) and pi(s')
     importance_sampling: bool = True  # divide exp Q by the action's density; False: plain exp Q
-    target_action_gap: float | None = None  # a Lagrange multiplier drives the gap to it; None: off
+    target_action_gap: float | None = None  # the gap that a Lagrange multiplier aims at; None: off
     clip_diff_min: float | None = None  # lower bound on the conservative gap of each row
     max_target_backup: bool = False  # the TD target takes the best of N actions of pi(s'), not one
 

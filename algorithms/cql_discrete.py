@@ -43,7 +43,7 @@ class Config:
     target_every: int = 2_000  # updates between copies of the critic to the target critic
     hidden: tuple[int, ...] = (256, 256)  # widths of the critic
     # CQL
-    alpha: float = 1.0  # weight of the conservative gap, Eq. 4
+    alpha: float = 1.0  # weight of the conservative gap: log sum exp Q(s, .) - Q(s, a), Eq. 4
 
 
 # --- Networks -----------------------------------------------------------------------------------
