@@ -1,15 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""CQL (Kumar et al., 2020): SAC whose critics are pushed down on actions the data do not show.
+"""CQL (Kumar et al., 2020): SAC with critics trained to give low values to actions not in the data.
 
 Paper       https://arxiv.org/abs/2006.04779
 Reference   https://github.com/young-geng/JaxCQL, with the settings of corl-team/CORL
 Run         python algorithms/cql.py --config configs/cql/antmaze.yaml
 Parent      none
 Results     benchmarks/results
-Deviations  CORL's orthogonal initialisation reaches the actor here, its 5 AntMaze layers both Qs.
-            No halved TD error, no warm start by cloning, as in CORL. Rows at truncations are kept.
+Deviations  The actor is initialised orthogonally too (CORL's ignores that setting), and on AntMaze
+            both critics have 5 layers (CORL's second one has 3). As in CORL, the TD error has no
+            factor 1/2, and training does not begin with behaviour cloning. Rows at a truncation
+            are kept.
 
 Shapes: S seeds, K critics, B batch, N num_samples, M actions per row, O observation, A action.
+        Arrays are float32.
 """
 
 from dataclasses import dataclass
@@ -42,25 +45,25 @@ class Config:
     target_rate: float = 0.005  # tau, Polyak step of the target critics
     hidden: tuple[int, ...] = (256, 256, 256)  # widths of the actor
     critic_hidden: tuple[int, ...] = (256, 256, 256)  # widths of the critics
-    num_critics: int = 2  # K, their minimum counts
+    num_critics: int = 2  # K, target and actor use their minimum
     normalise_observations: bool = True  # to mean 0 and std 1
     reward_scale: float = 1.0  # multiplies data set rewards (AntMaze: 10)
     reward_shift: float = 0.0  # added afterwards (AntMaze: -5)
     # CQL
-    alpha: float = 10.0  # weight of the conservative term, Eq. 4
-    num_samples: int = 10  # N, actions per row of each kind: uniform, pi(s), pi(s')
-    importance: bool = True  # weigh them by their density; False: data actions join them instead
-    gap: float | None = None  # Lagrange threshold on the conservative term; None: fixed weight
-    lowest_difference: float | None = None  # clips each row's conservative term from below
-    max_target_backup: bool = False  # the best of N actions at s' instead of one
+    alpha: float = 10.0  # weight of the conservative gap: log sum exp Q(s, .) - Q(s, a), Eq. 4
+    num_samples: int = 10  # N, actions sampled per row from each of uniform, pi(s) and pi(s')
+    importance_sampling: bool = True  # divide exp Q by the action's density; False: plain exp Q
+    target_action_gap: float | None = None  # the gap that a Lagrange multiplier aims at; None: off
+    clip_diff_min: float | None = None  # lower bound on the conservative gap of each row
+    max_target_backup: bool = False  # the TD target takes the best of N actions of pi(s'), not one
 
 
 # --- Networks -----------------------------------------------------------------------------------
-def orthogonal(width):
+def orthogonal_dense(width):
     return nn.Dense(width, kernel_init=nn.initializers.orthogonal(2**0.5))
 
 
-def small_head(width):
+def small_dense(width):
     return nn.Dense(width, kernel_init=nn.initializers.orthogonal(1e-2))
 
 
@@ -69,14 +72,16 @@ class TanhGaussianActor(nn.Module):
     action_dim: int
 
     @nn.compact
-    def __call__(self, observation):  # [..., O] -> [..., A] twice, mean and log std before tanh
+    def __call__(self, observation):  # [..., O] -> mean and log std before tanh, [..., A] each
         x = observation
         for width in self.hidden:
-            x = nn.relu(orthogonal(width)(x))
-        mean, log_std = jnp.split(small_head(2 * self.action_dim)(x), 2, axis=-1)
+            x = nn.relu(orthogonal_dense(width)(x))
+        output = small_dense(2 * self.action_dim)(x)
+        mean, log_std = jnp.split(output, 2, axis=-1)
         scale = self.param("log_std_scale", nn.initializers.constant(1.0), ())
         shift = self.param("log_std_shift", nn.initializers.constant(-1.0), ())
-        return mean, (scale * log_std + shift).clip(-20.0, 2.0)
+        log_std = (scale * log_std + shift).clip(-20.0, 2.0)
+        return mean, log_std
 
 
 class SmallHeadCritic(nn.Module):
@@ -84,16 +89,20 @@ class SmallHeadCritic(nn.Module):
 
     @nn.compact
     def __call__(self, observation, action):  # [B, O], [B, M, A] -> [B, M]
-        observation = observation.repeat(action.shape[1], axis=0)  # [B M, O]: gradients are faster
-        x = jnp.concatenate([observation, action.reshape(len(observation), -1)], axis=-1)
+        # Rows and actions share one axis, since gradients are faster than with two.
+        actions_per_row = action.shape[1]
+        observation = observation.repeat(actions_per_row, axis=0)  # [B M, O]
+        flat_action = action.reshape(len(observation), -1)  # [B M, A]
+        x = jnp.concatenate([observation, flat_action], axis=-1)
         for width in self.hidden:
-            x = nn.relu(orthogonal(width)(x))
-        return small_head(1)(x).reshape(action.shape[:-1])
+            x = nn.relu(orthogonal_dense(width)(x))
+        q = small_dense(1)(x)  # [B M, 1]
+        return q.reshape(action.shape[:-1])
 
 
 # --- State --------------------------------------------------------------------------------------
 class TrainState(train_state.TrainState):
-    target_params: Any  # Polyak average of params
+    target_params: Any  # slow copy of params
 
     @classmethod
     def create(cls, apply_fn, params, tx):
@@ -105,8 +114,8 @@ class TrainState(train_state.TrainState):
 class State(NamedTuple):
     actor: train_state.TrainState
     critic: TrainState  # every array has a leading [K] axis
-    temperature: train_state.TrainState  # its logarithm
-    lagrange: train_state.TrainState  # logarithm of the multiplier, not used without a gap
+    log_temperature: train_state.TrainState  # logarithm of SAC's entropy temperature
+    log_multiplier: train_state.TrainState  # logarithm of the Lagrange multiplier of the gap
     statistics: tuple[jax.Array, jax.Array]  # mean and std of the observations, [O] each
 
 
@@ -133,124 +142,190 @@ def standardise(observation, statistics):
 def create_state(key, batch, cfg, statistics=(0.0, 1.0)):
     """State of one seed before the first update. `batch` supplies shapes only."""
     key_actor, key_critic = jax.random.split(key)
-    actor = TanhGaussianActor(cfg.hidden, batch.action.shape[-1])
+    actor = TanhGaussianActor(cfg.hidden, action_dim=batch.action.shape[-1])
     critic = SmallHeadCritic(cfg.critic_hidden)
+    init_critics = jax.vmap(critic.init, (0, None, None))
+    apply_critics = jax.vmap(critic.apply, (0, None, None))  # -> [K, B, M]
+
     actor_params = actor.init(key_actor, batch.observation)
-    critic_params = jax.vmap(critic.init, (0, None, None))(
-        jax.random.split(key_critic, cfg.num_critics), batch.observation, batch.action[:, None]
-    )
-    critics = jax.vmap(critic.apply, (0, None, None))  # -> [K, B, M]
-    create = train_state.TrainState.create
-    adam, critic_adam = map(optax.adam, (cfg.actor_learning_rate, cfg.critic_learning_rate))
+    critic_keys = jax.random.split(key_critic, cfg.num_critics)
+    critic_params = init_critics(critic_keys, batch.observation, batch.action[:, None])
+    actor_adam = optax.adam(cfg.actor_learning_rate)
+    critic_adam = optax.adam(cfg.critic_learning_rate)
+    temperature_adam = optax.adam(cfg.actor_learning_rate)
+    multiplier_adam = optax.adam(cfg.critic_learning_rate)
+    mean, std = statistics
+    observation_shape = batch.observation.shape[-1:]
     return State(
-        create(apply_fn=actor.apply, params=actor_params, tx=adam),
-        TrainState.create(critics, critic_params, critic_adam),
-        create(apply_fn=multiplier, params={"log": jnp.float32(0.0)}, tx=adam),
-        create(apply_fn=multiplier, params={"log": jnp.float32(1.0)}, tx=critic_adam),
-        tuple(jnp.broadcast_to(x, batch.observation.shape[-1:]) for x in statistics),
+        actor=train_state.TrainState.create(
+            apply_fn=actor.apply, params=actor_params, tx=actor_adam
+        ),
+        critic=TrainState.create(apply_critics, critic_params, critic_adam),
+        log_temperature=train_state.TrainState.create(
+            apply_fn=bounded_exp, params={"log": jnp.float32(0.0)}, tx=temperature_adam
+        ),
+        log_multiplier=train_state.TrainState.create(
+            apply_fn=bounded_exp, params={"log": jnp.float32(1.0)}, tx=multiplier_adam
+        ),
+        statistics=(
+            jnp.broadcast_to(mean, observation_shape),
+            jnp.broadcast_to(std, observation_shape),
+        ),
     )
 
 
-def multiplier(params):
+def bounded_exp(params):
+    """Temperature or multiplier from its logarithm, at most 1e6."""
     return jnp.exp(params["log"]).clip(0.0, 1e6)
 
 
 # --- Losses -------------------------------------------------------------------------------------
 def critic_loss(params, state, batch, key, cfg):
-    """TD error + alpha (log sum exp Q(s, a~) - Q(s, a)), a~ the sampled actions, per critic. Eq. 4.
+    """Squared TD error + alpha (log sum_a~ exp Q(s, a~) - Q(s, a)), a~ the sampled actions. Eq. 4.
 
-    Means over B, summed over K. All sampled actions, those of pi(s') too, are valued at s.
+    Mean over B, summed over K. All sampled actions are valued at s, those of pi(s') too. With a
+    `target_action_gap` the Lagrange multiplier multiplies alpha.
     """
-    actions, log_density, next_action = sample_actions(state.actor, batch, key, cfg)
-    next_q = state.critic.apply_fn(state.critic.target_params, batch.next_observation, next_action)
-    next_q = next_q.min(axis=0).max(axis=-1)  # [B]
+    sampled_action, log_density, target_action = sample_actions(state.actor, batch, key, cfg)
+
+    next_q = state.critic.apply_fn(
+        state.critic.target_params, batch.next_observation, target_action
+    )
+    next_q = next_q.min(axis=0).max(axis=-1)  # [K, B, 1 or N] -> [B]
     # Bootstrap through truncations, never through terminations.
-    target = batch.reward + cfg.discount * (1.0 - batch.termination) * next_q
-    every_q = state.critic.apply_fn(params, batch.observation, actions)  # [K, B, 1 + 3N]
-    q = every_q[..., 0]  # [K, B]
-    # With densities: log of the integral of exp Q plus log 3N, which gap and clip count too.
-    every_q = every_q[..., 1:] - log_density[None] if cfg.importance else every_q
-    difference = jax.nn.logsumexp(every_q, axis=-1) - q  # [K, B]
-    if cfg.lowest_difference is not None:
-        difference = jnp.maximum(difference, cfg.lowest_difference)
-    chex.assert_equal_shape([*q, *difference, target])
+    target = batch.reward + cfg.discount * (1.0 - batch.termination) * next_q  # [B]
+
+    # One call for the action of the data and the sampled ones is faster than two.
+    action = jnp.concatenate([batch.action[:, None], sampled_action], axis=1)  # [B, 1 + 3N, A]
+    all_q = state.critic.apply_fn(params, batch.observation, action)  # [K, B, 1 + 3N]
+    q = all_q[..., 0]  # [K, B]
+    sampled_q = all_q[..., 1:]  # [K, B, 3N]
+    chex.assert_equal_shape([*q, target])
     td_error = jnp.square(q - target[None]).mean(axis=1).sum()
-    weight = 1.0 if cfg.gap is None else state.lagrange.apply_fn(state.lagrange.params)
-    loss = td_error + weight * cfg.alpha * difference.mean(axis=1).sum()
-    metrics = {"td_error": td_error, "q": q.mean(), "penalty": difference.mean()}
-    return loss, metrics | {"critic_loss": loss}
+
+    if cfg.importance_sampling:
+        # A sum over 3N samples, not a mean: gap, threshold and clip include log 3N.
+        soft_maximum = jax.nn.logsumexp(sampled_q - log_density[None], axis=-1)  # [K, B]
+    else:
+        soft_maximum = jax.nn.logsumexp(all_q, axis=-1)  # over the data's action as well
+    conservative_gap = soft_maximum - q  # [K, B]
+    if cfg.clip_diff_min is not None:
+        conservative_gap = jnp.maximum(conservative_gap, cfg.clip_diff_min)
+
+    multiplier = 1.0
+    if cfg.target_action_gap is not None:
+        multiplier = bounded_exp(state.log_multiplier.params)
+    conservative_loss = multiplier * cfg.alpha * conservative_gap.mean(axis=1).sum()
+    loss = td_error + conservative_loss
+    metrics = {"critic_loss": loss, "td_error": td_error, "q": q.mean()}
+    return loss, metrics | {"conservative_gap": conservative_gap.mean()}
 
 
 def actor_loss(params, state, batch, key, cfg):
-    """temperature log pi(a~|s) - min_k Q_k(s, a~) with a~ ~ pi(s)."""
-    action, log_prob = sample_tanh(*state.actor.apply_fn(params, batch.observation), key, 1)
-    q = state.critic.apply_fn(state.critic.params, batch.observation, action).min(axis=0)  # [B, 1]
+    """temperature log pi(a~|s) - min_k Q_k(s, a~) with one a~ ~ pi(s), mean over B."""
+    mean, log_std = state.actor.apply_fn(params, batch.observation)
+    action, log_prob = sample_tanh(mean, log_std, key, 1)  # [B, 1, A], [B, 1]
+    q = state.critic.apply_fn(state.critic.params, batch.observation, action)
+    q = q.min(axis=0)  # [K, B, 1] -> [B, 1]
     chex.assert_equal_shape([q, log_prob, batch.reward[:, None]])
-    loss = (state.temperature.apply_fn(state.temperature.params) * log_prob - q).mean()
+    temperature = bounded_exp(state.log_temperature.params)
+    entropy_loss = temperature * log_prob
+    loss = (entropy_loss - q).mean()
     return loss, {"actor_loss": loss, "entropy": -log_prob.mean()}
 
 
 def temperature_loss(params, entropy, action_dim):
-    """log temperature (entropy - target), with -A as the target."""
-    return params["log"] * (entropy + action_dim)
+    """log temperature (entropy - target entropy), with -A as the target."""
+    target_entropy = -action_dim
+    return params["log"] * (entropy - target_entropy)
 
 
-def lagrange_loss(params, penalty, cfg):
-    """-multiplier alpha (penalty - gap): the multiplier grows while the penalty is above."""
-    return -multiplier(params) * cfg.alpha * (penalty - cfg.gap)
+def multiplier_loss(params, conservative_gap, cfg):
+    """-multiplier alpha (gap - target gap), so the multiplier grows while the gap is too large."""
+    return -bounded_exp(params) * cfg.alpha * (conservative_gap - cfg.target_action_gap)
 
 
 def sample_actions(actor, batch, key, cfg):
-    """Data, uniform, pi(s) and pi(s') actions [B, 1 + 3N, A], log density of the latter three
-    [B, 3N], and 1 or N actions at s' for the target [B, 1 or N, A]."""
+    """N uniform actions, N of pi(s) and N of pi(s'), [B, 3N, A], their log densities, [B, 3N], and
+    the actions of pi(s') for the TD target, [B, 1 or N, A]."""
     key_uniform, key_policy = jax.random.split(key)
-    size, n, dim = len(batch.reward), cfg.num_samples, batch.action.shape[-1]
-    both = jnp.concatenate([batch.observation, batch.next_observation])
-    count = 2 * n if cfg.max_target_backup else n + 1
-    action, log_prob = sample_tanh(*actor.apply_fn(actor.params, both), key_policy, count)
-    uniform = jax.random.uniform(key_uniform, (size, n, dim), minval=-1.0, maxval=1.0)
-    actions = [batch.action[:, None], uniform, action[:size, :n], action[size:, :n]]
-    logs = [jnp.full((size, n), dim * jnp.log(0.5)), log_prob[:size, :n], log_prob[size:, :n]]
-    return jnp.concatenate(actions, axis=1), jnp.concatenate(logs, axis=1), action[size:, n:]
+    batch_size, action_dim = batch.action.shape
+    count = cfg.num_samples
+    target_count = cfg.num_samples if cfg.max_target_backup else 1
+
+    shape = (batch_size, count, action_dim)
+    uniform_action = jax.random.uniform(key_uniform, shape, minval=-1.0, maxval=1.0)
+    uniform_log_prob = jnp.full((batch_size, count), action_dim * jnp.log(0.5))  # 1/2 per dimension
+
+    # One call of the actor for s and s'. Actions past the first N are for the target, unused at s.
+    observation = jnp.concatenate([batch.observation, batch.next_observation])  # [2B, O]
+    mean, log_std = actor.apply_fn(actor.params, observation)
+    action, log_prob = sample_tanh(mean, log_std, key_policy, count + target_count)
+    action_at_s, action_at_next = jnp.split(action, 2)  # [B, N + 1 or 2N, A] each
+    log_prob_at_s, log_prob_at_next = jnp.split(log_prob, 2)  # [B, N + 1 or 2N] each
+    current_action = action_at_s[:, :count]
+    next_action = action_at_next[:, :count]
+    target_action = action_at_next[:, count:]
+    current_log_prob = log_prob_at_s[:, :count]
+    next_log_prob = log_prob_at_next[:, :count]
+
+    sampled_action = jnp.concatenate([uniform_action, current_action, next_action], axis=1)
+    log_density = jnp.concatenate([uniform_log_prob, current_log_prob, next_log_prob], axis=1)
+    return sampled_action, log_density, target_action
 
 
 def sample_tanh(mean, log_std, key, count):
     """`count` actions of tanh N(mean, std) per row, [B, count, A], and their log pi, [B, count]."""
     noise = jax.random.normal(key, (len(mean), count, mean.shape[-1]))
     log_std = jnp.broadcast_to(log_std[:, None], noise.shape)
-    x = mean[:, None] + jnp.exp(log_std) * noise
-    log_prob = -0.5 * jnp.square(noise) - log_std - 0.5 * jnp.log(2 * jnp.pi)
-    log_prob -= 2 * (jnp.log(2.0) - x - jax.nn.softplus(-2 * x))  # log(1 - tanh(x)^2)
+    x = mean[:, None] + jnp.exp(log_std) * noise  # [B, count, A], before tanh
+    normal_log_prob = -0.5 * jnp.square(noise) - log_std - 0.5 * jnp.log(2 * jnp.pi)
+    log_slope = 2 * (jnp.log(2.0) - x - jax.nn.softplus(-2 * x))  # log(1 - tanh(x)^2)
+    log_prob = normal_log_prob - log_slope
     return jnp.tanh(x), log_prob.sum(axis=-1)
 
 
 # --- Update -------------------------------------------------------------------------------------
 def update(state, step, key, data, cfg):
-    """One step of every network, all of them from the state before, then the targets. One seed.
+    """One gradient step of every network at once, then one of the target critics. One seed.
 
     Randomness is a function of (key, step) alone, so neither the length of a chunk nor a resumed
     run changes the result. `key` is folded with the step, never split.
     """
     key_batch, key_critic, key_actor = jax.random.split(jax.random.fold_in(key, step), 3)
     batch = sample_batch(data, key_batch, cfg)
+    # All gradients are taken at the state before the update.
     critic_grads, critic_metrics = jax.grad(critic_loss, has_aux=True)(
         state.critic.params, state, batch, key_critic, cfg
     )
     actor_grads, actor_metrics = jax.grad(actor_loss, has_aux=True)(
         state.actor.params, state, batch, key_actor, cfg
     )
-    metrics, dim = critic_metrics | actor_metrics, batch.action.shape[-1]
-    temperature, lagrange = state.temperature, state.lagrange
-    metrics["temperature"] = temperature.apply_fn(temperature.params)
-    grads = jax.grad(temperature_loss)(temperature.params, metrics["entropy"], dim)
-    temperature = temperature.apply_gradients(grads=grads)
-    if cfg.gap is not None:
-        metrics["multiplier"] = lagrange.apply_fn(lagrange.params)
-        grads = jax.grad(lagrange_loss)(lagrange.params, metrics["penalty"], cfg)
-        lagrange = lagrange.apply_gradients(grads=grads)
-    critic = update_target(state.critic.apply_gradients(grads=critic_grads), cfg)
-    actor = state.actor.apply_gradients(grads=actor_grads)
-    return State(actor, critic, temperature, lagrange, state.statistics), metrics
+    metrics = critic_metrics | actor_metrics
+
+    action_dim = batch.action.shape[-1]
+    temperature_grads = jax.grad(temperature_loss)(
+        state.log_temperature.params, metrics["entropy"], action_dim
+    )
+    metrics["temperature"] = bounded_exp(state.log_temperature.params)
+
+    log_multiplier = state.log_multiplier
+    if cfg.target_action_gap is not None:
+        multiplier_grads = jax.grad(multiplier_loss)(
+            log_multiplier.params, metrics["conservative_gap"], cfg
+        )
+        metrics["multiplier"] = bounded_exp(log_multiplier.params)
+        log_multiplier = log_multiplier.apply_gradients(grads=multiplier_grads)
+
+    critic = state.critic.apply_gradients(grads=critic_grads)
+    state = State(
+        actor=state.actor.apply_gradients(grads=actor_grads),
+        critic=update_target(critic, cfg),
+        log_temperature=state.log_temperature.apply_gradients(grads=temperature_grads),
+        log_multiplier=log_multiplier,
+        statistics=state.statistics,
+    )
+    return state, metrics
 
 
 def sample_batch(data, key, cfg):
@@ -288,8 +363,10 @@ def train(cfg, options):
     """Train every seed of `cfg` and return its final normalised scores, [S]."""
     dataset = datasets.load(cfg.dataset, options.env, options.env_steps)
     reward = cfg.reward_scale * dataset.transitions.reward + cfg.reward_shift
-    data, statistics = dataset.transitions._replace(reward=reward), (0.0, 1.0)
-    data, statistics = normalise(data) if cfg.normalise_observations else (data, statistics)
+    data = dataset.transitions._replace(reward=reward)
+    statistics = (0.0, 1.0)  # leaves observations as they are
+    if cfg.normalise_observations:
+        data, statistics = normalise(data)
     data = experiment.place(data, options)
     example = jax.tree.map(lambda x: x[:1], data)
     init_keys, train_keys, policy_keys = experiment.streams(cfg.seeds, 3)  # [S] each

@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""CQL for integer actions (Kumar et al., 2020): double DQN, pushed down where data show nothing.
+"""CQL for integer actions (Kumar et al., 2020): double DQN with low values off the data.
 
 Paper       https://arxiv.org/abs/2006.04779
 Reference   https://github.com/aviralkumar2907/CQL (atari), https://github.com/takuseno/d3rlpy
 Run         python algorithms/cql_discrete.py --config configs/cql_discrete/classic.yaml
 Parent      none
 Results     benchmarks/results
-Deviations  the paper's Atari code has a quantile network (QR-DQN, 200 quantiles) over images; this
-            is its form over vectors, on double DQN with plain Q values and Huber error, as in
-            d3rlpy. Rows at a truncation are kept where their next observation is known.
+Deviations  The authors' Atari code has a quantile network (QR-DQN, 200 quantiles) over images.
+            Here observations are vectors, and the method stands on double DQN with plain Q values
+            and a Huber error, as in d3rlpy. Rows at a truncation are kept where their next
+            observation is known.
 
 Shapes: S seeds, B batch, E episodes, O observation, A number of actions.
 """
@@ -39,10 +40,10 @@ class Config:
     batch_size: int = 256  # transitions per update
     critic_learning_rate: float = 3e-4  # Adam
     discount: float = 0.99  # gamma, per environment step
-    target_every: int = 2_000  # updates between copies to the target network
+    target_every: int = 2_000  # updates between copies of the critic to the target critic
     hidden: tuple[int, ...] = (256, 256)  # widths of the critic
     # CQL
-    alpha: float = 1.0  # weight of the conservative term, Eq. 4
+    alpha: float = 1.0  # weight of the conservative gap: log sum exp Q(s, .) - Q(s, a), Eq. 4
 
 
 # --- Networks -----------------------------------------------------------------------------------
@@ -75,7 +76,7 @@ class MLP(nn.Module):
 
 # --- State --------------------------------------------------------------------------------------
 class TrainState(train_state.TrainState):
-    target_params: Any  # Polyak average of params
+    target_params: Any  # slow copy of params
 
     @classmethod
     def create(cls, apply_fn, params, tx):
@@ -85,36 +86,43 @@ class TrainState(train_state.TrainState):
 
 
 class State(NamedTuple):
-    critic: TrainState  # of all actions at once, target_params is a copy
+    critic: TrainState  # Q of all actions; target_params is copied every `target_every` updates
 
 
 def create_state(key, batch, cfg, num_actions=2):
     """State of one seed before the first update. `batch` supplies shapes only."""
-    critic, adam = MLP(cfg.hidden, num_actions), optax.adam(cfg.critic_learning_rate)
-    return State(TrainState.create(critic.apply, critic.init(key, batch.observation), adam))
+    critic = MLP(cfg.hidden, outputs=num_actions)
+    critic_params = critic.init(key, batch.observation)
+    critic_adam = optax.adam(cfg.critic_learning_rate)
+    return State(critic=TrainState.create(critic.apply, critic_params, critic_adam))
 
 
 # --- Losses -------------------------------------------------------------------------------------
 def critic_loss(params, state, batch, cfg):
-    """Huber TD error to the double-Q target plus alpha (log sum_a exp Q(s, a) - Q(s, a_data))."""
-    every_q = state.critic.apply_fn(params, batch.observation)  # [B, A]
-    q = jnp.take_along_axis(every_q, batch.action[:, None], axis=-1).squeeze(-1)  # [B]
-    best = state.critic.apply_fn(params, batch.next_observation).argmax(axis=-1)
-    next_q = state.critic.apply_fn(state.critic.target_params, batch.next_observation)
-    next_q = jnp.take_along_axis(next_q, best[:, None], axis=-1).squeeze(-1)
+    """Huber error to the double-Q target + alpha (log sum_a~ exp Q(s, a~) - Q(s, a)). Eq. 4."""
+    # Double DQN: the critic chooses the next action, the target critic values it.
+    next_action = state.critic.apply_fn(params, batch.next_observation).argmax(axis=-1)  # [B]
+    next_q = state.critic.apply_fn(state.critic.target_params, batch.next_observation)  # [B, A]
+    next_q = jnp.take_along_axis(next_q, next_action[:, None], axis=-1).squeeze(-1)  # [B]
     # Bootstrap through truncations, never through terminations.
-    target = batch.reward + cfg.discount * (1.0 - batch.termination) * next_q
-    difference = jax.nn.logsumexp(every_q, axis=-1) - q
-    chex.assert_equal_shape([q, target, difference])
-    td_error = optax.huber_loss(q, jax.lax.stop_gradient(target)).mean()
-    loss = td_error + cfg.alpha * difference.mean()
+    target = batch.reward + cfg.discount * (1.0 - batch.termination) * next_q  # [B]
+    target = jax.lax.stop_gradient(target)
+
+    all_q = state.critic.apply_fn(params, batch.observation)  # [B, A]
+    q = jnp.take_along_axis(all_q, batch.action[:, None], axis=-1).squeeze(-1)  # [B]
+    conservative_gap = jax.nn.logsumexp(all_q, axis=-1) - q  # [B]
+    chex.assert_equal_shape([q, target, conservative_gap])
+
+    td_error = optax.huber_loss(q, target).mean()
+    conservative_loss = cfg.alpha * conservative_gap.mean()
+    loss = td_error + conservative_loss
     metrics = {"critic_loss": loss, "td_error": td_error, "q": q.mean()}
-    return loss, metrics | {"penalty": difference.mean()}
+    return loss, metrics | {"conservative_gap": conservative_gap.mean()}
 
 
 # --- Update -------------------------------------------------------------------------------------
 def update(state, step, key, data, cfg):
-    """One gradient step, and every `target_every` of them a copy to the target. One seed.
+    """One gradient step; after every `target_every` of them the target critic is copied. One seed.
 
     Randomness is a function of (key, step) alone, so neither the length of a chunk nor a resumed
     run changes the result. `key` is folded with the step, never split.
@@ -123,10 +131,11 @@ def update(state, step, key, data, cfg):
     batch = sample_batch(data, key_batch, cfg)
     grads, metrics = jax.grad(critic_loss, has_aux=True)(state.critic.params, state, batch, cfg)
     critic = state.critic.apply_gradients(grads=grads)
-    target = optax.periodic_update(
+    # A copy, not a Polyak average: the target critic stays as it is in between.
+    target_params = optax.periodic_update(
         critic.params, critic.target_params, critic.step, cfg.target_every
     )
-    return State(critic.replace(target_params=target)), metrics
+    return State(critic=critic.replace(target_params=target_params)), metrics
 
 
 def sample_batch(data, key, cfg):

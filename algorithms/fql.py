@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""FQL (Park et al., 2025): a flow model clones the data, a one-step policy follows it and Q.
+"""FQL (Park et al., 2025): a flow clones the data, a one-step policy imitates it and raises Q.
 
 Paper       https://arxiv.org/abs/2502.02538
 Reference   https://github.com/seohongpark/fql
 Run         python algorithms/fql.py --config configs/fql/ogbench.yaml
 Parent      none
 Results     benchmarks/results
-Deviations  one Adam per network, not one for all of them: the same steps. Rows at a truncation are
-            kept where their next observation is known. Observations are vectors, not images.
-            As in the released code the target critics follow the critics before their step.
+Deviations  Each network has an Adam of its own, which makes the same steps as the reference's one
+            Adam for all. Rows at a truncation are kept where their next observation is known.
+            Observations are vectors, not images. As in the released code, the target critics
+            follow the critics before their gradient step.
 
 Shapes: S seeds, K critics, B batch, E episodes, O observation, A action. Arrays are float32.
 """
@@ -45,14 +46,14 @@ class Config:
     num_critics: int = 2  # K
     reward_shift: float = 0.0  # added to data set rewards (AntMaze: -1)
     # FQL
-    alpha: float = 10.0  # weight of (mu(s, z) - F(s, z))^2, in units of Q
-    q_agg: Literal["mean", "min"] = "mean"  # over K, in the TD target
-    normalize_q: bool = False  # divides Q by its mean size, alpha is then without units
-    flow_steps: int = 10  # Euler steps of F from noise to action
+    alpha: float = 10.0  # weight of the distillation error (mu(s, z) - F(s, z))^2 beside -Q
+    q_agg: Literal["mean", "min"] = "mean"  # of the K critics, in the TD target
+    normalize_q: bool = False  # divide Q by its mean absolute value in the actor loss
+    flow_steps: int = 10  # Euler steps of the flow F from noise z to action
 
 
 # --- Networks -----------------------------------------------------------------------------------
-def glorot(width):
+def glorot_dense(width):
     return nn.Dense(width, kernel_init=nn.initializers.xavier_uniform())
 
 
@@ -61,10 +62,10 @@ class GeluNet(nn.Module):
     action_dim: int
 
     @nn.compact
-    def __call__(self, *inputs):  # [..., O], [..., A] and for the flow [..., 1] -> [..., A]
+    def __call__(self, *inputs):  # [..., O], [..., A] and, for the flow, time [..., 1] -> [..., A]
         x = jnp.concatenate(inputs, axis=-1)
         for width in self.hidden:
-            x = nn.gelu(glorot(width)(x))
+            x = nn.gelu(glorot_dense(width)(x))
         head = nn.Dense(self.action_dim, kernel_init=nn.initializers.xavier_uniform(), name="head")
         return head(x)
 
@@ -76,13 +77,14 @@ class GeluCritic(nn.Module):
     def __call__(self, observation, action):  # [..., O], [..., A] -> [...]
         x = jnp.concatenate([observation, action], axis=-1)
         for width in self.hidden:
-            x = nn.LayerNorm()(nn.gelu(glorot(width)(x)))
-        return glorot(1)(x).squeeze(-1)
+            x = nn.gelu(glorot_dense(width)(x))
+            x = nn.LayerNorm()(x)
+        return glorot_dense(1)(x).squeeze(-1)
 
 
 # --- State --------------------------------------------------------------------------------------
 class TrainState(train_state.TrainState):
-    target_params: Any  # Polyak average of params
+    target_params: Any  # slow copy of params
 
     @classmethod
     def create(cls, apply_fn, params, tx):
@@ -92,40 +94,51 @@ class TrainState(train_state.TrainState):
 
 
 class State(NamedTuple):
-    actor: train_state.TrainState  # mu, the one-step policy
+    actor: train_state.TrainState  # mu(s, z), the one-step policy
     critic: TrainState  # every array has a leading [K] axis
-    flow: train_state.TrainState  # v, the velocity from noise to the data's actions
+    flow: train_state.TrainState  # v(s, x, t), the velocity from noise to the data's actions
 
 
 def create_state(key, batch, cfg):
     """State of one seed before the first update. `batch` supplies shapes only."""
     key_actor, key_critic, key_flow = jax.random.split(key, 3)
-    actor = flow = GeluNet(cfg.hidden, batch.action.shape[-1])
-    critic, time = GeluCritic(cfg.hidden), batch.action[..., :1]
-    actor_params = actor.init(key_actor, batch.observation, batch.action)
-    critic_params = jax.vmap(critic.init, (0, None, None))(
-        jax.random.split(key_critic, cfg.num_critics), batch.observation, batch.action
-    )
-    flow_params = flow.init(key_flow, batch.observation, batch.action, time)
-    critics = jax.vmap(critic.apply, (0, None, None))  # -> [K, B]
-    create, adam = train_state.TrainState.create, optax.adam(cfg.actor_learning_rate)
+    action_dim = batch.action.shape[-1]
+    actor = GeluNet(cfg.hidden, action_dim)
+    critic = GeluCritic(cfg.hidden)
+    flow = GeluNet(cfg.hidden, action_dim)
+    init_critics = jax.vmap(critic.init, (0, None, None))
+    apply_critics = jax.vmap(critic.apply, (0, None, None))  # -> [K, B]
+
+    noise = batch.action  # [B, A], z
+    time = batch.action[..., :1]  # [B, 1], t
+    actor_params = actor.init(key_actor, batch.observation, noise)
+    critic_keys = jax.random.split(key_critic, cfg.num_critics)
+    critic_params = init_critics(critic_keys, batch.observation, batch.action)
+    flow_params = flow.init(key_flow, batch.observation, noise, time)
+    actor_adam = optax.adam(cfg.actor_learning_rate)
+    critic_adam = optax.adam(cfg.critic_learning_rate)
+    flow_adam = optax.adam(cfg.actor_learning_rate)
     return State(
-        create(apply_fn=actor.apply, params=actor_params, tx=adam),
-        TrainState.create(critics, critic_params, optax.adam(cfg.critic_learning_rate)),
-        create(apply_fn=flow.apply, params=flow_params, tx=adam),
+        actor=train_state.TrainState.create(
+            apply_fn=actor.apply, params=actor_params, tx=actor_adam
+        ),
+        critic=TrainState.create(apply_critics, critic_params, critic_adam),
+        flow=train_state.TrainState.create(apply_fn=flow.apply, params=flow_params, tx=flow_adam),
     )
 
 
 # --- Losses -------------------------------------------------------------------------------------
 def critic_loss(params, state, batch, key, cfg):
-    """TD error to r + gamma Q(s', mu(s', z)), target critics, mean over K and B. Algorithm 1."""
-    noise = jax.random.normal(key, batch.action.shape)
+    """Squared TD error to r + gamma Q(s', mu(s', z)), mean over K and B. Algorithm 1."""
+    noise = jax.random.normal(key, batch.action.shape)  # z, [B, A]
     next_action = state.actor.apply_fn(state.actor.params, batch.next_observation, noise)
     next_action = next_action.clip(-1.0, 1.0)
+
     next_q = state.critic.apply_fn(state.critic.target_params, batch.next_observation, next_action)
-    next_q = aggregate(next_q, cfg)  # [B]
+    next_q = aggregate(next_q, cfg)  # [K, B] -> [B]
     # Bootstrap through truncations, never through terminations.
-    target = batch.reward + cfg.discount * (1.0 - batch.termination) * next_q
+    target = batch.reward + cfg.discount * (1.0 - batch.termination) * next_q  # [B]
+
     q = state.critic.apply_fn(params, batch.observation, batch.action)  # [K, B]
     chex.assert_equal_shape([*q, target])
     loss = jnp.square(q - target[None]).mean()
@@ -134,69 +147,81 @@ def critic_loss(params, state, batch, key, cfg):
 
 def actor_loss(params, state, batch, key, cfg):
     """alpha (mu(s, z) - F(s, z))^2 - mean_k Q_k(s, mu(s, z)), F without gradient. Algorithm 1."""
-    noise = jax.random.normal(key, batch.action.shape)
-    goal = integrate(state.flow.apply_fn, state.flow.params, batch.observation, noise, cfg)
+    noise = jax.random.normal(key, batch.action.shape)  # z, the same for mu and F
+    flow_action = integrate(state.flow.apply_fn, state.flow.params, batch.observation, noise, cfg)
     action = state.actor.apply_fn(params, batch.observation, noise)
-    chex.assert_equal_shape([action, goal, batch.action])
-    distance = jnp.square(action - goal).mean(axis=-1)  # [B]
+    chex.assert_equal_shape([action, flow_action, batch.action])
+    distill_error = jnp.square(action - flow_action).mean(axis=-1)  # [B]
+
     action = action.clip(-1.0, 1.0)
-    q = state.critic.apply_fn(state.critic.params, batch.observation, action).mean(axis=0)
-    chex.assert_equal_shape([distance, q, batch.reward])
-    scale = jax.lax.stop_gradient(jnp.abs(q).mean()) if cfg.normalize_q else 1.0
-    loss = (cfg.alpha * distance - q / scale).mean()
-    return loss, {"actor_loss": loss, "distill_loss": distance.mean()}
+    q = state.critic.apply_fn(state.critic.params, batch.observation, action)
+    q = q.mean(axis=0)  # [K, B] -> [B]
+    q_scale = 1.0
+    if cfg.normalize_q:
+        q_scale = jax.lax.stop_gradient(jnp.abs(q).mean())
+    q_loss = -q / q_scale
+
+    chex.assert_equal_shape([distill_error, q_loss, batch.reward])
+    loss = (cfg.alpha * distill_error + q_loss).mean()
+    return loss, {"actor_loss": loss, "distill_loss": distill_error.mean()}
 
 
 def flow_loss(params, state, batch, key, cfg):
     """(v(s, x_t, t) - (a - z))^2 at x_t = (1 - t) z + t a, t uniform in [0, 1]. Algorithm 1."""
     key_noise, key_time = jax.random.split(key)
-    noise = jax.random.normal(key_noise, batch.action.shape)
-    time = jax.random.uniform(key_time, (len(noise), 1))
-    x = (1.0 - time) * noise + time * batch.action
+    noise = jax.random.normal(key_noise, batch.action.shape)  # z, [B, A]
+    time = jax.random.uniform(key_time, (len(noise), 1))  # t, [B, 1]
+    x = (1.0 - time) * noise + time * batch.action  # x_t, [B, A]
     velocity = state.flow.apply_fn(params, batch.observation, x, time)
-    chex.assert_equal_shape([velocity, noise, batch.action])
-    loss = jnp.square(velocity - (batch.action - noise)).mean()
+    target_velocity = batch.action - noise
+    chex.assert_equal_shape([velocity, target_velocity])
+    loss = jnp.square(velocity - target_velocity).mean()
     return loss, {"flow_loss": loss}
 
 
 def aggregate(q, cfg):
-    """One value of K, [K, ...] -> [...]."""
-    return q.min(axis=0) if cfg.q_agg == "min" else q.mean(axis=0)
+    """Mean or minimum over the critics, [K, ...] -> [...]."""
+    if cfg.q_agg == "min":
+        return q.min(axis=0)
+    return q.mean(axis=0)
 
 
 def integrate(apply_fn, params, observation, noise, cfg):
-    """F: the action that the flow makes of noise, by Euler's method, [..., O], [..., A]."""
+    """F(s, z): the action that the flow makes of noise in `flow_steps` Euler steps, [..., A]."""
     x = noise
-    for i in range(cfg.flow_steps):  # unrolled: a handful of matrix products each
+    for i in range(cfg.flow_steps):  # a Python loop: a handful of matrix products per step
         time = jnp.full((*x.shape[:-1], 1), i / cfg.flow_steps)
-        x = x + apply_fn(params, observation, x, time) / cfg.flow_steps
+        velocity = apply_fn(params, observation, x, time)
+        x = x + velocity / cfg.flow_steps
     return x.clip(-1.0, 1.0)
 
 
 # --- Update -------------------------------------------------------------------------------------
 def update(state, step, key, data, cfg):
-    """One step of each network, all of them from the state before, on one batch. One seed.
+    """One gradient step of every network at once, on one batch. One seed.
 
     Randomness is a function of (key, step) alone, so neither the length of a chunk nor a resumed
     run changes the result. `key` is folded with the step, never split.
     """
-    key_batch, *keys = jax.random.split(jax.random.fold_in(key, step), 4)
+    keys = jax.random.split(jax.random.fold_in(key, step), 4)
+    key_batch, key_critic, key_actor, key_flow = keys
     batch = sample_batch(data, key_batch, cfg)
+    # All gradients are taken at the state before the update.
     critic_grads, critic_metrics = jax.grad(critic_loss, has_aux=True)(
-        state.critic.params, state, batch, keys[0], cfg
+        state.critic.params, state, batch, key_critic, cfg
     )
     actor_grads, actor_metrics = jax.grad(actor_loss, has_aux=True)(
-        state.actor.params, state, batch, keys[1], cfg
+        state.actor.params, state, batch, key_actor, cfg
     )
     flow_grads, flow_metrics = jax.grad(flow_loss, has_aux=True)(
-        state.flow.params, state, batch, keys[2], cfg
+        state.flow.params, state, batch, key_flow, cfg
     )
-    # Targets first: they follow the critics before their step.
-    state = state._replace(critic=update_target(state.critic, cfg))
+    # Targets first: they follow the critics before their gradient step.
+    critic = update_target(state.critic, cfg)
     state = State(
-        state.actor.apply_gradients(grads=actor_grads),
-        state.critic.apply_gradients(grads=critic_grads),
-        state.flow.apply_gradients(grads=flow_grads),
+        actor=state.actor.apply_gradients(grads=actor_grads),
+        critic=critic.apply_gradients(grads=critic_grads),
+        flow=state.flow.apply_gradients(grads=flow_grads),
     )
     return state, critic_metrics | actor_metrics | flow_metrics
 
@@ -221,7 +246,7 @@ def train_chunk(state, key, start, data, cfg):
 
 # --- Policy -------------------------------------------------------------------------------------
 def policy(apply_fn, params, observation, key):
-    """Action in [-1, 1], [..., O] -> [..., A], random by `key`."""
+    """mu(s, z) with noise z of `key`, clipped to [-1, 1], [..., O] -> [..., A]."""
     action_dim = params["params"]["head"]["bias"].shape[-1]
     noise = jax.random.normal(key, (*observation.shape[:-1], action_dim))
     return apply_fn(params, observation, noise).clip(-1.0, 1.0)
@@ -237,7 +262,8 @@ def train(cfg, options):
     dataset = datasets.load(cfg.dataset, options.env, options.env_steps)
     action = dataset.transitions.action.clip(-1 + 1e-5, 1 - 1e-5)
     reward = dataset.transitions.reward + cfg.reward_shift
-    data = experiment.place(dataset.transitions._replace(action=action, reward=reward), options)
+    data = dataset.transitions._replace(action=action, reward=reward)
+    data = experiment.place(data, options)
     example = jax.tree.map(lambda x: x[:1], data)
     init_keys, train_keys, policy_keys = experiment.streams(cfg.seeds, 3)  # [S] each
     create = partial(create_state, batch=example, cfg=cfg)

@@ -106,7 +106,7 @@ class NormThenReluValue(nn.Module):
 
 # --- State --------------------------------------------------------------------------------------
 class TrainState(train_state.TrainState):
-    target_params: Any  # Polyak average of params
+    target_params: Any  # slow copy of params
 
     @classmethod
     def create(cls, apply_fn, params, tx):

@@ -1,18 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""QC and QC-FQL (Li et al., 2025): Q-learning over chunks of h actions, cloned by a flow model.
+"""QC and QC-FQL (Li et al., 2025): Q-learning over chunks of h actions that a flow model clones.
 
 Paper       https://arxiv.org/abs/2507.07969
 Reference   https://github.com/ColinQiyangLi/qc
 Run         python algorithms/qc.py --config configs/qc/ogbench.yaml
-Parent      fql.py (122 lines)
+Parent      fql.py (193 lines)
 Results     benchmarks/results
-Deviations  those of fql.py; offline only, the paper goes on online. Rewards after a termination
-            inside a chunk do not count (reference: they do, the bootstrap stops). The critics also
-            learn from chunks that a termination cuts at an episode's end (reference: dropped;
-            OGBench has few); such a chunk goes on with the actions of the rows behind it.
+Deviations  Those of fql.py. Offline only; the paper continues online. Rewards after a termination
+            inside a chunk do not count (in the reference they do, and only the bootstrap stops).
+            The critics also learn from chunks in which a termination ends the episode (the
+            reference drops them; OGBench has few); their remaining actions are those of the rows
+            that follow in the data.
 
 Shapes: S seeds, K critics, N samples, h steps of a chunk, B batch or rows, E episodes,
-        O observation, A action. Arrays are float32.
+        O observation, A action. Arrays are float32. A chunk of actions is one vector, [h A].
 """
 
 from dataclasses import dataclass, replace
@@ -47,19 +48,19 @@ class Config:
     num_critics: int = 2  # K
     reward_shift: float = 0.0  # added to data set rewards (AntMaze: -1)
     # FQL
-    alpha: float = 100.0  # of distill: weight of (mu(s, z) - F(s, z))^2, in units of Q
-    q_agg: Literal["mean", "min"] = "mean"  # over K, in the TD target
-    normalize_q: bool = False  # of distill: divides Q by its mean size, alpha is without units
-    flow_steps: int = 10  # Euler steps of F from noise to action
+    alpha: float = 100.0  # with distill: weight of (mu(s, z) - F(s, z))^2 beside -Q
+    q_agg: Literal["mean", "min"] = "mean"  # of the K critics, in the TD target and the choice
+    normalize_q: bool = False  # with distill: divide Q by its mean absolute value in the actor loss
+    flow_steps: int = 10  # Euler steps of the flow F from noise z to action
     # QC
-    actor: Literal["best_of_n", "distill"] = "best_of_n"  # QC, or QC-FQL with FQL's policy
+    actor: Literal["best_of_n", "distill"] = "best_of_n"  # QC, or QC-FQL with FQL's one-step policy
     horizon: int = 5  # h, actions per chunk
-    num_samples: int = 32  # N, chunks to choose from with best_of_n
+    num_samples: int = 32  # N, with best_of_n: chunks of the flow from which Q chooses
     sparse_reward: bool = False  # rewards other than 0 become -1 (scene, puzzle-3x3)
 
 
 # --- Networks -----------------------------------------------------------------------------------
-def glorot(width):
+def glorot_dense(width):
     return nn.Dense(width, kernel_init=nn.initializers.xavier_uniform())
 
 
@@ -68,10 +69,10 @@ class GeluNet(nn.Module):
     action_dim: int
 
     @nn.compact
-    def __call__(self, *inputs):  # [..., O], [..., A] and for the flow [..., 1] -> [..., A]
+    def __call__(self, *inputs):  # [..., O], [..., A] and, for the flow, time [..., 1] -> [..., A]
         x = jnp.concatenate(inputs, axis=-1)
         for width in self.hidden:
-            x = nn.gelu(glorot(width)(x))
+            x = nn.gelu(glorot_dense(width)(x))
         head = nn.Dense(self.action_dim, kernel_init=nn.initializers.xavier_uniform(), name="head")
         return head(x)
 
@@ -83,24 +84,25 @@ class GeluCritic(nn.Module):
     def __call__(self, observation, action):  # [..., O], [..., A] -> [...]
         x = jnp.concatenate([observation, action], axis=-1)
         for width in self.hidden:
-            x = nn.LayerNorm()(nn.gelu(glorot(width)(x)))
-        return glorot(1)(x).squeeze(-1)
+            x = nn.gelu(glorot_dense(width)(x))
+            x = nn.LayerNorm()(x)
+        return glorot_dense(1)(x).squeeze(-1)
 
 
 # --- State --------------------------------------------------------------------------------------
 class Chunks(NamedTuple):
-    """Rows of the data, each with the h - 1 behind it."""
+    """Chunks of the data, one from each row on: the row and the h - 1 after it."""
 
-    observation: Any  # [B, O] before the first action
+    observation: Any  # [B, O], before the first action
     action: Any  # [B, h A]
-    reward: Any  # [B] sum of gamma^k r_k up to a termination
-    next_observation: Any  # [B, O] after the last action
-    termination: Any  # [B] 1 where one of the actions ends the episode
-    valid: Any  # [B, h] 1 where an action is of the first one's episode
+    reward: Any  # [B], the sum of gamma^k r_k up to a termination
+    next_observation: Any  # [B, O], after the last action
+    termination: Any  # [B], 1 where the chunk contains a termination
+    valid: Any  # [B, h], 1 where a row belongs to the episode of the first one
 
 
 class TrainState(train_state.TrainState):
-    target_params: Any  # Polyak average of params
+    target_params: Any  # slow copy of params
 
     @classmethod
     def create(cls, apply_fn, params, tx):
@@ -110,47 +112,75 @@ class TrainState(train_state.TrainState):
 
 
 class State(NamedTuple):
-    actor: train_state.TrainState | None  # mu, the one-step policy; only with distill
+    actor: train_state.TrainState | None  # mu(s, z), the one-step policy; None with best_of_n
     critic: TrainState  # every array has a leading [K] axis
-    flow: train_state.TrainState  # v, the velocity from noise to the data's actions
+    flow: train_state.TrainState  # v(s, x, t), the velocity from noise to the data's actions
+
+
+class PolicyParams(NamedTuple):
+    """Parameters of the networks that choose a chunk; the others are None."""
+
+    actor: Any  # with distill
+    critic: Any  # with best_of_n
+    flow: Any  # with best_of_n
 
 
 def create_state(key, batch, cfg):
     """State of one seed before the first update. `batch` supplies shapes only."""
     key_actor, key_critic, key_flow = jax.random.split(key, 3)
-    batch = batch._replace(action=jnp.tile(batch.action, cfg.horizon))  # [B, A] -> [B, h A]
-    actor = flow = GeluNet(cfg.hidden, batch.action.shape[-1])
-    critic, time = GeluCritic(cfg.hidden), batch.action[..., :1]
-    actor_params = actor.init(key_actor, batch.observation, batch.action)
-    critic_params = jax.vmap(critic.init, (0, None, None))(
-        jax.random.split(key_critic, cfg.num_critics), batch.observation, batch.action
-    )
-    flow_params = flow.init(key_flow, batch.observation, batch.action, time)
-    critics = jax.vmap(critic.apply, (0, None, None))  # -> [K, B]
-    create, adam = train_state.TrainState.create, optax.adam(cfg.actor_learning_rate)
-    distill = cfg.actor == "distill"
+    chunk = jnp.tile(batch.action, cfg.horizon)  # [B, A] -> [B, h A]
+    chunk_dim = chunk.shape[-1]
+    actor = GeluNet(cfg.hidden, chunk_dim)
+    critic = GeluCritic(cfg.hidden)
+    flow = GeluNet(cfg.hidden, chunk_dim)
+    init_critics = jax.vmap(critic.init, (0, None, None))
+    apply_critics = jax.vmap(critic.apply, (0, None, None))  # -> [K, B]
+
+    noise = chunk  # [B, h A], z
+    time = chunk[..., :1]  # [B, 1], t
+    critic_keys = jax.random.split(key_critic, cfg.num_critics)
+    critic_params = init_critics(critic_keys, batch.observation, chunk)
+    flow_params = flow.init(key_flow, batch.observation, noise, time)
+    critic_adam = optax.adam(cfg.critic_learning_rate)
+    flow_adam = optax.adam(cfg.actor_learning_rate)
+    actor_state = None
+    if cfg.actor == "distill":
+        actor_params = actor.init(key_actor, batch.observation, noise)
+        actor_adam = optax.adam(cfg.actor_learning_rate)
+        actor_state = train_state.TrainState.create(
+            apply_fn=actor.apply, params=actor_params, tx=actor_adam
+        )
     return State(
-        create(apply_fn=actor.apply, params=actor_params, tx=adam) if distill else None,
-        TrainState.create(critics, critic_params, optax.adam(cfg.critic_learning_rate)),
-        create(apply_fn=flow.apply, params=flow_params, tx=adam),
+        actor=actor_state,
+        critic=TrainState.create(apply_critics, critic_params, critic_adam),
+        flow=train_state.TrainState.create(apply_fn=flow.apply, params=flow_params, tx=flow_adam),
     )
 
 
 # --- Losses -------------------------------------------------------------------------------------
 def critic_loss(params, state, batch, key, cfg):
-    """TD error of a chunk to its rewards + gamma^h Q(s', the policy's chunk), target critics."""
+    """Squared TD error of a chunk to its rewards + gamma^h Q(s', the policy's chunk at s').
+
+    Mean over K and B. The policy chooses its chunk by the critics, the target critics value it.
+    """
     next_action = sample_chunk(
-        *(state.flow.apply_fn, policy_params(state), batch.next_observation, key),
-        *(state.critic.apply_fn, cfg),
-    )
+        state.flow.apply_fn,
+        state.critic.apply_fn,
+        policy_params(state),
+        batch.next_observation,
+        key,
+        cfg,
+    )  # [B, h A]
+
     next_q = state.critic.apply_fn(state.critic.target_params, batch.next_observation, next_action)
-    next_q = aggregate(next_q, cfg)  # [B]
+    next_q = aggregate(next_q, cfg)  # [K, B] -> [B]
     # Bootstrap through truncations, never through terminations.
     discount = cfg.discount**cfg.horizon
-    target = batch.reward + discount * (1.0 - batch.termination) * next_q
+    target = batch.reward + discount * (1.0 - batch.termination) * next_q  # [B]
+
     q = state.critic.apply_fn(params, batch.observation, batch.action)  # [K, B]
-    # What follows a chunk that the recording cuts is not known.
-    known = jnp.maximum(batch.valid[:, -1], batch.termination)
+    # What follows the chunk is unknown where the episode ends inside it without a termination.
+    known = jnp.maximum(batch.valid[:, -1], batch.termination)  # [B]
     chex.assert_equal_shape([*q, target, known])
     loss = (known[None] * jnp.square(q - target[None])).mean()
     return loss, {"critic_loss": loss, "q": q.mean()}
@@ -158,89 +188,110 @@ def critic_loss(params, state, batch, key, cfg):
 
 def actor_loss(params, state, batch, key, cfg):
     """alpha (mu(s, z) - F(s, z))^2 - mean_k Q_k(s, mu(s, z)), F without gradient. QC-FQL."""
-    noise = jax.random.normal(key, batch.action.shape)
-    goal = integrate(state.flow.apply_fn, state.flow.params, batch.observation, noise, cfg)
+    noise = jax.random.normal(key, batch.action.shape)  # z, the same for mu and F
+    flow_action = integrate(state.flow.apply_fn, state.flow.params, batch.observation, noise, cfg)
     action = state.actor.apply_fn(params, batch.observation, noise)
-    chex.assert_equal_shape([action, goal, batch.action])
-    distance = jnp.square(action - goal).mean(axis=-1)  # [B]
+    chex.assert_equal_shape([action, flow_action, batch.action])
+    distill_error = jnp.square(action - flow_action).mean(axis=-1)  # [B]
+
     action = action.clip(-1.0, 1.0)
-    q = state.critic.apply_fn(state.critic.params, batch.observation, action).mean(axis=0)
-    chex.assert_equal_shape([distance, q, batch.reward])
-    scale = jax.lax.stop_gradient(jnp.abs(q).mean()) if cfg.normalize_q else 1.0
-    loss = (cfg.alpha * distance - q / scale).mean()
-    return loss, {"actor_loss": loss, "distill_loss": distance.mean()}
+    q = state.critic.apply_fn(state.critic.params, batch.observation, action)
+    q = q.mean(axis=0)  # [K, B] -> [B]
+    q_scale = 1.0
+    if cfg.normalize_q:
+        q_scale = jax.lax.stop_gradient(jnp.abs(q).mean())
+    q_loss = -q / q_scale
+
+    chex.assert_equal_shape([distill_error, q_loss, batch.reward])
+    loss = (cfg.alpha * distill_error + q_loss).mean()
+    return loss, {"actor_loss": loss, "distill_loss": distill_error.mean()}
 
 
 def flow_loss(params, state, batch, key, cfg):
-    """(v(s, x_t, t) - (a - z))^2 at x_t = (1 - t) z + t a, t uniform in [0, 1], a a chunk."""
+    """(v(s, x_t, t) - (a - z))^2 at x_t = (1 - t) z + t a, t uniform in [0, 1], for a chunk a.
+
+    The error of actions past the end of the episode counts as 0.
+    """
     key_noise, key_time = jax.random.split(key)
-    noise = jax.random.normal(key_noise, batch.action.shape)
-    time = jax.random.uniform(key_time, (len(noise), 1))
-    x = (1.0 - time) * noise + time * batch.action
+    noise = jax.random.normal(key_noise, batch.action.shape)  # z, [B, h A]
+    time = jax.random.uniform(key_time, (len(noise), 1))  # t, [B, 1]
+    x = (1.0 - time) * noise + time * batch.action  # x_t, [B, h A]
     velocity = state.flow.apply_fn(params, batch.observation, x, time)
-    chex.assert_equal_shape([velocity, noise, batch.action])
-    error = jnp.square(velocity - (batch.action - noise))
-    error = error.reshape(len(error), cfg.horizon, -1) * batch.valid[..., None]
-    loss = error.mean()
+    target_velocity = batch.action - noise
+    chex.assert_equal_shape([velocity, target_velocity])
+    error = jnp.square(velocity - target_velocity)
+    error = error.reshape(len(error), cfg.horizon, -1)  # [B, h A] -> [B, h, A]
+    loss = (error * batch.valid[..., None]).mean()
     return loss, {"flow_loss": loss}
 
 
 def aggregate(q, cfg):
-    """One value of K, [K, ...] -> [...]."""
-    return q.min(axis=0) if cfg.q_agg == "min" else q.mean(axis=0)
+    """Mean or minimum over the critics, [K, ...] -> [...]."""
+    if cfg.q_agg == "min":
+        return q.min(axis=0)
+    return q.mean(axis=0)
 
 
 def integrate(apply_fn, params, observation, noise, cfg):
-    """F: the action that the flow makes of noise, by Euler's method, [..., O], [..., A]."""
+    """F(s, z): the action that the flow makes of noise in `flow_steps` Euler steps, [..., A]."""
     x = noise
-    for i in range(cfg.flow_steps):  # unrolled: a handful of matrix products each
+    for i in range(cfg.flow_steps):  # a Python loop: a handful of matrix products per step
         time = jnp.full((*x.shape[:-1], 1), i / cfg.flow_steps)
-        x = x + apply_fn(params, observation, x, time) / cfg.flow_steps
+        velocity = apply_fn(params, observation, x, time)
+        x = x + velocity / cfg.flow_steps
     return x.clip(-1.0, 1.0)
 
 
-def sample_chunk(apply_fn, params, observation, key, critic, cfg):
-    """A chunk of the policy, [..., O] -> [..., h A]: mu's, or of N of the flow's the best by Q."""
-    params, critic_params = params
-    if cfg.actor == "best_of_n":
-        observation = jnp.broadcast_to(observation, (cfg.num_samples, *observation.shape))
-    size = params["params"]["head"]["bias"].shape[-1]
-    noise = jax.random.normal(key, (*observation.shape[:-1], size))
+def sample_chunk(apply_fn, apply_critics, params, observation, key, cfg):
+    """QC-FQL: a chunk of mu. QC: the chunk of highest Q among N of the flow. [..., O] -> [..., h A]
+
+    `apply_fn` is that of mu and of the flow, which have the same architecture.
+    """
     if cfg.actor == "distill":
-        return apply_fn(params, observation, noise).clip(-1.0, 1.0)
-    action = integrate(apply_fn, params, observation, noise, cfg)  # [N, ..., h A]
-    q = aggregate(critic(critic_params, observation, action), cfg)  # [N, ...]
-    best = q.argmax(axis=0)[None, ..., None]
-    return jnp.take_along_axis(action, best, axis=0)[0]
+        chunk_dim = params.actor["params"]["head"]["bias"].shape[-1]
+        noise = jax.random.normal(key, (*observation.shape[:-1], chunk_dim))
+        return apply_fn(params.actor, observation, noise).clip(-1.0, 1.0)
+
+    chunk_dim = params.flow["params"]["head"]["bias"].shape[-1]
+    observation = jnp.broadcast_to(observation, (cfg.num_samples, *observation.shape))
+    noise = jax.random.normal(key, (*observation.shape[:-1], chunk_dim))  # [N, ..., h A]
+    action = integrate(apply_fn, params.flow, observation, noise, cfg)  # [N, ..., h A]
+    q = apply_critics(params.critic, observation, action)
+    q = aggregate(q, cfg)  # [K, N, ...] -> [N, ...]
+    best = q.argmax(axis=0)  # [...]
+    return jnp.take_along_axis(action, best[None, ..., None], axis=0)[0]
 
 
 # --- Update -------------------------------------------------------------------------------------
 def update(state, step, key, data, cfg):
-    """One step of each network, all of them from the state before, on one batch. One seed.
+    """One gradient step of every network at once, on one batch. One seed.
 
     Randomness is a function of (key, step) alone, so neither the length of a chunk nor a resumed
     run changes the result. `key` is folded with the step, never split.
     """
-    key_batch, *keys = jax.random.split(jax.random.fold_in(key, step), 4)
+    keys = jax.random.split(jax.random.fold_in(key, step), 4)
+    key_batch, key_critic, key_actor, key_flow = keys
     batch = sample_batch(data, key_batch, cfg)
+    # All gradients are taken at the state before the update.
     critic_grads, critic_metrics = jax.grad(critic_loss, has_aux=True)(
-        state.critic.params, state, batch, keys[0], cfg
+        state.critic.params, state, batch, key_critic, cfg
     )
-    actor, actor_metrics = state.actor, {}
+    actor = state.actor
+    actor_metrics = {}
     if cfg.actor == "distill":
         actor_grads, actor_metrics = jax.grad(actor_loss, has_aux=True)(
-            state.actor.params, state, batch, keys[1], cfg
+            state.actor.params, state, batch, key_actor, cfg
         )
         actor = actor.apply_gradients(grads=actor_grads)
     flow_grads, flow_metrics = jax.grad(flow_loss, has_aux=True)(
-        state.flow.params, state, batch, keys[2], cfg
+        state.flow.params, state, batch, key_flow, cfg
     )
-    # Targets first: they follow the critics before their step.
-    state = state._replace(critic=update_target(state.critic, cfg))
+    # Targets first: they follow the critics before their gradient step.
+    critic = update_target(state.critic, cfg)
     state = State(
-        actor,
-        state.critic.apply_gradients(grads=critic_grads),
-        state.flow.apply_gradients(grads=flow_grads),
+        actor=actor,
+        critic=critic.apply_gradients(grads=critic_grads),
+        flow=state.flow.apply_gradients(grads=flow_grads),
     )
     return state, critic_metrics | actor_metrics | flow_metrics
 
@@ -264,41 +315,61 @@ def train_chunk(state, key, start, data, cfg):
 
 
 # --- Policy -------------------------------------------------------------------------------------
-def policy(apply_fn, params, observation, key, memory, reward, critic, cfg):
-    """Next action in [-1, 1] of the chunk in memory, after h of them a new one, random by `key`.
+def policy(apply_fn, params, observation, key, memory, reward, apply_critics, cfg):
+    """Next action of the chunk in memory, [..., O] -> [..., A]; every h steps a new chunk by `key`.
 
-    `memory`: chunk [..., h, A] and steps made, alike in all environments. `reward` is not used.
+    `memory`: the chunk, [..., h, A], and the number of steps made, the same in all environments.
+    `reward` is not used.
     """
     chunk, step = memory
 
-    def replan():
-        return sample_chunk(apply_fn, params, observation, key, critic, cfg).reshape(chunk.shape)
+    def new_chunk():
+        action = sample_chunk(apply_fn, apply_critics, params, observation, key, cfg)
+        return action.reshape(chunk.shape)  # [..., h A] -> [..., h, A]
 
-    chunk = jax.lax.cond(step % cfg.horizon == 0, replan, lambda: chunk)
-    return chunk[..., step % cfg.horizon, :], (chunk, step + 1)
+    def same_chunk():
+        return chunk
+
+    position = step % cfg.horizon
+    chunk = jax.lax.cond(position == 0, new_chunk, same_chunk)
+    return chunk[..., position, :], (chunk, step + 1)
 
 
 def policy_params(state):
     if state.actor is None:
-        return state.flow.params, state.critic.params
-    return state.actor.params, None
+        return PolicyParams(actor=None, critic=state.critic.params, flow=state.flow.params)
+    return PolicyParams(actor=state.actor.params, critic=None, flow=None)
 
 
 # --- Training -----------------------------------------------------------------------------------
 def chunked(dataset, cfg):
-    """Chunks of a data set, one from each row on."""
+    """`Chunks` of a data set, one from each of its N rows on."""
     rows = dataset.transitions
-    # They go on past a termination inside an episode, as OGBench's data do after a success.
-    endless = replace(dataset, transitions=rows._replace(termination=0 * rows.termination))
-    index, valid = views.chunks(endless, cfg.horizon)
-    actions, reward, alive = [], 0.0, 1.0
+    # A chunk runs on past a termination inside its episode, as OGBench's episodes do after a
+    # success. The view would stop there, so it is shown no terminations.
+    no_terminations = rows._replace(termination=0 * rows.termination)
+    index, valid = views.chunks(replace(dataset, transitions=no_terminations), cfg.horizon)
+    first = index[:, 0]  # [N], and `valid` is [N, h]
+
+    actions = []
+    reward = 0.0
+    alive = 1.0  # [N], 0 after a termination
     for k in range(cfg.horizon):
-        row = (index[:, 0] + k).clip(max=len(index) - 1)
-        actions.append(rows.action[row])
-        reward = reward + cfg.discount**k * alive * valid[:, k] * rows.reward[row]
+        row = (first + k).clip(max=len(first) - 1)  # [N]
+        counted = alive * valid[:, k]
+        reward = reward + cfg.discount**k * counted * rows.reward[row]
         alive = alive * (1.0 - valid[:, k] * rows.termination[row])
-    action, after = jnp.concatenate(actions, axis=-1), rows.next_observation[row]
-    return Chunks(rows.observation, action, reward, after, 1.0 - alive, valid)
+        actions.append(rows.action[row])
+    last = (first + cfg.horizon - 1).clip(max=len(first) - 1)  # [N]
+
+    return Chunks(
+        observation=rows.observation,
+        action=jnp.concatenate(actions, axis=-1),
+        reward=reward,
+        next_observation=rows.next_observation[last],
+        termination=1.0 - alive,
+        valid=valid,
+    )
 
 
 def train(cfg, options):
@@ -309,15 +380,17 @@ def train(cfg, options):
     if cfg.sparse_reward:
         reward = -(reward != 0).astype("float32")
     rows = dataset.transitions._replace(action=action, reward=reward)
-    data = experiment.place(chunked(replace(dataset, transitions=rows), cfg), options)
+    data = chunked(replace(dataset, transitions=rows), cfg)
+    data = experiment.place(data, options)
     example = jax.tree.map(lambda x: x[:1], rows)
     init_keys, train_keys, policy_keys = experiment.streams(cfg.seeds, 3)  # [S] each
     create = partial(create_state, batch=example, cfg=cfg)
     state = jax.vmap(create)(init_keys)
     # Compiled once for all seeds. `update` shows which rows a step reads, for --data host.
     train_seeds = experiment.over_seeds(partial(train_chunk, cfg=cfg), update=update)
-    act = partial(policy, state.flow.apply_fn, critic=state.critic.apply_fn, cfg=cfg)
-    memory = jnp.zeros((cfg.eval_episodes, cfg.horizon, action.shape[-1])), jnp.int32(0)
+    act = partial(policy, state.flow.apply_fn, apply_critics=state.critic.apply_fn, cfg=cfg)
+    no_chunk = jnp.zeros((cfg.eval_episodes, cfg.horizon, action.shape[-1]))
+    memory = (no_chunk, jnp.int32(0))
 
     with (
         experiment.Run(cfg, options, dataset) as run,

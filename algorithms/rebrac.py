@@ -95,7 +95,7 @@ class LayerNormCritic(nn.Module):
 
 # --- State --------------------------------------------------------------------------------------
 class TrainState(train_state.TrainState):
-    target_params: Any  # Polyak average of params
+    target_params: Any  # slow copy of params
 
     @classmethod
     def create(cls, apply_fn, params, tx):

@@ -238,6 +238,8 @@ def policy(module, state, **overrides):
     params, keys = module.policy_params(state), map(jax.random.key, itertools.count())
     wanted = list(inspect.signature(module.policy).parameters)[4:]  # beside those of every file
     facts = {name: getattr(state, name).apply_fn for name in wanted if name in state._fields}
+    if "apply_critics" in wanted:
+        facts["apply_critics"] = state.critic.apply_fn
     cfg = config(module, **overrides)
     facts |= {"cfg": cfg} if "cfg" in wanted else {}
     apply_fn = (state.actor or state.flow).apply_fn
@@ -246,7 +248,7 @@ def policy(module, state, **overrides):
     def act(params, observation, key):
         if "memory" not in wanted:
             return module.policy(apply_fn, params, observation, key, **facts)
-        size = params[0]["params"]["head"]["bias"].size // cfg.horizon
+        size = state.flow.params["params"]["head"]["bias"].size // cfg.horizon
         memory = np.zeros((*observation.shape[:-1], cfg.horizon, size), np.float32), 0
         return module.policy(apply_fn, params, observation, key, memory, None, **facts)[0]
 

@@ -49,8 +49,10 @@ def draws(key, cfg, size=32, dim=2):
 
 
 def numpy_critic_loss(params, state, batch, drawn, cfg):
-    """-> loss, TD error, q, penalty"""
-    (uniform, noise), (size, dim), n = drawn, batch.action.shape, cfg.num_samples
+    """-> loss, TD error, q, gap"""
+    uniform, noise = drawn
+    size, dim = batch.action.shape
+    n = cfg.num_samples
     actor = double(state.actor.params)
     here, log_here = numpy_sample(*numpy_actor(actor, batch.observation), noise[:size])
     there, log_there = numpy_sample(*numpy_actor(actor, batch.next_observation), noise[size:])
@@ -59,40 +61,47 @@ def numpy_critic_loss(params, state, batch, drawn, cfg):
     every = [batch.action[:, None], uniform, here[:, :n], there[:, :n]]
     q, *others = (numpy_critics(params, batch.observation, action) for action in every)
     densities = [np.full((size, n), 0.5**dim), np.exp(log_here), np.exp(log_there)]
-    td_error, penalty = 0.0, 0.0
+    td_error, gap = 0.0, 0.0
     for k in range(len(q)):
         for i in range(size):
             target = batch.reward[i]
             if not batch.termination[i]:
                 target += cfg.discount * max(min(column) for column in next_q[:, i].T)
             td_error += (q[k, i, 0] - target) ** 2 / size
-            terms = [] if cfg.importance else [np.exp(q[k, i, 0])]
+            terms = [] if cfg.importance_sampling else [np.exp(q[k, i, 0])]
             for value, density in zip(others, densities, strict=True):
                 for j in range(n):
-                    terms.append(np.exp(value[k, i, j]) / (density[i, j] if cfg.importance else 1))
-            difference = np.log(sum(terms)) - q[k, i, 0]
-            if cfg.lowest_difference is not None and difference < cfg.lowest_difference:
-                difference = cfg.lowest_difference
-            penalty += difference / size
-    weight = 1.0
-    if cfg.gap is not None:
-        weight = min(np.exp(double(state.lagrange.params["log"])), 1e6)
-    return td_error + weight * cfg.alpha * penalty, td_error, q.mean(), penalty / len(q)
+                    weight = 1 / density[i, j] if cfg.importance_sampling else 1
+                    terms.append(np.exp(value[k, i, j]) * weight)
+            row_gap = np.log(sum(terms)) - q[k, i, 0]
+            if cfg.clip_diff_min is not None and row_gap < cfg.clip_diff_min:
+                row_gap = cfg.clip_diff_min
+            gap += row_gap / size
+    multiplier = 1.0
+    if cfg.target_action_gap is not None:
+        multiplier = min(np.exp(double(state.log_multiplier.params["log"])), 1e6)
+    return td_error + multiplier * cfg.alpha * gap, td_error, q.mean(), gap / len(q)
 
 
 def numpy_actor_loss(params, state, batch, noise):
     """-> loss, entropy"""
     action, log_prob = numpy_sample(*numpy_actor(params, batch.observation), noise)
     q = numpy_critics(double(state.critic.params), batch.observation, action).min(axis=0)
-    temperature = np.exp(double(state.temperature.params["log"]))
+    temperature = np.exp(double(state.log_temperature.params["log"]))
     return (temperature * log_prob - q).mean(), -log_prob.mean()
 
 
 VARIANTS = [
     {},
-    {"importance": False, "discount": 0.7, "num_critics": 1, "num_samples": 1},
-    {"gap": 0.8, "alpha": 5.0, "max_target_backup": True, "num_critics": 3, "hidden": (12,)},
-    {"lowest_difference": 2.5, "importance": False, "max_target_backup": True},
+    {"importance_sampling": False, "discount": 0.7, "num_critics": 1, "num_samples": 1},
+    {
+        "target_action_gap": 0.8,
+        "alpha": 5.0,
+        "max_target_backup": True,
+        "num_critics": 3,
+        "hidden": (12,),
+    },
+    {"clip_diff_min": 2.5, "importance_sampling": False, "max_target_backup": True},
 ]
 
 
@@ -101,15 +110,15 @@ def test_losses_equal_numpy(overrides):
     cfg, state, key, data = setup(**overrides)
     batch, params = double(data), double(state.critic.params)
     loss, metrics, _ = critic_loss(state.critic.params, state, data, key, cfg)
-    expected, td_error, q, penalty = numpy_critic_loss(params, state, batch, draws(key, cfg), cfg)
+    expected, td_error, q, gap = numpy_critic_loss(params, state, batch, draws(key, cfg), cfg)
     np.testing.assert_allclose([loss, metrics["critic_loss"]], expected, rtol=1e-4)
     np.testing.assert_allclose(metrics["td_error"], td_error, rtol=1e-4)
     np.testing.assert_allclose(metrics["q"], q, rtol=1e-4)
-    np.testing.assert_allclose(metrics["penalty"], penalty, rtol=1e-4)
-    if cfg.lowest_difference is not None:
-        changed = dataclasses.replace(cfg, lowest_difference=None)
+    np.testing.assert_allclose(metrics["conservative_gap"], gap, rtol=1e-4)
+    if cfg.clip_diff_min is not None:
+        changed = dataclasses.replace(cfg, clip_diff_min=None)
         free = numpy_critic_loss(params, state, batch, draws(key, cfg), changed)[3]
-        assert penalty > free > cfg.lowest_difference + 0.1  # some rows are clipped, not all
+        assert gap > free > cfg.clip_diff_min + 0.1  # some rows are clipped, not all
 
 
 @pytest.mark.parametrize("overrides", [{}, VARIANTS[2]], ids=str)
@@ -123,7 +132,9 @@ def test_actor_loss_equals_numpy(overrides):
 
 
 # --- By hand ------------------------------------------------------------------------------------
-def linear_state(actor, critic, critic_target, temperature=0.0, lagrange=0.0, log_std=-20.0):
+def linear_state(
+    actor, critic, critic_target, log_temperature=0.0, log_multiplier=0.0, log_std=-20.0
+):
     """pi(s) = tanh N(actor * s, exp(log_std)) for s of one number, Q_k(s, a) = critic_k sum a."""
     linear = functools.partial(nets.linear_net, cql.train_state.TrainState.create)
 
@@ -136,22 +147,23 @@ def linear_state(actor, critic, critic_target, temperature=0.0, lagrange=0.0, lo
     return cql.State(
         linear(act, actor),
         nets.linear_net(cql.TrainState.create, value, critic, critic_target),
-        linear(cql.multiplier, {"log": temperature}),
-        linear(cql.multiplier, {"log": lagrange}),
+        linear(cql.bounded_exp, {"log": log_temperature}),
+        linear(cql.bounded_exp, {"log": log_multiplier}),
         (),
     )
 
 
-@pytest.mark.parametrize("gap", [None, 0.5])
-def test_critic_loss_by_hand(monkeypatch, gap):
-    actions = np.log([[[2], [1], [2], [5]], [[4], [2], [1], [1]]])  # the data's, then three others
+@pytest.mark.parametrize("target_gap", [None, 0.5])
+def test_critic_loss_by_hand(monkeypatch, target_gap):
+    sampled = np.log([[[1], [2], [5]], [[2], [1], [1]]])
     density = np.log([[0.5, 0.5, 0.5], [1, 0.25, 0.25]])
     next_action = np.array([[[2], [-1]], [[1], [3]]])
-    drawn = [np.float32(x) for x in (actions, density, next_action)]
+    drawn = [np.float32(x) for x in (sampled, density, next_action)]
     monkeypatch.setattr(cql, "sample_actions", lambda *_: drawn)
-    state = linear_state([9], [1, -1], [2, -3], temperature=9.0, lagrange=np.log(3.0))
-    batch = probes.random_transitions(2, 1, 1, reward=[1, 2], termination=[0, 1])
-    cfg = cql.Config(discount=0.5, alpha=2.0, gap=gap)
+    state = linear_state([9], [1, -1], [2, -3], log_temperature=9.0, log_multiplier=np.log(3.0))
+    action = np.log([[2], [4]])  # of the data
+    batch = probes.random_transitions(2, 1, 1, action=action, reward=[1, 2], termination=[0, 1])
+    cfg = cql.Config(discount=0.5, alpha=2.0, target_action_gap=target_gap)
     # row                    1                                 2
     # target Q_1, Q_2        4, -6        and -2, 3            not used: the end
     # their minimum         -6            and -2
@@ -162,20 +174,20 @@ def test_critic_loss_by_hand(monkeypatch, gap):
     # exp Q_2 / density     2 + 1 + 0.4 = 3.4                  0.5 + 4 + 4 = 8.5
     # log of that - Q_1     log 8                              log 2.5
     # log of that - Q_2     log 6.8                            log 34
-    # alpha 2, with a gap times the multiplier 3
+    # alpha 2, with a target gap times the multiplier 3
     td_error = (2 * np.log(2) ** 2 + (np.log(4) - 2) ** 2 + (np.log(4) + 2) ** 2) / 2
-    penalty = (np.log(8) + np.log(2.5) + np.log(6.8) + np.log(34)) / 2
-    expected = td_error + (2 if gap is None else 6) * penalty
+    gap = (np.log(8) + np.log(2.5) + np.log(6.8) + np.log(34)) / 2
+    expected = td_error + (2 if target_gap is None else 6) * gap
     loss, metrics, _ = nets.compiled(cql.critic_loss)(
         state.critic.params, state, batch, jax.random.key(0), cfg
     )
     np.testing.assert_allclose(loss, expected, rtol=1e-5)
     np.testing.assert_allclose(metrics["td_error"], td_error, rtol=1e-5)
-    np.testing.assert_allclose(metrics["penalty"], penalty / 2, rtol=1e-5)
+    np.testing.assert_allclose(metrics["conservative_gap"], gap / 2, rtol=1e-5)
 
 
 def test_actor_loss_by_hand():
-    state = linear_state([0.5, -1.0], [2, 4], [9, 9], temperature=np.log(2.0))
+    state = linear_state([0.5, -1.0], [2, 4], [9, 9], log_temperature=np.log(2.0))
     batch = probes.random_transitions(2, 1, 2, observation=[[1], [-2]])
     key = jax.random.key(0)
     noise = double(jax.random.normal(jax.random.clone(key), (2, 1, 2)))[:, 0]
@@ -192,17 +204,17 @@ def test_actor_loss_by_hand():
     np.testing.assert_allclose(metrics["entropy"], -log_prob.mean(), rtol=1e-6)
 
 
-def test_temperature_and_lagrange_loss_by_hand():
+def test_temperature_and_multiplier_loss_by_hand():
     params = {"log": jnp.float32(np.log(2.0))}
     grads = jax.grad(cql.temperature_loss)(params, 5.0, 3)  # entropy 5, target -3
     np.testing.assert_allclose(cql.temperature_loss(params, 5.0, 3), 8 * np.log(2), rtol=1e-6)
     np.testing.assert_allclose(grads["log"], 8, rtol=1e-6)
-    cfg = cql.Config(alpha=3.0, gap=0.5)
-    grads = jax.grad(cql.lagrange_loss)(params, 2.0, cfg)
-    np.testing.assert_allclose(cql.lagrange_loss(params, 2.0, cfg), -2 * 3 * 1.5, rtol=1e-6)
+    cfg = cql.Config(alpha=3.0, target_action_gap=0.5)
+    grads = jax.grad(cql.multiplier_loss)(params, 2.0, cfg)
+    np.testing.assert_allclose(cql.multiplier_loss(params, 2.0, cfg), -2 * 3 * 1.5, rtol=1e-6)
     np.testing.assert_allclose(grads["log"], -2 * 3 * 1.5, rtol=1e-6)
     for log, expected in ((0.0, 1.0), (50.0, 1e6), (-200.0, 0.0)):
-        np.testing.assert_allclose(cql.multiplier({"log": jnp.float32(log)}), expected, rtol=1e-6)
+        np.testing.assert_allclose(cql.bounded_exp({"log": jnp.float32(log)}), expected, rtol=1e-6)
 
 
 # --- Sampled actions ----------------------------------------------------------------------------
@@ -214,32 +226,31 @@ def test_where_the_sampled_actions_come_from(best_of):
     state = linear_state([0.5, -1.0], [1], [1])
     batch = probes.random_transitions(32, 1, 2)
     cfg, key = cql.Config(num_samples=3, max_target_backup=best_of), jax.random.key(0)
-    actions, density, next_action = sample_actions(state.actor, batch, key, cfg)
-    here, there = (
-        np.tanh(s * np.float32([0.5, -1.0])) for s in (batch.observation, batch.next_observation)
-    )
-    assert actions.shape == (32, 10, 2) and density.shape == (32, 9)
-    assert next_action.shape == (32, 3 if best_of else 1, 2)
-    assert np.array_equal(actions[:, 0], batch.action)
+    sampled, log_density, target_action = sample_actions(state.actor, batch, key, cfg)
+    actor = np.float32([0.5, -1.0])
+    current = np.tanh(batch.observation * actor)  # pi(s)
+    following = np.tanh(batch.next_observation * actor)  # pi(s')
+    assert sampled.shape == (32, 9, 2) and log_density.shape == (32, 9)
+    assert target_action.shape == (32, 3 if best_of else 1, 2)
     for j in range(3):
-        np.testing.assert_allclose(actions[:, 4 + j], here, atol=1e-6)  # pi(s)
-        np.testing.assert_allclose(actions[:, 7 + j], there, atol=1e-6)  # pi(s')
-    for j in range(next_action.shape[1]):
-        np.testing.assert_allclose(next_action[:, j], there, atol=1e-6)
-    uniform = np.asarray(actions[:, 1:4])
+        np.testing.assert_allclose(sampled[:, 3 + j], current, atol=1e-6)
+        np.testing.assert_allclose(sampled[:, 6 + j], following, atol=1e-6)
+    for j in range(target_action.shape[1]):
+        np.testing.assert_allclose(target_action[:, j], following, atol=1e-6)
+    uniform = np.asarray(sampled[:, :3])
     assert -1 <= uniform.min() < -0.95 and 0.95 < uniform.max() <= 1
     np.testing.assert_allclose(uniform.std(), 3**-0.5, rtol=0.1)
-    np.testing.assert_allclose(density[:, :3], 2 * np.log(0.5), rtol=1e-6)
-    assert (np.abs(density[:, 3:]) > 10).all()  # std is exp(-20)
+    np.testing.assert_allclose(log_density[:, :3], 2 * np.log(0.5), rtol=1e-6)
+    assert (np.abs(log_density[:, 3:]) > 10).all()  # std is exp(-20)
 
 
 def test_no_two_samples_are_alike():
     state = linear_state([0.0, 0.0], [1], [1], log_std=0.0)
     batch = probes.random_transitions(8, 1, 2)
     cfg = cql.Config(num_samples=3, max_target_backup=True)
-    actions, density, next_action = sample_actions(state.actor, batch, jax.random.key(0), cfg)
-    every = np.concatenate([actions, next_action], axis=1).reshape(-1)
-    assert len(np.unique(every)) == every.size and len(np.unique(density[:, 3:])) == 8 * 6
+    sampled, log_density, target_action = sample_actions(state.actor, batch, jax.random.key(0), cfg)
+    every = np.concatenate([sampled, target_action], axis=1).reshape(-1)
+    assert len(np.unique(every)) == every.size and len(np.unique(log_density[:, 3:])) == 8 * 6
 
 
 def test_tanh_log_prob_is_exact_far_out():
@@ -282,10 +293,10 @@ def test_all_conservative_terms_are_valued_at_s_and_the_target_at_the_next():
     """The terms of pi(s') too, whose actions are drawn at s'."""
     state, key = values_of_states(), jax.random.key(0)
     batch = probes.random_transitions(8, 1, 2, termination=0)
-    cfg = cql.Config(num_samples=3, importance=False, discount=0.5)
+    cfg = cql.Config(num_samples=3, importance_sampling=False, discount=0.5)
     _, metrics, _ = critic_loss(state.critic.params, state, batch, key, cfg)
     # With Q(s, a) = Q(s) the 1 + 3N terms are the same. At s' any of them would be another number.
-    np.testing.assert_allclose(metrics["penalty"], np.log(10), rtol=1e-5)
+    np.testing.assert_allclose(metrics["conservative_gap"], np.log(10), rtol=1e-5)
     s, next_s = batch.observation[:, 0], batch.next_observation[:, 0]
     target = batch.reward + 0.5 * np.minimum(2 * next_s, 5 * next_s)
     expected = np.mean((s - target) ** 2 + (3 * s - target) ** 2)
@@ -293,9 +304,9 @@ def test_all_conservative_terms_are_valued_at_s_and_the_target_at_the_next():
 
 
 def test_losses_read_only_the_networks_they_should():
-    cfg, state, key, data = setup(gap=0.8)
+    cfg, state, key, data = setup(target_action_gap=0.8)
     other = nets.shaken(state, seed=4)
-    names = ("actor", "critic", "temperature", "lagrange")
+    names = ("actor", "critic", "log_temperature", "log_multiplier")
 
     def critic(cfg=cfg, params=state.critic.params, **changed):
         return critic_loss(params, state._replace(**changed), data, key, cfg)[0]
@@ -309,9 +320,9 @@ def test_losses_read_only_the_networks_they_should():
     assert critic(critic=target_of(other.critic, state.critic)) == here  # not state's params
     for name in names:
         if name != "critic":
-            assert (critic(**{name: getattr(other, name)}) == here) == (name == "temperature")
-    free, _, _, _ = setup()  # no gap: no multiplier
-    assert critic(free) == critic(free, lagrange=other.lagrange)
+            assert (critic(**{name: getattr(other, name)}) == here) == (name == "log_temperature")
+    free, _, _, _ = setup()  # no target gap: no multiplier
+    assert critic(free) == critic(free, log_multiplier=other.log_multiplier)
 
     def actor(params=state.actor.params, **changed):
         return actor_loss(params, state._replace(**changed), data, key, cfg)[0]
@@ -321,7 +332,7 @@ def test_losses_read_only_the_networks_they_should():
     assert actor(critic=target_of(state.critic, other.critic)) == here
     for name in names:
         changed = actor(**{name: getattr(other, name)})
-        assert (changed == here) == (name in ("actor", "lagrange"))
+        assert (changed == here) == (name in ("actor", "log_multiplier"))
 
 
 @pytest.mark.parametrize("overrides", [VARIANTS[0], *VARIANTS[2:]], ids=str)
@@ -375,7 +386,8 @@ def test_initial_log_std_temperature_and_multiplier():
     mean, log_std = jax.jit(state.actor.apply_fn)(state.actor.params, data.observation)
     assert mean.shape == log_std.shape == (32, 2)
     assert np.abs(mean).max() < 0.1 and np.abs(log_std + 1).max() < 0.1
-    assert state.temperature.params == {"log": 0.0} and state.lagrange.params == {"log": 1.0}
+    assert state.log_temperature.params == {"log": 0.0}
+    assert state.log_multiplier.params == {"log": 1.0}
 
 
 def test_log_std_is_clipped():
@@ -429,38 +441,42 @@ def test_training_sees_scaled_rewards_and_normalised_observations(
 
 
 # --- Update -------------------------------------------------------------------------------------
-NETS = ("actor", "critic", "temperature", "lagrange")
+NETS = ("actor", "critic", "log_temperature", "log_multiplier")
 RATES = {"actor_learning_rate": 0.02, "critic_learning_rate": 0.05, "target_rate": 0.3}
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def program(cfg, gap, *args):
-    return cql.update(*args, dataclasses.replace(cfg, gap=gap))
+def program(cfg, target_gap, *args):
+    return cql.update(*args, dataclasses.replace(cfg, target_action_gap=target_gap))
 
 
 def update(state, step, key, data, cfg):
-    """One program for every gap."""
-    return program(dataclasses.replace(cfg, gap=None), cfg.gap, state, step, key, data)
+    """One program for every target gap."""
+    without = dataclasses.replace(cfg, target_action_gap=None)
+    return program(without, cfg.target_action_gap, state, step, key, data)
 
 
 def test_order_of_three_updates():
     """Every network steps from the state before, then the targets follow the new critics."""
     # Large steps, so that another order would show.
-    cfg, state, key, data = setup(gap=0.8, **RATES)
+    cfg, state, key, data = setup(target_action_gap=0.8, **RATES)
     _, here, _, _ = setup()  # the same numbers, with the losses compiled already
-    adam = {name: nets.Adam(0.02 if name in ("actor", "temperature") else 0.05) for name in NETS}
+    adam = {
+        name: nets.Adam(0.02 if name in ("actor", "log_temperature") else 0.05) for name in NETS
+    }
     for step in (6, 7, 8):
         batch, key_critic, key_actor = nets.sample(key, step, data, cfg, 3)
         _, expected, critic_grads = critic_loss(here.critic.params, here, batch, key_critic, cfg)
         _, more, actor_grads = actor_loss(here.actor.params, here, batch, key_actor, cfg)
-        multiplier = np.exp(here.lagrange.params["log"])
+        multiplier = np.exp(here.log_multiplier.params["log"])
         expected |= more | {"multiplier": multiplier}
-        expected["temperature"] = np.exp(here.temperature.params["log"])
+        expected["temperature"] = np.exp(here.log_temperature.params["log"])
+        excess = expected["conservative_gap"] - 0.8
         grads = {
             "actor": actor_grads,
             "critic": critic_grads,
-            "temperature": {"log": expected["entropy"] + 2},
-            "lagrange": {"log": -multiplier * cfg.alpha * (expected["penalty"] - 0.8)},
+            "log_temperature": {"log": expected["entropy"] + 2},
+            "log_multiplier": {"log": -multiplier * cfg.alpha * excess},
         }
         for name in NETS:
             net = getattr(here, name)
@@ -478,39 +494,40 @@ def test_order_of_three_updates():
     nets.check_close(state.statistics, here.statistics, 0, 0)
 
 
-def test_the_multiplier_grows_while_the_penalty_is_above_the_gap():
-    cfg, state, key, data = setup(gap=0.8, **RATES)
-    penalty = float(update(state, 0, key, data, cfg)[1]["penalty"])
-    for gap in (penalty - 0.1, penalty + 0.1):
-        cfg = dataclasses.replace(cfg, gap=gap)
+def test_the_multiplier_grows_while_the_gap_is_above_its_target():
+    cfg, state, key, data = setup(target_action_gap=0.8, **RATES)
+    gap = float(update(state, 0, key, data, cfg)[1]["conservative_gap"])
+    for target_gap in (gap - 0.1, gap + 0.1):
+        cfg = dataclasses.replace(cfg, target_action_gap=target_gap)
         after, metrics = update(state, 0, jax.random.clone(key), data, cfg)
-        np.testing.assert_allclose(metrics["penalty"], penalty, rtol=1e-6)
-        moved = after.lagrange.params["log"] - state.lagrange.params["log"]
-        np.testing.assert_allclose(moved, 0.05 * np.sign(penalty - gap), rtol=1e-3)
+        np.testing.assert_allclose(metrics["conservative_gap"], gap, rtol=1e-6)
+        moved = after.log_multiplier.params["log"] - state.log_multiplier.params["log"]
+        np.testing.assert_allclose(moved, 0.05 * np.sign(gap - target_gap), rtol=1e-3)
 
 
 @pytest.mark.parametrize("shift", [-30.0, -1.0])
 def test_the_temperature_grows_while_the_entropy_is_below_its_target(shift):
-    cfg, state, key, data = setup(gap=0.8, **RATES)
+    cfg, state, key, data = setup(target_action_gap=0.8, **RATES)
     params = jax.tree.map(lambda x: 0.1 * x, state.actor.params)
     params = {"params": params["params"] | {"log_std_shift": jnp.float32(shift)}}
     state = state._replace(actor=state.actor.replace(params=params))
     after, metrics = update(state, 0, key, data, cfg)
-    moved = after.temperature.params["log"] - state.temperature.params["log"]
+    moved = after.log_temperature.params["log"] - state.log_temperature.params["log"]
     below = metrics["entropy"] < -2  # two action dimensions
     assert below == (shift == -30)
     np.testing.assert_allclose(moved, 0.02 if below else -0.02, rtol=1e-3)
 
 
-def test_without_a_gap_the_multiplier_stays():
+def test_without_a_target_gap_the_multiplier_stays():
     cfg, state, key, data = setup(log_every=2)
     after, metrics = nets.train_chunk(cql, state, key, 0, data, cfg)
-    assert after.lagrange.params == state.lagrange.params and after.lagrange.step == 0
-    assert "multiplier" not in metrics and after.temperature.step == 2
+    assert after.log_multiplier.params == state.log_multiplier.params
+    assert after.log_multiplier.step == 0 and after.log_temperature.step == 2
+    assert "multiplier" not in metrics
 
 
 def test_learning_rates():
     _, state, _, _ = setup(**RATES)
     for name in NETS:
-        rate = 0.02 if name in ("actor", "temperature") else 0.05
+        rate = 0.02 if name in ("actor", "log_temperature") else 0.05
         nets.check_rate(getattr(state, name), lambda step, rate=rate: rate)

@@ -39,13 +39,13 @@ def errors(params, state, batch, cfg):
 
 
 def numpy_critic_loss(params, state, batch, cfg):
-    """-> loss, TD error, mean Q of the data, penalty"""
+    """-> loss, TD error, mean Q of the data, gap"""
     error, q = errors(params, state, batch, cfg)
     size = np.abs(error)
     td_error = np.where(size <= 1, size**2 / 2, size - 0.5).mean()
     chosen = np.array([row[int(a)] for row, a in zip(q, batch.action, strict=True)])
-    penalty = np.mean(np.log(np.exp(q).sum(axis=-1)) - chosen)
-    return td_error + cfg.alpha * penalty, td_error, chosen.mean(), penalty
+    gap = np.mean(np.log(np.exp(q).sum(axis=-1)) - chosen)
+    return td_error + cfg.alpha * gap, td_error, chosen.mean(), gap
 
 
 VARIANTS = [
@@ -61,11 +61,11 @@ def test_loss_equals_numpy(overrides):
     cfg, state, _, data = setup(**overrides)
     batch, params = double(data), double(state.critic.params)
     loss, metrics, _ = critic_loss(state.critic.params, state, data, cfg)
-    expected, td_error, q, penalty = numpy_critic_loss(params, state, batch, cfg)
+    expected, td_error, q, gap = numpy_critic_loss(params, state, batch, cfg)
     np.testing.assert_allclose([loss, metrics["critic_loss"]], expected, rtol=2e-5)
     np.testing.assert_allclose(metrics["td_error"], td_error, rtol=2e-5)
     np.testing.assert_allclose(metrics["q"], q, rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(metrics["penalty"], penalty, rtol=2e-5)
+    np.testing.assert_allclose(metrics["conservative_gap"], gap, rtol=2e-5)
     if not overrides:  # both parts of Huber's error, every action, and two minds on the best one
         size = np.abs(errors(params, state, batch, cfg)[0])
         assert 3 < (size < 1).sum() < 29 and {*np.int32(batch.action)} == {0, 1, 2}
@@ -101,15 +101,15 @@ def test_critic_loss_by_hand():
     # its target Q                   -4              -8
     # target               10 - 2 = 8      20 - 4 = 16    30
     # Q                              0               log 2          -log 5
-    # Huber of the difference        7.5             15.5 - log 2   29.5 + log 5
+    # Huber of Q - target            7.5             15.5 - log 2   29.5 + log 5
     # log sum exp Q           log 8           log 8          log 1.7
     td_error = (7.5 + 15.5 - np.log(2) + 29.5 + np.log(5)) / 3
-    penalty = (np.log(8) + np.log(8) - np.log(2) + np.log(1.7) + np.log(5)) / 3
+    gap = (np.log(8) + np.log(8) - np.log(2) + np.log(1.7) + np.log(5)) / 3
     cfg = cql_discrete.Config(discount=0.5, alpha=2.0)
     loss, metrics, _ = critic_loss(state.critic.params, state, batch, cfg)
-    np.testing.assert_allclose(loss, td_error + 2 * penalty, rtol=1e-5)
+    np.testing.assert_allclose(loss, td_error + 2 * gap, rtol=1e-5)
     np.testing.assert_allclose(metrics["td_error"], td_error, rtol=1e-5)
-    np.testing.assert_allclose(metrics["penalty"], penalty, rtol=1e-5)
+    np.testing.assert_allclose(metrics["conservative_gap"], gap, rtol=1e-5)
     # Small errors are squared: 0.5 * 0.6^2.
     state = linear_state([0.4, 0.4, 0.4], [0, 0, 0])
     batch = batch._replace(observation=np.ones((3, 1), np.float32), reward=np.ones(3, np.float32))

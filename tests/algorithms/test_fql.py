@@ -42,14 +42,14 @@ def numpy_critic_loss(params, state, batch, noise, cfg):
 
 def numpy_actor_loss(params, state, batch, noise, cfg, scale=None):
     """`scale`: mean |Q|, a constant for the gradient; None computes it here."""
-    goal = nets.flow(double(state.flow.params), batch.observation, noise, cfg.flow_steps)
+    flow_action = nets.flow(double(state.flow.params), batch.observation, noise, cfg.flow_steps)
     action = nets.gelu_net(params, batch.observation, noise)
-    distance = np.mean((action - goal) ** 2)
+    distill_error = np.mean((action - flow_action) ** 2)
     critics = double(state.critic.params)
     q = nets.gelu_critics(critics, batch.observation, np.clip(action, -1, 1)).mean(axis=0)
     if scale is None:
         scale = np.abs(q).mean() if cfg.normalize_q else 1.0
-    return cfg.alpha * distance - q.mean() / scale, distance, scale
+    return cfg.alpha * distill_error - q.mean() / scale, distill_error, scale
 
 
 def numpy_flow_loss(params, batch, noise, time):
@@ -91,9 +91,9 @@ def test_actor_loss_and_gradient_equal_numpy(overrides):
     batch, params = double(data), double(state.actor.params)
     noise = normal(key, data.action.shape)
     loss, metrics, grads = actor_loss(state.actor.params, state, data, key, cfg)
-    expected, distance, scale = numpy_actor_loss(params, state, batch, noise, cfg)
+    expected, distill_error, scale = numpy_actor_loss(params, state, batch, noise, cfg)
     np.testing.assert_allclose([loss, metrics["actor_loss"]], expected, rtol=1e-4)
-    np.testing.assert_allclose(metrics["distill_loss"], distance, rtol=1e-4)
+    np.testing.assert_allclose(metrics["distill_loss"], distill_error, rtol=1e-4)
     for direction in directions(params):
         constant = slope(
             lambda p: numpy_actor_loss(p, state, batch, noise, cfg, scale)[0], params, direction
@@ -162,14 +162,14 @@ def test_target_by_hand():
 
 def test_policy_loss_by_hand():
     """v = 9 sends every z to 1 and v = -9 to -1."""
-    batch = rows(observation=[0, 0.5, 2])  # mu = s: Q sees 0, 0.5, 1, the distance 0, 0.5, 2
-    for velocity, distance in ((9.0, 1 + 0.25 + 1), (-9.0, 1 + 2.25 + 9)):
+    batch = rows(observation=[0, 0.5, 2])  # mu = s: Q sees 0, 0.5, 1, the distillation 0, 0.5, 2
+    for velocity, distill_error in ((9.0, 1 + 0.25 + 1), (-9.0, 1 + 2.25 + 9)):
         state = linear_state(actor=1.0, critic=(-1, -3), velocity=velocity)
-        for normalize, gain in ((False, 2 * 1.5), (True, 3.0)):
+        for normalize, q_loss in ((False, 2 * 1.5), (True, 3.0)):
             cfg = fql.Config(alpha=10.0, normalize_q=normalize)
             loss, metrics, _ = actor_loss(state.actor.params, state, batch, jax.random.key(0), cfg)
-            np.testing.assert_allclose(loss, (10 * distance + gain) / 3, rtol=1e-6)
-            np.testing.assert_allclose(metrics["distill_loss"], distance / 3, rtol=1e-6)
+            np.testing.assert_allclose(loss, (10 * distill_error + q_loss) / 3, rtol=1e-6)
+            np.testing.assert_allclose(metrics["distill_loss"], distill_error / 3, rtol=1e-6)
 
 
 def test_euler_steps_by_hand():

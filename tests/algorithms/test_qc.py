@@ -305,7 +305,7 @@ def test_chunks_are_executed_open_loop_and_nothing_is_computed_meanwhile(overrid
         jax.debug.callback(lambda: calls.append(1), ordered=False)
         return net(*args)
 
-    act = functools.partial(qc.policy, counted, critic=state.critic.apply_fn, cfg=cfg)
+    act = functools.partial(qc.policy, counted, apply_critics=state.critic.apply_fn, cfg=cfg)
     envs = []
 
     def make_env():
@@ -328,10 +328,9 @@ def test_chunks_are_executed_open_loop_and_nothing_is_computed_meanwhile(overrid
     assert len(calls) == 3 * 2 * steps  # replans, seeds, calls of a net
     for seed in (0, 1):
         here = jax.tree.map(lambda x, seed=seed: (x, -x)[seed], params)
-        nets_here = {"flow" if state.actor is None else "actor": here[0], "critic": here[1]}
         changed = {
             name: getattr(state, name).replace(params=x)
-            for name, x in nets_here.items()
+            for name, x in here._asdict().items()
             if x is not None
         }
         folded = jax.random.fold_in(jax.random.clone(policy_keys)[seed], 5)
@@ -349,9 +348,11 @@ def test_chunks_are_executed_open_loop_and_nothing_is_computed_meanwhile(overrid
 def test_what_acting_needs():
     _, state, _, _ = setup()
     assert state.actor is None
-    assert qc.policy_params(state) == (state.flow.params, state.critic.params)
+    expected = {"actor": None, "critic": state.critic.params, "flow": state.flow.params}
+    assert qc.policy_params(state)._asdict() == expected
     _, state, _, _ = setup(**DISTILL)
-    assert qc.policy_params(state) == (state.actor.params, None)
+    expected = {"actor": state.actor.params, "critic": None, "flow": None}
+    assert qc.policy_params(state)._asdict() == expected
 
 
 # --- Data ---------------------------------------------------------------------------------------
