@@ -67,7 +67,7 @@ def uniform(bound):
     return init
 
 
-def linear(fan_in, width):  # PyTorch's default
+def linear(fan_in, width):  # PyTorch's default initialisation
     return nn.Dense(width, kernel_init=fan_in_uniform(), bias_init=uniform(fan_in**-0.5))
 
 
@@ -341,7 +341,7 @@ def train(cfg, options):
     limit = 1.0 - cfg.action_margin
     action = dataset.transitions.action.clip(-limit, limit)
     data = experiment.place(dataset.transitions._replace(action=action), options)
-    example = jax.tree.map(lambda x: x[:1], data)
+    example = jax.tree.map(lambda x: x[:1], data)  # one row, for its shapes
     init_keys, train_keys, policy_keys = experiment.streams(cfg.seeds, 3)  # [S] each
     create = partial(create_state, batch=example, cfg=cfg)
     state = jax.vmap(create)(init_keys)

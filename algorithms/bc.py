@@ -57,7 +57,7 @@ def uniform(bound):
     return init
 
 
-def linear(fan_in, width):  # PyTorch's default
+def linear(fan_in, width):  # PyTorch's default initialisation
     return nn.Dense(width, kernel_init=fan_in_uniform(), bias_init=uniform(fan_in**-0.5))
 
 
@@ -201,7 +201,7 @@ def train(cfg, options):
         print(f"kept {len(kept.episode_ends)} of {len(dataset.episode_ends)} episodes")
     data, statistics = normalise(kept.transitions)
     data = experiment.place(data, options)
-    example = jax.tree.map(lambda x: x[:1], data)
+    example = jax.tree.map(lambda x: x[:1], data)  # one row, for its shapes
     init_keys, train_keys, policy_keys = experiment.streams(cfg.seeds, 3)  # [S] each
     create = partial(
         create_state,

@@ -66,7 +66,7 @@ def uniform(bound):
     return init
 
 
-def linear(fan_in, width):  # PyTorch's default
+def linear(fan_in, width):  # PyTorch's default initialisation
     return nn.Dense(width, kernel_init=fan_in_uniform(), bias_init=uniform(fan_in**-0.5))
 
 
@@ -321,7 +321,7 @@ def train(cfg, options):
     """Train every seed of `cfg` and return its final normalised scores, [S]."""
     dataset = datasets.load(cfg.dataset, options.env, options.env_steps)
     data = experiment.place(dataset.transitions, options)
-    example = jax.tree.map(lambda x: x[:1], data)
+    example = jax.tree.map(lambda x: x[:1], data)  # one row, for its shapes
     init_keys, train_keys, policy_keys = experiment.streams(cfg.seeds, 3)  # [S] each
     create = partial(create_state, batch=example, cfg=cfg)
     state = jax.vmap(create)(init_keys)

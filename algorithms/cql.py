@@ -368,7 +368,7 @@ def train(cfg, options):
     if cfg.normalise_observations:
         data, statistics = normalise(data)
     data = experiment.place(data, options)
-    example = jax.tree.map(lambda x: x[:1], data)
+    example = jax.tree.map(lambda x: x[:1], data)  # one row, for its shapes
     init_keys, train_keys, policy_keys = experiment.streams(cfg.seeds, 3)  # [S] each
     create = partial(create_state, batch=example, cfg=cfg, statistics=statistics)
     # Not jitted: XLA can hang on the QR decompositions of two orthogonal initialisers.

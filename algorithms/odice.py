@@ -71,7 +71,7 @@ def uniform(bound):
     return init
 
 
-def linear(fan_in, width):  # PyTorch's default
+def linear(fan_in, width):  # PyTorch's default initialisation
     return nn.Dense(width, kernel_init=fan_in_uniform(), bias_init=uniform(fan_in**-0.5))
 
 
@@ -319,7 +319,7 @@ def train(cfg, options):
     if cfg.return_scale is not None:
         reward = reward * (cfg.return_scale / views.return_span(dataset))
     data = experiment.place(dataset.transitions._replace(reward=reward), options)
-    example = jax.tree.map(lambda x: x[:1], data)
+    example = jax.tree.map(lambda x: x[:1], data)  # one row, for its shapes
     init_keys, train_keys, policy_keys = experiment.streams(cfg.seeds, 3)  # [S] each
     create = partial(create_state, batch=example, cfg=cfg)
     state = jax.vmap(create)(init_keys)

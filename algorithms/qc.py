@@ -382,7 +382,7 @@ def train(cfg, options):
     rows = dataset.transitions._replace(action=action, reward=reward)
     data = chunked(replace(dataset, transitions=rows), cfg)
     data = experiment.place(data, options)
-    example = jax.tree.map(lambda x: x[:1], rows)
+    example = jax.tree.map(lambda x: x[:1], rows)  # one row, for its shapes
     init_keys, train_keys, policy_keys = experiment.streams(cfg.seeds, 3)  # [S] each
     create = partial(create_state, batch=example, cfg=cfg)
     state = jax.vmap(create)(init_keys)

@@ -6,9 +6,9 @@ Reference   https://github.com/tinkoff-ai/ReBRAC
 Run         python algorithms/rebrac.py --config configs/rebrac/antmaze.yaml
 Parent      td3_bc.py (60 lines)
 Results     benchmarks/results
-Deviations  none known in the method. Data with recorded next observations keep the rows at a
-            truncation (0.1 % of 1000-step episodes), whose next action is their own action;
-            the reference drops them.
+Deviations  none known in the method. Rows at a truncation are kept if the data record their next
+            observation (0.1 % of the rows of 1000-step episodes). Their next action is unknown, so
+            their own action takes its place. The reference drops these rows.
 
 Shapes: S seeds, K critics, B batch, E episodes, O observation, A action. Arrays are float32.
 """
@@ -135,10 +135,10 @@ def critic_loss(params, state, batch, key, cfg):
     noise = noise.clip(-cfg.target_noise_clip, cfg.target_noise_clip)
     next_action = state.actor.apply_fn(state.actor.target_params, batch.next_observation)
     next_action = (next_action + noise).clip(-1.0, 1.0)  # [B, A]
-    penalty = jnp.square(next_action - batch.next_action).sum(axis=-1)  # [B]
+    next_penalty = jnp.square(next_action - batch.next_action).sum(axis=-1)  # [B]
 
     next_q = state.critic.apply_fn(state.critic.target_params, batch.next_observation, next_action)
-    next_q = next_q.min(axis=0) - cfg.critic_penalty * penalty  # [K, B] -> [B]
+    next_q = next_q.min(axis=0) - cfg.critic_penalty * next_penalty  # [K, B] -> [B]
     reward = cfg.reward_scale * batch.reward
     # Bootstrap through truncations, never through terminations.
     target = reward + cfg.discount * (1.0 - batch.termination) * next_q  # [B]
@@ -152,14 +152,14 @@ def critic_loss(params, state, batch, key, cfg):
 def actor_loss(params, state, batch, cfg):
     """beta_1 (pi(s) - a)^2, sum over A, - min_k Q_k(s, pi(s)) / mean |min_k Q_k|. Eq. 7."""
     action = state.actor.apply_fn(params, batch.observation)  # [B, A]
-    penalty = jnp.square(action - batch.action).sum(axis=-1)  # [B]
+    squared_error = jnp.square(action - batch.action).sum(axis=-1)  # [B]
     q = state.critic.apply_fn(state.critic.params, batch.observation, action)
     q = q.min(axis=0)  # [K, B] -> [B]
     q_scale = jax.lax.stop_gradient(jnp.abs(q).mean())
-    chex.assert_equal_shape([q, penalty, batch.reward])
+    chex.assert_equal_shape([q, squared_error, batch.reward])
     q_loss = -q / q_scale
-    loss = (cfg.actor_penalty * penalty + q_loss).mean()
-    return loss, {"actor_loss": loss, "behaviour_penalty": penalty.mean()}
+    loss = (cfg.actor_penalty * squared_error + q_loss).mean()
+    return loss, {"actor_loss": loss, "behaviour_penalty": squared_error.mean()}
 
 
 # --- Update -------------------------------------------------------------------------------------
@@ -179,7 +179,7 @@ def update(state, step, key, data, cfg):
         state = state._replace(critic=state.critic.apply_gradients(grads=grads))
         critic_metrics.append(metrics)
         if i == 0:
-            # Targets first: they follow the new critic, but the actor before its update.
+            # As in the authors' code, the targets move before the actor's step.
             state = state._replace(
                 actor=update_target(state.actor, cfg), critic=update_target(state.critic, cfg)
             )
@@ -230,7 +230,7 @@ def train(cfg, options):
     dataset = datasets.load(cfg.dataset, options.env, options.env_steps)
     data = dataset.transitions
     data = experiment.place(data, options)
-    example = jax.tree.map(lambda x: x[:1], data)
+    example = jax.tree.map(lambda x: x[:1], data)  # one row, for its shapes
     init_keys, train_keys, policy_keys = experiment.streams(cfg.seeds, 3)  # [S] each
     create = partial(create_state, batch=example, cfg=cfg)
     state = jax.vmap(create)(init_keys)

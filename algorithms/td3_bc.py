@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""TD3+BC (Fujimoto & Gu, 2021): TD3 whose actor also clones the data, at a fixed exchange rate.
+"""TD3+BC (Fujimoto & Gu, 2021): TD3 whose actor also clones the data.
 
 Paper       https://arxiv.org/abs/2106.06860
 Reference   https://github.com/sfujim/TD3_BC
 Run         python algorithms/td3_bc.py --config configs/td3_bc/mujoco.yaml
 Parent      none
 Results     benchmarks/results
-Deviations  none known from the code (Eq. 5 averages |Q| over the data's actions, the code over the
-            policy's). Data with recorded next observations keep the rows at a truncation, which
-            D4RL's loader drops.
+Deviations  none known from the authors' code. It normalises Q by mean |Q| over the policy's actions,
+            where Eq. 5 has the data's actions. Rows at a truncation are kept if the data record
+            their next observation; D4RL's loader drops them.
 
 Shapes: S seeds, K critics, B batch, E episodes, O observation, A action. Arrays are float32.
 """
@@ -63,7 +63,7 @@ def uniform(bound):
     return init
 
 
-def linear(fan_in, width):  # PyTorch's default
+def linear(fan_in, width):  # PyTorch's default initialisation
     return nn.Dense(width, kernel_init=fan_in_uniform(), bias_init=uniform(fan_in**-0.5))
 
 
@@ -252,7 +252,7 @@ def train(cfg, options):
     dataset = datasets.load(cfg.dataset, options.env, options.env_steps)
     data, statistics = normalise(dataset.transitions)
     data = experiment.place(data, options)
-    example = jax.tree.map(lambda x: x[:1], data)
+    example = jax.tree.map(lambda x: x[:1], data)  # one row, for its shapes
     init_keys, train_keys, policy_keys = experiment.streams(cfg.seeds, 3)  # [S] each
     create = partial(create_state, batch=example, cfg=cfg, statistics=statistics)
     state = jax.vmap(create)(init_keys)

@@ -296,7 +296,7 @@ def train(cfg, options):
     if cfg.return_scale is not None:
         reward = reward * (cfg.return_scale / views.return_span(dataset))
     data = experiment.place(dataset.transitions._replace(action=action, reward=reward), options)
-    example = jax.tree.map(lambda x: x[:1], data)
+    example = jax.tree.map(lambda x: x[:1], data)  # one row, for its shapes
     init_keys, train_keys, policy_keys = experiment.streams(cfg.seeds, 3)  # [S] each
     create = partial(create_state, batch=example, cfg=cfg)
     # Not jitted: XLA can hang on the QR decompositions of two orthogonal initialisers.
