@@ -6,9 +6,9 @@ Reference   https://github.com/sfujim/TD3_BC
 Run         python algorithms/td3_bc.py --config configs/td3_bc/mujoco.yaml
 Parent      none
 Results     benchmarks/results
-Deviations  none known from the authors' code. It normalises Q by mean |Q| over the policy's actions,
-            where Eq. 5 has the data's actions. Rows at a truncation are kept if the data record
-            their next observation; D4RL's loader drops them.
+Deviations  none known from the authors' code, which divides Q by mean |Q| of the policy's actions;
+            Eq. 5 has the data's actions. Rows at a truncation are kept if the data record their
+            next observation; D4RL's loader drops them.
 
 Shapes: S seeds, K critics, B batch, E episodes, O observation, A action. Arrays are float32.
 """
