@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import optax
 from flax.training import train_state
 
-from common import datasets, evaluation, experiment, views
+from common import datasets, evaluation, experiment
 
 
 # --- Config -------------------------------------------------------------------------------------
@@ -170,9 +170,9 @@ def standardise(observation, statistics):
 
 def episode_steps(dataset, data):
     """Rows as steps of their episodes, [N]."""
-    starts, ends = views.episodes(dataset)
+    starts, ends = datasets.episodes(dataset)
     timestep = jnp.arange(ends[-1]) - jnp.repeat(starts, ends - starts)
-    returns_to_go = jnp.asarray(views.returns_to_go(dataset))
+    returns_to_go = jnp.asarray(datasets.returns_to_go(dataset))
     return Steps(data.observation, data.action, returns_to_go, timestep)
 
 
@@ -288,7 +288,9 @@ def train(cfg, options):
     # Compiled once for all seeds. `update` shows which rows a step reads, for --data host.
     train_seeds = experiment.over_seeds(partial(train_chunk, cfg=cfg), update=update)
     act = partial(policy, state.actor.apply_fn)
-    best = float(data.returns_to_go[views.episodes(dataset)[0]].max())  # of what it was trained on
+    best = float(
+        data.returns_to_go[datasets.episodes(dataset)[0]].max()
+    )  # of what it was trained on
     target_return = best if cfg.target_return is None else cfg.target_return
     memory = blank_steps(cfg.eval_episodes, example, target_return, cfg)
 

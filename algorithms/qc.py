@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import optax
 from flax.training import train_state
 
-from common import datasets, evaluation, experiment, views
+from common import datasets, evaluation, experiment
 
 
 # --- Config -------------------------------------------------------------------------------------
@@ -290,7 +290,7 @@ def chunked(dataset, cfg):
     rows = dataset.transitions
     # They go on past a termination inside an episode, as OGBench's data do after a success.
     endless = replace(dataset, transitions=rows._replace(termination=0 * rows.termination))
-    index, valid = views.chunks(endless, cfg.horizon)
+    index, valid = datasets.chunks(endless, cfg.horizon)
     actions, reward, alive = [], 0.0, 1.0
     for k in range(cfg.horizon):
         row = (index[:, 0] + k).clip(max=len(index) - 1)

@@ -13,7 +13,7 @@ from flax.training import train_state
 from numpy_nets import directions, dot, double, slope
 
 from algorithms import bc
-from common import config
+from common.experiment import config
 
 actor_loss = nets.compiled(bc.actor_loss)
 setup = functools.partial(nets.setup, bc)

@@ -13,7 +13,7 @@ from flax.training import train_state
 from numpy_nets import directions, dot, double, slope
 
 from algorithms import iql
-from common import config
+from common.experiment import config
 
 critic_loss = nets.compiled(iql.critic_loss)
 value_loss = nets.compiled(iql.value_loss)

@@ -17,7 +17,7 @@ import yaml
 import published
 import readers
 from benchmarks import report
-from common import provenance
+from common.experiment import provenance
 
 ROOT = Path(__file__).resolve().parents[2]
 CODE = {"algorithm": "aaa", "common": "ccc"}
@@ -454,7 +454,7 @@ def test_the_page(tmp_path, monkeypatch):
 def test_the_command_of_a_row_is_its_config(tmp_path):
     """Read back it gives the config; where it does not, the words say so."""
     from algorithms import bc
-    from common import config
+    from common.experiment import config
 
     argv = ["--dataset", "hopper-medium-v2", "--seeds", "3", "4", "--hidden", "8", "8"]
     wanted = config.resolved(*config.parse(bc.Config, [*argv, "--fraction", "0.1"]))

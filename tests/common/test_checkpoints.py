@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from common import checkpoints
+from common.experiment import checkpoints
 
 STATE = {"weight": jnp.arange(2000.0).reshape(2, 1000), "count": jnp.array([3, 4])}
 META = {"update": 8, "metrics": {"loss": [0.1, float("nan")]}, "diverged": {1: 4}, "best": [1e-9]}

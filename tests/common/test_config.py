@@ -10,7 +10,7 @@ import helpers_runs as runs
 import pytest
 import yaml
 
-from common import config, ranges
+from common.experiment import config, ranges
 
 TOY = """
 from dataclasses import dataclass

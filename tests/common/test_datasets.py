@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from common import datasets, views
+from common import datasets
+from common.datasets import __main__ as command
 
 h5py = pytest.importorskip("h5py")
 pytest.importorskip("gymnasium")
@@ -390,15 +391,15 @@ def made(tmp_path):
 
 
 def test_episodes_and_return_range(made):
-    starts, ends = views.episodes(made)
+    starts, ends = datasets.episodes(made)
     assert starts.tolist() == [0, 3] and ends.tolist() == [3, 6]
-    assert views.return_range(made) == (6, 60)
+    assert datasets.return_range(made) == (6, 60)
 
 
 def test_returns_to_go(made):
-    assert views.returns_to_go(made).tolist() == [6, 5, 3, 60, 50, 30]
+    assert datasets.returns_to_go(made).tolist() == [6, 5, 3, 60, 50, 30]
     halved = [1 + 1 + 0.75, 2 + 1.5, 3, 10 + 10 + 7.5, 20 + 15, 30]
-    assert views.returns_to_go(made, 0.5).tolist() == halved
+    assert datasets.returns_to_go(made, 0.5).tolist() == halved
     np.testing.assert_array_equal(made.transitions.reward, ROWS["rewards"])  # not overwritten
 
 
@@ -419,26 +420,26 @@ def test_returns_to_go_of_many_lengths_agree_with_a_loop(tmp_path):
         if t.termination[row] or t.truncation[row]:
             after = 0.0
         after = expected[row] = t.reward[row] + 0.9 * after
-    np.testing.assert_allclose(views.returns_to_go(dataset, 0.9), expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(datasets.returns_to_go(dataset, 0.9), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_chunks_stop_at_the_end_of_the_episode(made):
-    index, valid = views.chunks(made, 2)
+    index, valid = datasets.chunks(made, 2)
     assert index.tolist() == [[0, 1], [1, 2], [2, 2], [3, 4], [4, 5], [5, 5]]
     assert valid.tolist() == [[1, 1], [1, 1], [1, 0], [1, 1], [1, 1], [1, 0]]
-    index, valid = views.chunks(made, 4, rows=[4, 1])
+    index, valid = datasets.chunks(made, 4, rows=[4, 1])
     assert index.tolist() == [[4, 5, 5, 5], [1, 2, 2, 2]]
     assert valid.sum(axis=1).tolist() == [2, 2]
 
 
 def test_filter_by_return(made):
-    best = views.filter_by_return(made, 0.5)
+    best = datasets.filter_by_return(made, 0.5)
     assert column(best.transitions.reward) == [10, 20, 30]
     assert best.episode_ends.tolist() == [3] and best.episode_returns.tolist() == [60]
-    assert len(views.filter_by_return(made, 1.0).transitions.reward) == 6
-    assert len(views.filter_by_return(made, 0.01).episode_ends) == 1  # never nothing
+    assert len(datasets.filter_by_return(made, 1.0).transitions.reward) == 6
+    assert len(datasets.filter_by_return(made, 0.01).episode_ends) == 1  # never nothing
     with pytest.raises(ValueError, match="not 0"):
-        views.filter_by_return(made, 0)
+        datasets.filter_by_return(made, 0)
 
 
 def toy(lengths, returns):
@@ -471,7 +472,7 @@ def toy(lengths, returns):
 def test_the_best_episodes(fraction, fraction_of, kept):
     lengths, returns = np.array([1, 2, 3, 4, 10]), np.array([8.0, -5, 7, 9, 1])
     dataset = toy(lengths, returns)
-    best = views.filter_by_return(dataset, fraction, fraction_of)
+    best = datasets.filter_by_return(dataset, fraction, fraction_of)
     starts = np.cumsum(lengths) - lengths
     rows = np.concatenate([starts[i] + np.arange(lengths[i]) for i in kept])  # in their old order
     for column in best.transitions:
@@ -482,15 +483,15 @@ def test_the_best_episodes(fraction, fraction_of, kept):
 
 def test_the_best_episodes_by_episodes_unless_said():
     dataset = toy([5, 1, 1, 1], [3, 2, 1, 0])
-    assert views.filter_by_return(dataset, 0.5).episode_ends.tolist() == [5, 6]
-    assert views.filter_by_return(dataset, 0.5, "transitions").episode_ends.tolist() == [5]
-    assert views.filter_by_return(dataset, 0.7, "transitions").episode_ends.tolist() == [5]
+    assert datasets.filter_by_return(dataset, 0.5).episode_ends.tolist() == [5, 6]
+    assert datasets.filter_by_return(dataset, 0.5, "transitions").episode_ends.tolist() == [5]
+    assert datasets.filter_by_return(dataset, 0.7, "transitions").episode_ends.tolist() == [5]
 
 
 def test_of_equal_returns_the_shorter_episode_is_better():
     dataset = toy([4, 2, 3, 2], [0, 0, 0, -1])
     for fraction, ends in ((0.25, [2]), (0.5, [2, 5]), (0.75, [4, 6, 9])):
-        assert views.filter_by_return(dataset, fraction).episode_ends.tolist() == ends
+        assert datasets.filter_by_return(dataset, fraction).episode_ends.tolist() == ends
 
 
 @pytest.mark.parametrize("count", [100, 300])
@@ -498,16 +499,16 @@ def test_rounding_errors_of_the_share_cost_no_episode(count):
     dataset = toy([1] * count, np.arange(count))
     for percent in range(1, 101):  # 0.29 * 100 is 28.999999999999996
         for fraction in {percent / 100, min(0.01 * percent, 1.0)}:
-            best = views.filter_by_return(dataset, fraction)
+            best = datasets.filter_by_return(dataset, fraction)
             assert len(best.episode_ends) == percent * count // 100
 
 
 def test_return_span(capsys):
-    assert views.return_span(toy([1, 2, 3], [4, -2.5, 1])) == 6.5
-    assert isinstance(views.return_span(toy([1, 2], [0, 1])), float)
-    text = error_of(capsys, views.return_span, toy([1, 2], [3, 3]))
+    assert datasets.return_span(toy([1, 2, 3], [4, -2.5, 1])) == 6.5
+    assert isinstance(datasets.return_span(toy([1, 2], [0, 1])), float)
+    text = error_of(capsys, datasets.return_span, toy([1, 2], [3, 3]))
     assert "toy: " in text and "returns 3:" in text and "return_scale" in text
-    assert "toy: " in error_of(capsys, views.return_span, toy([4], [1]))  # one episode
+    assert "toy: " in error_of(capsys, datasets.return_span, toy([4], [1]))  # one episode
 
 
 def test_a_look_at_the_data(tmp_path, capsys):
@@ -516,7 +517,7 @@ def test_a_look_at_the_data(tmp_path, capsys):
     path = write(tmp_path / "maze.hdf5", rows)
     file = tmp_path / "look.png"
     pytest.importorskip("matplotlib")
-    views.main([path, "--plot", str(file)])
+    command.main([path, "--plot", str(file)])
     text = capsys.readouterr().out
     for words in (
         "episode length",
@@ -528,7 +529,7 @@ def test_a_look_at_the_data(tmp_path, capsys):
     ):
         assert words in text
     assert file.read_bytes().startswith(b"\x89PNG")
-    text = error_of(capsys, views.main, [path, "--plot", str(tmp_path / "no" / "look.png")])
+    text = error_of(capsys, command.main, [path, "--plot", str(tmp_path / "no" / "look.png")])
     assert "cannot be drawn" in text
 
 

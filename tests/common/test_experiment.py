@@ -23,7 +23,8 @@ import numpy as np
 import pytest
 import yaml
 
-from common import disks, evaluation, experiment, processor, provenance
+from common import evaluation, experiment, machine
+from common.experiment import provenance
 
 SEEDS = ["--seeds", "0", "1"]
 BORDERS = [0, 4, 8, 12, 16, 20, 24]
@@ -555,7 +556,7 @@ def test_a_run_resumed_elsewhere_says_so(name, tiny, monkeypatch, capsys):
 
     original, versions = experiment.Run.log, ["first"]
     monkeypatch.setattr(provenance, "code", lambda paths: versions[0])
-    monkeypatch.setattr(processor, "name", lambda: f"the {versions[0]} processor")
+    monkeypatch.setattr(machine, "processor", lambda: f"the {versions[0]} processor")
     monkeypatch.setattr(experiment.Run, "log", log)
     folder = run(name, tiny, expected=128 + signal.SIGTERM)
     versions[0] = "second"

@@ -15,7 +15,7 @@ import helpers_runs as runs
 import numpy as np
 import pytest
 
-from common import config, devices, meshes, processes
+from common.experiment import config, devices, meshes, processes
 
 SEEDS = ["--seeds", "0", "1"]
 LATE, NEVER = 30, 240  # seconds after an error, in all; who waits in vain does so for 300

@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 from test_datasets import error_of, write
 
-from common import d4rl, datasets, download, environments, sources
+from common import datasets
+from common.datasets import d4rl, download
 
 h5py = pytest.importorskip("h5py")
 gymnasium = pytest.importorskip("gymnasium")
