@@ -23,7 +23,7 @@ EPISODES = 10  # 3000 steps
 
 def run(code, root):
     """Runs code in a fresh process that finds `common` but has imported nothing of it."""
-    repository = str(Path(recipes.__file__).resolve().parents[1])
+    repository = str(Path(recipes.__file__).resolve().parents[2])
     env = os.environ | {"MINARI_DATASETS_PATH": str(root), "PYTHONPATH": repository}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -122,8 +122,8 @@ print(json.dumps([steps, termination, truncation, env.observation_space.shape, s
 
 
 def test_reset_depends_on_the_seed_alone():
-    recipes.register()
-    recipes.register()  # idempotent
+    envs.register()
+    envs.register()  # idempotent
     actions = np.random.default_rng(0).uniform(-1, 1, (100, 2)).astype(np.float32)
 
     def rollout(env, seed):
@@ -145,7 +145,7 @@ def test_starts_and_goals_lie_in_free_cells():
 
 
 def test_render_mode_passes_through():
-    recipes.register()
+    envs.register()
     env = gymnasium.make("atoll/PointMaze_UMaze-v0", render_mode="rgb_array", width=64, height=48)
     assert env.render_mode == env.unwrapped.point.render_mode == "rgb_array"
     assert (env.unwrapped.point.width, env.unwrapped.point.height) == (64, 48)
@@ -158,9 +158,9 @@ def test_controller_reaches_the_goal_from_every_cell(name):
         env.reset(seed=0)
         env.point.set_state(env.maze.cell_rowcol_to_xy(cell), np.zeros(2))
         observation = np.concatenate([env.point.data.qpos, env.point.data.qvel])
-        waypoints = recipes._plan(env, generator, observation, envs.MAZES[name].goal)
+        waypoints = pointmaze._plan(env, generator, observation, envs.MAZES[name].goal)
         for _ in range(envs.MAZES[name].horizon):
-            action, reached = recipes._control(observation, waypoints)
+            action, reached = pointmaze._control(observation, waypoints)
             if reached:
                 break
             observation, *_ = env.step(action)
@@ -169,7 +169,7 @@ def test_controller_reaches_the_goal_from_every_cell(name):
 
 def test_recorded_reference_returns_are_about_right():
     umaze = envs.MAZES["umaze"]
-    random_return, controller_return = recipes.reference_returns("umaze", episodes=100)
+    random_return, controller_return = pointmaze.reference_returns("umaze", episodes=100)
     assert abs(random_return - umaze.random_return) < 25  # 75 is one episode's deviation
     assert abs(controller_return - umaze.controller_return) < 20
 
@@ -210,7 +210,7 @@ def test_leftover_of_a_killed_process_is_cleared(root):
 
 
 def test_second_process_at_the_same_time(root, monkeypatch):
-    walk = recipes._walk
+    walk = pointmaze._walk
 
     def other_first(*args):
         monkeypatch.setattr(pointmaze, "_walk", walk)
