@@ -262,7 +262,7 @@ def test_every_file_and_row_of_the_repository():
         config_class = runs.module(file.parent.name).Config
         values, rows = config.read_yaml(file, config_class)
         wanted = values | (rows[row] if row else {})
-        cfg, _ = config._cli(config_class, list(config._tokens(wanted)), str(file))
+        cfg, _ = config._command_line(config_class, list(config._tokens(wanted)), str(file))
         ranges.check(cfg)
         kinds = {field.name: field.default for field in dataclasses.fields(config_class)}
         for key, value in wanted.items():

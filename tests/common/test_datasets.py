@@ -111,7 +111,7 @@ def test_a_row_both_terminal_and_timed_out_is_terminal():
 def test_where_the_recording_goes_on_a_termination_ends_no_episode(recorded):
     """AntMaze without next observations, OGBench with them."""
     rows = ROWS | ({"next_observations": ROWS["observations"] + 0.5} if recorded else {})
-    transitions, ends, returns = datasets.cut(rows, ends_episode=False)
+    transitions, ends, returns = datasets.cut(rows, termination_ends_episode=False)
     count = 6 if recorded else 5
     assert column(transitions.termination) == [0, 0, 1, 0, 0, 0][:count]
     assert ends.tolist() == [count] and returns.tolist() == [66]
@@ -158,7 +158,7 @@ def test_actions_without_an_env_are_scaled_by_the_files_bounds(tmp_path):
 def test_a_small_excess_is_clipped_and_said(tmp_path, capsys):
     path = write(tmp_path / "x.hdf5", ROWS | {"actions": 1.0005 * ROWS["actions"]})
     assert np.abs(datasets.load(path).transitions.action).max() == 1
-    assert "leave their box by up to 5.0e-04: clipped" in capsys.readouterr().out
+    assert "leave their bounds by up to 5.0e-04: clipped" in capsys.readouterr().out
 
 
 def test_a_larger_excess_is_an_error(tmp_path, capsys):
@@ -166,12 +166,12 @@ def test_a_larger_excess_is_an_error(tmp_path, capsys):
     assert "actions leave [-1, 1]" in error_of(capsys, datasets.load, path)
     path = write(tmp_path / "y.hdf5", ROWS | PENDULUM | {"actions": 3 * ROWS["actions"]})
     text = error_of(capsys, datasets.load, path, env="Pendulum-v1")
-    assert "actions leave [-2, 2], the env's box; row 0: [-3.0]" in text
+    assert "actions leave [-2, 2], the bounds of the env's action space; row 0: [-3.0]" in text
 
 
 def test_an_infinite_box_is_an_error(tmp_path, capsys):
     path = write(tmp_path / "x.hdf5", ROWS, action_low=-np.inf, action_high=1)
-    assert "box has no bounds" in error_of(capsys, datasets.load, path)
+    assert "the action space (Box) has no bounds" in error_of(capsys, datasets.load, path)
 
 
 def test_integer_actions_know_their_number(tmp_path, capsys):

@@ -773,7 +773,7 @@ def test_minari_half_a_download_is_begun_anew(minari_root, monkeypatch, capsys):
     monkeypatch.setattr(minari, "download_dataset", fetch)
     (minari_root / "test/cartpole-v0/data").mkdir(parents=True)
     datasets.load("test/cartpole-v0", actions="any")
-    assert "is half a data set, begun anew" in capsys.readouterr().out
+    assert "is incomplete, starting it anew" in capsys.readouterr().out
     (minari_root / "test/cartpole-v0/data/main_data.hdf5").unlink()  # metadata only
     datasets.load("test/cartpole-v0", actions="any")
     assert begun == [False, False]
@@ -1000,7 +1000,7 @@ command_line.run(main)
         return subprocess.run(command, cwd=ROOT, stdout=out, stderr=subprocess.PIPE, text=True)
 
     done = ends("signal.raise_signal(signal.SIGINT)")
-    assert done.returncode == 130 and done.stderr == "interrupted; the same command goes on\n"
+    assert done.returncode == 130 and done.stderr == "interrupted; the same command continues\n"
     done = ends("signal.raise_signal(signal.SIGTERM)")
     assert done.returncode == 143 and done.stderr == ""
     read, write_end = os.pipe()
