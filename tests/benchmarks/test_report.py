@@ -95,6 +95,20 @@ def test_runs_of_one_algorithm_are_told_apart(tmp_path):
     assert [row[0] for row in rows(tmp_path)] == ["bc fraction=1.0", "bc fraction=0.1", "iql"]
 
 
+def test_former_names_of_fields_are_the_present_ones(tmp_path):
+    """A run with the former name and one with the present name differ in their seeds only."""
+    write_run(tmp_path / "old", {0: 1.0}, "cql", gap=0.5)
+    write_run(tmp_path / "new", {1: 2.0}, "cql", target_action_gap=0.5)
+    write_run(tmp_path / "other", {0: 3.0}, "cql", gap=0.8)
+    found, notes = readers.find([tmp_path])
+    assert [row.label for row in found] == [
+        "cql target_action_gap=0.5",
+        "cql target_action_gap=0.8",
+    ]
+    assert [sorted(row.result["score"]) for row in found] == [["0", "1"], ["0"]]
+    assert notes == []
+
+
 def test_a_budget_is_in_the_name_only_where_it_has_to_be(tmp_path):
     def names(*runs):
         folder = tmp_path / f"{len([*tmp_path.iterdir()])}"

@@ -638,7 +638,9 @@ def test_signal_saves_and_leaves_at_the_next_border(
         folder = run(name, [*tiny, *SEEDS], expected=128 + number)
     assert signal.getsignal(number) is handler  # left as it was
     out = capsys.readouterr().out
-    assert f"{number.name}: saving at the next chunk boundary" in out and "saved at update 12" in out
+    assert (
+        f"{number.name}: saving at the next chunk boundary" in out and "saved at update 12" in out
+    )
     assert not (folder / "result.json").exists()
     run(name, [*tiny, *SEEDS, "--resume"])
     assert "resuming at update 12" in capsys.readouterr().out

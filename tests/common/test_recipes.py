@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -119,6 +120,30 @@ print(json.dumps([steps, termination, truncation, env.observation_space.shape, s
     done = run(code, made[0])
     assert json.loads(done.stdout) == [300, False, True, [4], [0.0, 1.0]]
     assert done.stderr == ""
+
+
+def test_a_recording_of_an_earlier_version_is_still_evaluated(made, tmp_path, monkeypatch):
+    """It names the env by the module that had it before common/ had rooms."""
+    shutil.copytree(made[0], tmp_path / "root")
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "root"))
+    file = tmp_path / "root" / UMAZE / "data" / "metadata.json"
+    text = file.read_text()
+    now, before = "common.envs:point_maze", "common.recipes:point_maze"
+    assert now in text and before not in text
+    file.write_text(text.replace(now, before))
+    dataset = datasets.load(UMAZE)
+    env = dataset.make_env()
+    observation, _ = env.reset(seed=0)
+    assert observation.shape == (4,) and env.step(np.zeros(2, np.float32))[1] in (0.0, 1.0)
+    code = f"""
+import minari
+env = minari.load_dataset({UMAZE!r}).recover_environment(eval_env=True)
+print(env.reset(seed=0)[0].tolist())
+"""
+    assert json.loads(run(code, tmp_path / "root").stdout) == observation.tolist()
+    file.write_text(text.replace(now, "common.recipes:make"))  # no other function is trusted
+    with pytest.raises(SystemExit):
+        datasets.load(UMAZE)
 
 
 def test_reset_depends_on_the_seed_alone():

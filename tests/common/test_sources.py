@@ -286,7 +286,7 @@ def test_d4rl_wrong_files_are_one_line_and_leave_nothing(d4rl_server, tmp_path, 
     d4rl_server.put(name, {key: x for key, x in rows.items() if key != "actions"})
     assert "the file that came has no actions" in error_of(capsys, datasets.load, name)
     d4rl_server.put(name, rows | {"actions": rows["actions"][:5]})
-    assert "rows that disagree" in error_of(capsys, datasets.load, name)
+    assert "columns of different lengths" in error_of(capsys, datasets.load, name)
     del d4rl_server.files[path]
     text = error_of(capsys, datasets.load, name)
     assert "hopper-medium-v2: not in " in text and "HTTP 404" in text
@@ -905,7 +905,7 @@ def test_envs_leave_no_files_behind(env_id, tmp_path, monkeypatch):
         ("D4RL/antmaze/umaze", "D4RL/antmaze/umaze-v1"),
         ("mujoco/swimmer/novel", "mujoco/swimmer/novel-v0"),
         ("cube-single-play-v0", "cube-single-play-singletask-v0"),
-        ("zzz", "see common/datasets.py for the forms"),
+        ("zzz", "docs/data.md lists the forms of an id"),
     ],
 )
 def test_unknown_ids_name_near_ones(capsys, dataset_id, words):
