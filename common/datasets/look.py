@@ -11,10 +11,10 @@ def describe(dataset) -> str:
     """What a data set holds, a dozen lines."""
     t, (starts, ends) = dataset.transitions, episodes(dataset)
     lengths, returns = ends - starts, dataset.episode_returns
-    pair = dataset.ref_min_score, dataset.ref_max_score
     score = "success rate" if dataset.score_is_success else "plain return"
-    if pair[0] is not None:
-        score = f"0 at {pair[0]:g}, 100 at {pair[1]:g}; the data: {_range(dataset.score(returns))}"
+    if dataset.ref_min_score is not None:
+        score = f"0 at {dataset.ref_min_score:g}, 100 at {dataset.ref_max_score:g}; "
+        score += f"the data: {_range(dataset.score(returns))}"
     if dataset.num_actions is None:
         action = f"{t.action.shape[1]} numbers, {_range(t.action)}, |a| = 1 in "
         action += f"{np.mean(np.abs(t.action) >= 1):.1%} of them"

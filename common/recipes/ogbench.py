@@ -3,8 +3,8 @@
 
 The scripted controllers (OGBench's oracles), their noise and the length of an episode are OGBench's
 (its data_gen_scripts at 1d41409 and the oracles in the package). The caller chooses the number of
-episodes, 100 by default; OGBench has 1000. The result is OGBench's pair of npz files, for training
-and for validation.
+episodes, 100 by default; OGBench has 1000. The result is two npz files, for training and for
+validation, as OGBench has them.
 
 Every episode has its own seed, so the file does not depend on interruptions or on the number of
 processes. Importing this module needs NumPy only.
@@ -164,10 +164,10 @@ def _make_part(job):
         if rows is not None:
             break
     path = _part(_worker["parts"], job)
-    half = path.with_suffix(f".{os.getpid()}.tmp")
-    with half.open("wb") as file:
+    unfinished = path.with_suffix(f".{os.getpid()}.tmp")
+    with unfinished.open("wb") as file:
         np.savez(file, **rows)
-    os.replace(half, path)
+    os.replace(unfinished, path)
 
 
 def _join(parts, jobs, path):
@@ -176,10 +176,10 @@ def _join(parts, jobs, path):
         with np.load(_part(parts, job)) as part:
             for key in part:
                 columns.setdefault(key, []).append(part[key])
-    half = parts / f"{path.name}.{os.getpid()}.tmp"
-    with half.open("wb") as file:
+    unfinished = parts / f"{path.name}.{os.getpid()}.tmp"
+    with unfinished.open("wb") as file:
         np.savez_compressed(file, **{key: np.concatenate(x) for key, x in columns.items()})
-    os.replace(half, path)
+    os.replace(unfinished, path)
 
 
 class _Rows:
