@@ -20,6 +20,23 @@ import psutil
 EVAL_SEED = 10_000
 
 
+class _Played:
+    """What became of the S E episodes so far."""
+
+    def __init__(self, count):
+        self.returns, self.length = np.zeros(count), np.zeros(count)
+        self.success = np.zeros(count, bool)
+        self.reports_success = False
+
+    def add(self, i, reward, info):
+        """A step of episode i."""
+        self.returns[i] += reward
+        self.length[i] += 1
+        if "success" in info:
+            self.reports_success = True
+            self.success[i] |= bool(info["success"])
+
+
 class Rollouts:
     """Evaluates `act` in `dataset.make_env()`. Without an env every evaluation is None.
 
@@ -79,9 +96,7 @@ class Rollouts:
         """A future of `run`'s result; an accelerator trains the next chunk meanwhile."""
         if not self.envs:
             return None
-        params = jax.device_put(
-            params, self.cpu
-        )  # a copy: the next chunk reuses the state's memory
+        params = jax.device_put(params, self.cpu)  # a copy: the next chunk reuses its memory
         if self.beside:
             return self.pool.submit(self.run, params, update)
         future = Future()
@@ -98,50 +113,54 @@ class Rollouts:
         began = time.perf_counter()
         shape = (len(self.keys), self.cfg.eval_episodes)
         count, together = len(self.keys) * self.cfg.eval_episodes, len(self.envs)
-        returns, length, success = np.zeros(count), np.zeros(count), {}
-        observation = None
+        played = _Played(count)
         for first in range(0, count, together):
-            live = np.arange(first, min(first + together, count))
-            fresh = np.stack([self._reset(i) for i in live.tolist()])
-            if observation is None:  # [S E, O]; rows of the other rounds are not used
-                observation = np.zeros((count, *fresh.shape[1:]), fresh.dtype)
-            observation[live] = fresh
-            rewards, past, env_step = np.zeros(shape, np.float32), self.memory, 0
-            while len(live):
-                by_seed = observation.reshape(*shape, *observation.shape[1:])
-                numbers = np.uint32(update), np.uint32(env_step)
-                known = () if past is None else (past, rewards)
-                action = self.act(params, by_seed, self.keys, *numbers, known)
-                if past is not None:
-                    action, past = action
-                action = np.asarray(action)
-                action = action.reshape(count, *action.shape[2:])
-                if action.dtype.kind == "f":  # a diverged policy must not stop the others
-                    action = np.nan_to_num(action.clip(-1, 1))
-                over = np.zeros(count, bool)
-                for i in live:
-                    env = self.envs[i % together]
-                    observation[i], reward, termination, truncation, info = env.step(action[i])
-                    returns[i] += reward
-                    rewards.flat[i] = reward
-                    length[i] += 1
-                    if "success" in info:
-                        success[i] = success.get(i, False) or bool(info["success"])
-                    over[i] = termination or truncation
-                live = live[~over[live]]
-                env_step += 1
-        returns = returns.reshape(shape).mean(axis=1)
-        rate = None
-        if success:
-            rate = np.array([success.get(i, False) for i in range(count)])
-            rate = rate.reshape(shape).mean(axis=1)
+            episodes = np.arange(first, min(first + together, count))
+            self._play(episodes, params, update, played)
+        returns = played.returns.reshape(shape).mean(axis=1)
+        success = None
+        if played.reports_success:
+            success = played.success.reshape(shape).mean(axis=1)
         return {
-            "score": self.dataset.score(returns, rate),
+            "score": self.dataset.score(returns, success),
             "return": returns,
-            "success": rate,
-            "length": length.reshape(shape).mean(axis=1),
+            "success": success,
+            "length": played.length.reshape(shape).mean(axis=1),
             "seconds": time.perf_counter() - began,
         }
+
+    def _play(self, episodes, params, update, played):
+        """Play these of the S E episodes to their end, one in each environment.
+
+        The policy is called for all S E episodes, so that it is compiled once. The others' rows are
+        not used.
+        """
+        shape = (len(self.keys), self.cfg.eval_episodes)
+        first = np.stack([self._reset(i) for i in episodes.tolist()])
+        observation = np.zeros((len(played.returns), *first.shape[1:]), first.dtype)
+        observation[episodes] = first
+        rewards, past, env_step = np.zeros(shape, np.float32), self.memory, 0
+        live = episodes
+        while len(live):
+            by_seed = observation.reshape(*shape, *observation.shape[1:])
+            known = () if past is None else (past, rewards)
+            step = np.uint32(update), np.uint32(env_step)
+            action = self.act(params, by_seed, self.keys, *step, known)
+            if past is not None:
+                action, past = action
+            action = np.asarray(action)
+            action = action.reshape(len(observation), *action.shape[2:])
+            if action.dtype.kind == "f":  # a diverged policy must not stop the others
+                action = np.nan_to_num(action.clip(-1, 1))
+            over = np.zeros(len(observation), bool)
+            for i in live:
+                env = self.envs[i % len(self.envs)]
+                observation[i], reward, termination, truncation, info = env.step(action[i])
+                rewards.flat[i] = reward
+                over[i] = termination or truncation
+                played.add(i, reward, info)
+            live = live[~over[live]]
+            env_step += 1
 
     def _reset(self, i):
         seed = EVAL_SEED + i % self.cfg.eval_episodes

@@ -10,7 +10,7 @@ import numpy as np
 
 from common import envs, fail
 
-# An action this far outside its bounds, in units of half their distance, is clipped and said.
+# An action at most this far outside its bounds (-1 and 1 after scaling) is clipped.
 TOLERANCE = 1e-3
 
 

@@ -8,7 +8,7 @@ from common.datasets.views import episodes
 
 
 def describe(dataset) -> str:
-    """What a data set holds, a dozen lines."""
+    """What a data set holds, in a dozen lines."""
     t, (starts, ends) = dataset.transitions, episodes(dataset)
     lengths, returns = ends - starts, dataset.episode_returns
     score = "success rate" if dataset.score_is_success else "plain return"
@@ -47,7 +47,7 @@ def _range(values):
 
 
 def plot(dataset, file: str) -> None:
-    """Returns, lengths and, for mazes, where the walker was. Needs matplotlib."""
+    """Plot returns, lengths and, for mazes, the visited places. Needs matplotlib."""
     import matplotlib
 
     matplotlib.use("Agg")

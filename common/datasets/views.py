@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Views of a data set, for methods that need more than transitions. NumPy only.
 
-Rows of a file without next observations end one row early at a truncation, so a return-to-go or a
-chunk there lacks that row's reward.
+Where a file has no next observations, the last row of a truncated episode is missing. A
+return-to-go or a chunk of such an episode lacks the reward of that row.
 """
 
 import dataclasses
@@ -14,21 +14,23 @@ from common.datasets.dataset import Transitions
 
 
 def episodes(dataset) -> tuple[np.ndarray, np.ndarray]:
-    """First row of each episode and the row after its last one, [episodes] each."""
+    """The first row of each episode and the row after its last row, [episodes] each."""
     ends = dataset.episode_ends
     return np.append(0, ends[:-1]).astype(np.int64), ends
 
 
 def returns_to_go(dataset, discount: float = 1.0) -> np.ndarray:
-    """Discounted sum of the rewards from each row to its episode's end or first termination, [N].
+    """Discounted sum of the rewards from each row on, [N] float32 (summed in float64).
 
-    Computed in float64, given as float32.
+    The sum ends with the episode, or before that with the first termination.
     """
     starts, ends = episodes(dataset)
     reward = dataset.transitions.reward.astype(np.float64)
     go_on = discount * (1.0 - dataset.transitions.termination)
     total, lengths = reward, ends - starts
-    order = np.argsort(-lengths, kind="stable")  # longest first: those left are a prefix
+    # All episodes at once, from their last row backwards. The longest come first, so that the
+    # episodes which have a row that far back are always the first `count[back]`.
+    order = np.argsort(-lengths, kind="stable")
     last = ends[order] - 1
     count = np.searchsorted(-lengths[order], -np.arange(1, lengths.max() + 1), side="right")
     for back in range(1, lengths.max()):
@@ -38,23 +40,23 @@ def returns_to_go(dataset, discount: float = 1.0) -> np.ndarray:
 
 
 def return_range(dataset) -> tuple[float, float]:
-    """Lowest and highest return of an episode, undiscounted."""
+    """The lowest and the highest undiscounted return of an episode."""
     return float(dataset.episode_returns.min()), float(dataset.episode_returns.max())
 
 
 def return_span(dataset) -> float:
-    """Highest minus lowest return of an episode; exit code 2 where there is no difference."""
+    """The highest minus the lowest return of an episode; exit code 2 if all are equal."""
     low, high = return_range(dataset)
     if low == high:
-        fail(f"{dataset.id}: every episode returns {low:g}: no return_scale can be reached")
+        fail(f"{dataset.id}: every episode returns {low:g}, so return_scale cannot be reached")
     return high - low
 
 
 def chunks(dataset, steps: int, rows: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Indices [R, steps] of the rows that follow each of `rows` (all), and their validity.
+    """The `steps` rows that begin at each of `rows` (default: all rows).
 
-    Past the end of the episode, or of what follows a termination, the last valid row is repeated
-    and the mask is 0.
+    Returns their indices [R, steps] and a mask [R, steps]. A chunk ends with its episode, or before
+    that with a termination: from there on the last valid index is repeated and the mask is 0.
     """
     transitions = dataset.transitions
     stop = np.asarray(dataset.episode_ends)
@@ -67,14 +69,14 @@ def chunks(dataset, steps: int, rows: np.ndarray | None = None) -> tuple[np.ndar
 
 
 def filter_by_return(dataset, fraction: float, fraction_of: str = "episodes"):
-    """The data set with its best episodes by return, one at least, in their old order.
+    """The data set with only its best episodes by return, at least one, in their order.
 
-    Of equal returns the shorter episode is the better one.
+    Of two episodes with the same return the shorter one is better.
 
     Args:
         dataset: what `load` returns.
-        fraction: share that is kept.
-        fraction_of: "episodes", or "transitions" for the best episodes that hold no more of them.
+        fraction: the share that is kept.
+        fraction_of: the share is one of "episodes" or of "transitions"; no more than it is kept.
 
     Raises:
         ValueError: `fraction` is not in (0, 1].

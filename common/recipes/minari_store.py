@@ -31,11 +31,11 @@ def store(dataset_id, env_id, reference, algorithm, description, episodes, steps
     print(f"making {dataset_id} ({steps:,} steps, about {seconds:.0f} s) in {final}", flush=True)
     names = ("observations", "actions", "rewards", "terminations", "truncations")
     buffers = [EpisodeBuffer(**dict(zip(names, x, strict=True)), infos={}) for x in episodes]
-    for folder in root.glob(".making-*"):  # left by a killed run, unless so young that it is in use
+    for folder in root.glob(".making-*"):  # left by a killed run, unless it is in use
         if time.time() - folder.stat().st_mtime > 600:
             shutil.rmtree(folder, ignore_errors=True)
     with tempfile.TemporaryDirectory(prefix=".making-", dir=root) as temporary:
-        # Minari reads its root from the environment at each call, and warns of a missing author.
+        # Minari reads its root from the environment at each call. It warns of a missing author.
         with (
             mock.patch.dict(os.environ, MINARI_DATASETS_PATH=temporary),
             warnings.catch_warnings(action="ignore"),
