@@ -462,7 +462,7 @@ def test_a_checkpoint_of_another_state_is_not_called_damaged(name, tiny, referen
         experiment.load(runs.module(name), folder)
     error = capsys.readouterr().err
     assert leave.value.code == 2
-    assert "checkpoint 24 is of another State" in error and "cannot be read" not in error
+    assert "checkpoint 24 has another State" in error and "cannot be read" not in error
 
 
 def test_every_checkpoint_damaged(name, tiny, reference, capsys):
