@@ -509,7 +509,7 @@ def test_return_span(capsys):
     assert datasets.return_span(toy([1, 2, 3], [4, -2.5, 1])) == 6.5
     assert isinstance(datasets.return_span(toy([1, 2], [0, 1])), float)
     text = error_of(capsys, datasets.return_span, toy([1, 2], [3, 3]))
-    assert "toy: " in text and "returns 3:" in text and "return_scale" in text
+    assert "toy: " in text and "returns 3, so" in text and "return_scale" in text
     assert "toy: " in error_of(capsys, datasets.return_span, toy([4], [1]))  # one episode
 
 

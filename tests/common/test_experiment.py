@@ -718,8 +718,8 @@ def poisoned(monkeypatch, lane, update, what):
     def spoil(x):
         return x.at[lane].set(jnp.nan) if x.dtype.kind == "f" else x
 
-    def poisoning(chunk, *rest):
-        train_seeds = over_seeds(chunk, *rest)
+    def poisoning(chunk, update=None):
+        train_seeds = over_seeds(chunk, update=update)
 
         def train(state, keys, start, data):
             state, values = train_seeds(state, keys, start, data)

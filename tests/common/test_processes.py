@@ -279,8 +279,8 @@ import jax
 import numpy as np
 from common import experiment
 over_seeds = experiment.over_seeds
-def poisoning(*args):
-    train = over_seeds(*args)
+def poisoning(chunk, update=None):
+    train = over_seeds(chunk, update=update)
     def poisoned(state, keys, start, data):
         state, metrics = train(state, keys, start, data)
         lane = {8: 1, 20: 0}.get(start)
