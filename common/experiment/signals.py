@@ -42,7 +42,9 @@ class Signals:
                     os._exit(128 + byte[0])
                 self.number = byte[0]
                 name = signal.Signals(byte[0]).name
-                print(f"{name}: saving at the next chunk boundary; again quits at once", flush=True)
+                print(
+                    f"{name}: saving at the next chunk boundary; a second signal quits", flush=True
+                )
 
         threading.Thread(target=watch, daemon=True).start()
 

@@ -8,6 +8,7 @@ import ast
 import functools
 import re
 import shutil
+import tomllib
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -153,6 +154,14 @@ def test_a_spoilt_copy_is_found(tmp_path, file, line, upward_import, in_circle, 
     name = "common." + file.removesuffix(".py").replace("/", ".")
     assert upward(graph) == ([] if upward_import is None else [f"{name} imports {upward_import}"])
     assert bool(circle(graph)) == in_circle
+
+
+def test_every_room_is_installed_with_its_data():
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    rooms = {f"common.{file.parent.name}" for file in COMMON.glob("*/__init__.py")}
+    assert {*settings["packages"]} == {"algorithms", "common"} | rooms
+    data = {file.relative_to(ROOT).parent.as_posix() for file in COMMON.rglob("*.csv")}
+    assert {name.replace(".", "/") for name in settings["package-data"]} == data
 
 
 # --- What JAX has not made public ---------------------------------------------------------------
