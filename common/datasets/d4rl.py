@@ -96,7 +96,7 @@ def _needed(row: dict, path: Path) -> tuple[str, ...]:
     return (*KEYS, "timeouts") if row.get("suite") == "antmaze" else KEYS
 
 
-def repair(suite: str, rows: dict[str, np.ndarray]) -> bool:
+def repair(suite: str | None, rows: dict[str, np.ndarray]) -> bool:
     """Correct the episode ends of maze data. Returns whether a termination ends an episode.
 
     In AntMaze the walk goes on after it has reached the goal. `terminals` there stop the bootstrap,

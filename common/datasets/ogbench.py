@@ -19,7 +19,10 @@ def read(name: str, folder: Path, env: str | None, env_steps: int | None) -> Sou
         from ogbench.relabel_utils import relabel_dataset
     except ImportError as error:
         fail(f"{name}: needs ogbench ({one_line(error)}); pip install ogbench, Python below 3.13")
-    data, task = OGBENCH_ID.fullmatch(name).groups(default="")
+    match = OGBENCH_ID.fullmatch(name)
+    if match is None:
+        raise ValueError(f"{name} is not a task of OGBench")
+    data, task = match.groups(default="")
     env_id = f"{data.rpartition('-')[0]}-singletask{task}-v0"
     path = folder / f"{data}-v0.npz"
     if not path.exists():

@@ -27,7 +27,7 @@ def options(row: dict[str, str]) -> dict:
     return {}
 
 
-def flipped(env_id: str, rows: dict[str, np.ndarray]) -> bool:
+def flipped(env_id: str | None, rows: dict[str, np.ndarray]) -> bool:
     """Whether recorded rewards fall with the palm's distance, as in D4RL; the env's rise with it.
 
     The first steps of the episodes tell: the hand moves there and nothing else does.

@@ -23,7 +23,7 @@ import pytest
 import yaml
 
 from common import evaluation, experiment, machine
-from common.experiment import provenance, records
+from common.experiment import origin, provenance, records
 
 SEEDS = ["--seeds", "0", "1"]
 BORDERS = [0, 4, 8, 12, 16, 20, 24]
@@ -538,6 +538,16 @@ def test_the_digest_is_of_what_the_code_does(tmp_path):
     assert first != digest("def f(x):\n    return x + 2\n")
     assert digest("x = 0\n") != digest("x = None\n") != digest("x = ''\n") != digest("x = 0\n")
     assert digest("f'{a!r} b'\n") != digest("f'{a!r}  b'\n")
+
+
+@pytest.mark.parametrize("file", ["__init__.py", "envs/spaces.py", "experiment/run.py"])
+def test_the_digest_covers_every_room(tmp_path, monkeypatch, file):
+    shutil.copytree(runs.ROOT / "common", tmp_path / "common")
+    monkeypatch.setattr(origin, "COMMON", tmp_path / "common")
+    before = provenance.code(origin.code_of_common())
+    with (tmp_path / "common" / file).open("a") as out:
+        out.write("\nADDED = 1\n")
+    assert provenance.code(origin.code_of_common()) != before
 
 
 def test_every_python_here_makes_the_same_digest():
