@@ -60,7 +60,9 @@ def parse(config_class, argv=None):
     for name in ("config", "env", "name", "runs_dir", "distributed"):
         _printable(ranges.flag(name), getattr(options, name) or "-")
     dataset = _printable("--dataset", chosen or config_class.dataset)
-    file = options.config or _suite_file(script, dataset)
+    file = options.config
+    if file is None:
+        file = _suite_file(script, dataset)
     tokens = [] if file is None else _file_tokens(file, config_class, chosen)
     cfg, options = _command_line(config_class, [*tokens, *argv], script.name)
     ranges.check(cfg)
