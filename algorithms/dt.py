@@ -288,9 +288,8 @@ def train(cfg, options):
     # Compiled once for all seeds. `update` shows which rows a step reads, for --data host.
     train_seeds = experiment.over_seeds(partial(train_chunk, cfg=cfg), update=update)
     act = partial(policy, state.actor.apply_fn)
-    best = float(
-        data.returns_to_go[datasets.episodes(dataset)[0]].max()
-    )  # of what it was trained on
+    # of what it was trained on
+    best = float(data.returns_to_go[datasets.episodes(dataset)[0]].max())
     target_return = best if cfg.target_return is None else cfg.target_return
     memory = blank_steps(cfg.eval_episodes, example, target_return, cfg)
 
