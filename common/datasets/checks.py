@@ -37,7 +37,7 @@ def _array(dataset_id, name, array):
         array = array[:, 0]
     axes = 2 if name.endswith("observations") else 1
     if array.ndim != axes and not (name == "actions" and array.ndim == 2):
-        fail(f"{dataset_id}: {name} has shape {list(array.shape)}, {axes} axes are wanted")
+        fail(f"{dataset_id}: {name} has shape {list(array.shape)}, it must have {axes} axes")
     if name == "actions" and array.dtype.kind in "iu":
         return array.astype(np.int32)
     with np.errstate(over="ignore"):
@@ -59,8 +59,8 @@ def actions(dataset_id, action, env, bounds):
     if action.dtype.kind == "i" and (space is None or discrete):
         if action.size != len(action):
             fail(
-                f"{dataset_id}: integer actions of shape {list(action.shape)}: one number per row "
-                "is wanted, [N]; continuous actions as floats"
+                f"{dataset_id}: integer actions of shape {list(action.shape)}: there must "
+                "be one number per row, [N]; store continuous actions as floats"
             )
         first = int(space.start) if discrete else 0
         action = action.reshape(len(action)) - first
@@ -108,8 +108,8 @@ def _recorded_bounds(dataset_id, bounds, size):
         good = False
     if not good:
         fail(
-            f"{dataset_id}: attributes action_low {bounds[0]} and action_high {bounds[1]}: two "
-            f"numbers or arrays of {size} are wanted, each low below its high, or neither attribute"
+            f"{dataset_id}: attributes action_low {bounds[0]} and action_high {bounds[1]}: give "
+            f"two numbers or arrays of {size}, each low below its high, or neither attribute"
         )
     return low, high
 
@@ -132,7 +132,7 @@ def reference(dataset_id, scores):
     good = all(isinstance(score, numbers.Real) and abs(score) < 1e300 for score in scores)
     if not good or scores[0] >= scores[1]:
         fail(
-            f"{dataset_id}: reference scores {scores[0]!r} and {scores[1]!r}: two finite numbers "
-            "are wanted, ref_min_score below ref_max_score, or neither of them"
+            f"{dataset_id}: reference scores {scores[0]!r} and {scores[1]!r}: give two finite "
+            "numbers, ref_min_score below ref_max_score, or neither of them"
         )
     return float(scores[0]), float(scores[1])

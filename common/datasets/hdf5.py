@@ -51,8 +51,8 @@ def check_attributes(path: Path, facts: dict, numbers: tuple) -> None:
         else:
             good = isinstance(value, str) and text and ":" not in value  # only --env may name code
         if value is not None and not good:
-            wanted = "a name" if text else "a finite number" + ", 1 or more" * (name[0] == "m")
-            fail(f"{path}: attribute {name} {value!r}: {wanted} is wanted")
+            kind = "a name" if text else "a finite number" + ", 1 or more" * (name[0] == "m")
+            fail(f"{path}: attribute {name} {value!r}: must be {kind}")
 
 
 def _plain(value):

@@ -82,7 +82,7 @@ def filter_by_return(dataset, fraction: float, fraction_of: str = "episodes"):
         ValueError: `fraction` is not in (0, 1].
     """
     if not 0 < fraction <= 1:
-        raise ValueError(f"a fraction above 0 and up to 1 is wanted, not {fraction}")
+        raise ValueError(f"the fraction must be above 0 and up to 1, not {fraction}")
     starts, ends = episodes(dataset)
     order = np.lexsort((ends - starts, -dataset.episode_returns))
     sizes = np.ones_like(ends) if fraction_of == "episodes" else (ends - starts)[order]

@@ -67,7 +67,7 @@ def parse(config_class, argv=None):
     cfg, options = _command_line(config_class, [*tokens, *argv], script.name)
     ranges.check(cfg)
     if not 0 <= options.save_seconds < float("inf"):
-        fail(f"--save-seconds {options.save_seconds}: 0 or more is wanted")
+        fail(f"--save-seconds {options.save_seconds}: must be 0 or more")
     run_folder(cfg, options)
     return cfg, options
 
@@ -127,7 +127,7 @@ def read_yaml(file, config_class):
         del values["record"]  # facts about the run, for the reader
     rows = values.pop("datasets", None) or {}
     if not isinstance(rows, dict) or not all(isinstance(row, dict) for row in rows.values()):
-        fail(f"{file}: datasets: a mapping of data set ids to mappings of fields is wanted")
+        fail(f"{file}: datasets: must be a mapping of data set ids to mappings of fields")
     _check_keys(file, "", values, config_class)
     for name, row in rows.items():
         _check_keys(file, f"datasets: {name}: ", row, config_class)
@@ -162,7 +162,7 @@ def _load_yaml(file):
     if _is_too_large(values):
         fail(f"{file}: its aliases make more than {LONGEST:,} values")
     if not isinstance(values, dict):
-        fail(f"{file}: a mapping of fields to values is wanted, not a {type(values).__name__}")
+        fail(f"{file}: must be a mapping of fields to values, not a {type(values).__name__}")
     return values
 
 
@@ -190,7 +190,7 @@ def _check_keys(file, where, mapping, config_class):
             hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(fields)}"
             fail(f"{file}: {where}unknown key {key!r}; {hint}")
         if (value is None and key not in optional) or isinstance(value, dict):
-            fail(f"{file}: {where}{key}: a value is wanted, not {value}")
+            fail(f"{file}: {where}{key}: must have a value, not {value}")
 
 
 # --- Renamed fields -----------------------------------------------------------------------------
@@ -227,7 +227,7 @@ def _printable(what, text):
     """The text, if it can be a file's name; else exit code 2 after one line."""
     if not text.isprintable() or any(len(part.encode()) > 255 for part in text.split("/")):
         shown = text if len(text) < 60 else f"{text[:60]}..."
-        fail(f"{what} {shown!r}: printable text is wanted, at most 255 bytes between '/'")
+        fail(f"{what} {shown!r}: must be printable text with at most 255 bytes between '/'")
     return text
 
 

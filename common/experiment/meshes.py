@@ -75,7 +75,7 @@ def check(cfg, options, devices):
     more = "on a CPU --xla_force_host_platform_device_count in XLA_FLAGS makes more"
     one = "they share the batches of one seed; several seeds share devices without it"
     for wrong, why in (
-        (number < 1, "at least 1 is wanted"),
+        (number < 1, "must be at least 1"),
         (options.distributed is not None, "not with --distributed, which divides the seeds"),
         (number > devices, f"JAX sees {devices} ({more})"),
         (len(cfg.seeds) > 1, one),

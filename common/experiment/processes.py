@@ -40,7 +40,7 @@ def join(options):
     if options.distributed != "auto":
         match = re.fullmatch(r"(\S+:(\d{1,5}))/(\d{1,6})/(\d{1,6})", options.distributed, re.A)
         if not match or not int(match[4]) < int(match[3]) or not 0 < int(match[2]) < 65536:
-            fail(f"{asked}: auto is wanted or HOST:PORT/COUNT/INDEX (a:80/2/0), INDEX below COUNT")
+            fail(f"{asked}: must be auto or HOST:PORT/COUNT/INDEX (a:80/2/0), INDEX below COUNT")
         address = (match[1], int(match[3]), int(match[4]))
     print(f"{asked}: waiting for the others; JAX aborts after five minutes", flush=True)
     try:

@@ -21,26 +21,26 @@ def check(cfg):
         if value is None:
             continue
         if any(isinstance(x, float) and not math.isfinite(x) for x in numbers):
-            fail(f"{given}: a finite number is wanted")
+            fail(f"{given}: must be a finite number")
         if name == "seeds":
             if not value or len(set(value)) < len(value):
-                fail(f"{given}: at least one seed is wanted, and none twice")
+                fail(f"{given}: give at least one seed, and none twice")
             if min(value) < 0 or max(value) >= 2**32:
                 fail(f"{given}: seeds go from 0 to {2**32 - 1}")
         elif name.endswith("hidden") and not value:
-            fail(f"{given}: at least one hidden layer is wanted")
+            fail(f"{given}: give at least one hidden layer")
         elif any(type(x) is int and x < 1 for x in numbers):
-            fail(f"{given}: at least 1 is wanted")
+            fail(f"{given}: must be at least 1")
         elif name in SHARES and not 0 <= value <= 1:
-            fail(f"{given}: a number from 0 to 1 is wanted")
+            fail(f"{given}: must be a number from 0 to 1")
         elif name == "fraction" and not 0 < value <= 1:
-            fail(f"{given}: a number above 0 and up to 1 is wanted")
+            fail(f"{given}: must be a number above 0 and up to 1")
         elif name in ("expectile", "dropout", "action_margin") and not 0 < value < 1:
-            fail(f"{given}: a number between 0 and 1 is wanted")
+            fail(f"{given}: must be between 0 and 1, exclusive")
         elif re.search(POSITIVE, name) and value <= 0:
-            fail(f"{given}: a number above 0 is wanted")
+            fail(f"{given}: must be above 0")
         elif re.search(NOT_NEGATIVE, name) and value < 0:
-            fail(f"{given}: 0 or more is wanted")
+            fail(f"{given}: must be 0 or more")
     for whole, part in (
         ("eval_every", "log_every"),
         ("num_updates", "log_every"),

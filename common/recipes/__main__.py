@@ -20,7 +20,7 @@ def main(argv: list[str] | None = None) -> None:
         fail(f"no recipe makes {args.id}; did you mean {near}?")
     for name in ("episodes", "workers"):
         if (value := getattr(args, name)) is not None and value < 1:
-            fail(f"--{name} {value}: at least 1 is wanted")
+            fail(f"--{name} {value}: must be at least 1")
     stored_by_minari = args.id in recipes.IDS
     if stored_by_minari and (folders.minari(args.id) / "data").exists():
         if args.episodes:

@@ -419,6 +419,6 @@ def test_discount_1_is_refused(capsys, tmp_path, monkeypatch):
 def test_the_range_of_lambda(capsys):
     for word in ("-0.1", "1.1", "nan"):
         line = nets.refused(capsys, awr.Config, f"--td-lambda {word}")
-        assert f"--td-lambda {word}: " in line and "wanted" in line
+        assert f"--td-lambda {word}: " in line and "must be" in line
     for word in ("0", "1"):
         assert config.parse(awr.Config, ["--td-lambda", word])[0].td_lambda == float(word)

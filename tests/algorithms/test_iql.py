@@ -462,7 +462,7 @@ def test_ranges(flag, bad, good, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     for value in bad.split():
         line = nets.refused(capsys, iql.Config, f"{flag} {value}")
-        assert f"{flag} {float(value)}: " in line and "wanted" in line
+        assert f"{flag} {float(value)}: " in line and "must be" in line
     for value in good.split():
         cfg, _ = config.parse(iql.Config, [flag, value])
         assert str(getattr(cfg, flag[2:].replace("-", "_"))) in (value, f"{value}.0")

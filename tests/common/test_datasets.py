@@ -228,7 +228,7 @@ def test_a_box_of_one_number_or_of_one_for_each_action(tmp_path):
 def test_integer_actions_are_one_number_for_each_row(tmp_path, capsys):
     path = write(tmp_path / "x.hdf5", ROWS | {"actions": np.eye(6, 2, dtype=np.int32)})
     text = error_of(capsys, datasets.load, path, actions="any")
-    assert "integer actions of shape [6, 2]: one number per row" in text
+    assert "integer actions of shape [6, 2]: there must be one number per row" in text
 
 
 # --- Scores and names ---------------------------------------------------------------------------
@@ -325,8 +325,11 @@ BAD = {
     "scalar": (ROWS | {"rewards": np.float32(1)}, "rewards is not an array of numbers"),
     "empty": ({k: x[:0] for k, x in ROWS.items()}, "observations is empty"),
     "lengths": (ROWS | {"actions": ROWS["actions"][:5]}, "5 rows of actions but 6 of rewards"),
-    "axes": (ROWS | {"observations": np.zeros(6)}, "observations has shape [6], 2 axes"),
-    "images": (ROWS | {"observations": np.zeros((6, 4, 4, 3))}, "2 axes are wanted"),
+    "axes": (
+        ROWS | {"observations": np.zeros(6)},
+        "observations has shape [6], it must have 2 axes",
+    ),
+    "images": (ROWS | {"observations": np.zeros((6, 4, 4, 3))}, "it must have 2 axes"),
     "widths": (ROWS | {"next_observations": np.zeros((6, 2))}, "differ in width"),
     "one row": ({k: x[3:4] for k, x in ROWS.items()}, "no row with a known next observation"),
 }

@@ -1043,4 +1043,4 @@ def test_recipes_command_line(capsys):
     text = error_of(capsys, command.main, ["local/ogbench/cube-singel-play-v0"])
     assert "did you mean local/ogbench/cube-single-play-v0" in text
     text = error_of(capsys, command.main, ["local/pointmaze/umaze-v0", "--episodes", "0"])
-    assert "--episodes 0: at least 1 is wanted" in text
+    assert "--episodes 0: must be at least 1" in text
