@@ -728,8 +728,8 @@ def poisoned(monkeypatch, lane, update, what):
     def spoil(x):
         return x.at[lane].set(jnp.nan) if x.dtype.kind == "f" else x
 
-    def poisoning(chunk, update=None):
-        train_seeds = over_seeds(chunk, update=update)
+    def poisoning(chunk, **options):
+        train_seeds = over_seeds(chunk, **options)
 
         def train(state, keys, start, data):
             state, values = train_seeds(state, keys, start, data)
