@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import optax
 from flax.training import train_state
 
-from common import datasets, evaluation, experiment, views
+from common import datasets, evaluation, experiment
 
 
 # --- Config -------------------------------------------------------------------------------------
@@ -196,7 +196,7 @@ def policy_params(state):
 def train(cfg, options):
     """Train every seed of `cfg` and return its final normalised scores, [S]."""
     dataset = datasets.load(cfg.dataset, options.env, options.env_steps, actions="any")
-    kept = views.filter_by_return(dataset, cfg.fraction, cfg.fraction_of)
+    kept = datasets.filter_by_return(dataset, cfg.fraction, cfg.fraction_of)
     if cfg.fraction < 1:
         print(f"kept {len(kept.episode_ends)} of {len(dataset.episode_ends)} episodes")
     data, statistics = normalise(kept.transitions)

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import optax
 from flax.training import train_state
 
-from common import datasets, evaluation, experiment, views
+from common import datasets, evaluation, experiment
 
 
 # --- Config -------------------------------------------------------------------------------------
@@ -202,9 +202,9 @@ def standardise(observation, statistics):
 
 def episode_steps(dataset, data):
     """The rows of the data as steps of their episodes, [N]."""
-    starts, ends = views.episodes(dataset)
+    starts, ends = datasets.episodes(dataset)
     timestep = jnp.arange(ends[-1]) - jnp.repeat(starts, ends - starts)
-    returns_to_go = jnp.asarray(views.returns_to_go(dataset))
+    returns_to_go = jnp.asarray(datasets.returns_to_go(dataset))
     return Steps(
         observation=data.observation,
         action=data.action,
@@ -348,10 +348,10 @@ def train(cfg, options):
     # Compiled once for all seeds. `update` shows which rows a step reads, for --data host.
     train_seeds = experiment.over_seeds(partial(train_chunk, cfg=cfg), update=update)
     act = partial(policy, state.actor.apply_fn)
-    best = float(data.returns_to_go[views.episodes(dataset)[0]].max())  # of what it was trained on
     target_return = cfg.target_return
     if target_return is None:
-        target_return = best
+        starts, _ = datasets.episodes(dataset)
+        target_return = float(data.returns_to_go[starts].max())  # the best of the data
     memory = blank_steps(cfg.eval_episodes, example, target_return, cfg)
 
     with (

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import optax
 from flax.training import train_state
 
-from common import datasets, evaluation, experiment, views
+from common import datasets, evaluation, experiment
 
 
 # --- Config -------------------------------------------------------------------------------------
@@ -317,7 +317,7 @@ def train(cfg, options):
     dataset = datasets.load(cfg.dataset, options.env, options.env_steps)
     reward = cfg.reward_scale * dataset.transitions.reward + cfg.reward_shift
     if cfg.return_scale is not None:
-        reward = reward * (cfg.return_scale / views.return_span(dataset))
+        reward = reward * (cfg.return_scale / datasets.return_span(dataset))
     data = experiment.place(dataset.transitions._replace(reward=reward), options)
     example = jax.tree.map(lambda x: x[:1], data)  # one row, for its shapes
     init_keys, train_keys, policy_keys = experiment.streams(cfg.seeds, 3)  # [S] each

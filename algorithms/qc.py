@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import optax
 from flax.training import train_state
 
-from common import datasets, evaluation, experiment, views
+from common import datasets, evaluation, experiment
 
 
 # --- Config -------------------------------------------------------------------------------------
@@ -348,7 +348,7 @@ def chunked(dataset, cfg):
     # A chunk runs on past a termination inside its episode, as OGBench's episodes do after a
     # success. The view would stop there, so it is shown no terminations.
     no_terminations = rows._replace(termination=0 * rows.termination)
-    index, valid = views.chunks(replace(dataset, transitions=no_terminations), cfg.horizon)
+    index, valid = datasets.chunks(replace(dataset, transitions=no_terminations), cfg.horizon)
     first = index[:, 0]  # [N], and `valid` is [N, h]
 
     actions = []

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import optax
 from flax.training import train_state
 
-from common import datasets, evaluation, experiment, views
+from common import datasets, evaluation, experiment
 
 
 # --- Config -------------------------------------------------------------------------------------
@@ -294,7 +294,7 @@ def train(cfg, options):
     action = dataset.transitions.action.clip(-1 + 1e-5, 1 - 1e-5)
     reward = dataset.transitions.reward + cfg.reward_shift
     if cfg.return_scale is not None:
-        reward = reward * (cfg.return_scale / views.return_span(dataset))
+        reward = reward * (cfg.return_scale / datasets.return_span(dataset))
     data = experiment.place(dataset.transitions._replace(action=action, reward=reward), options)
     example = jax.tree.map(lambda x: x[:1], data)  # one row, for its shapes
     init_keys, train_keys, policy_keys = experiment.streams(cfg.seeds, 3)  # [S] each

@@ -102,7 +102,7 @@ HEAD = (
 
 
 def families(episodes, folder):
-    from common import ogbench_recipes, recipes, sources
+    from common import folders, recipes
 
     yield "## Recorded files\n\n" + HEAD
     data = os.environ.get("ATOLL_DATA")
@@ -112,14 +112,14 @@ def families(episodes, folder):
     yield "\n## Recipes\n\n" + HEAD
     for name in recipes.IDS:
         env, note = {}, ""
-        if not (sources.minari_folder(name) / "data").exists():
+        if not (folders.minari(name) / "data").exists():
             env = {"MINARI_DATASETS_PATH": str(folder)}
             note = f"made here in {run(name, **env)[2]:.0f} s"
         facts, text, _ = run(name, **env)
         yield row(name, facts, note) if facts else f"| `{name}` | {shown(text)} |"
-    for name, recipe in ogbench_recipes.RECIPES.items():
+    for name, recipe in recipes.OGBENCH_RECIPES.items():
         env, note = {}, ""
-        if not (sources.ogbench_folder("local") / f"{name}.npz").exists():
+        if not (folders.ogbench("local") / f"{name}.npz").exists():
             env = {"OGBENCH_DATASET_DIR": str(folder)}
             steps = (episodes + max(1, episodes // 10)) * recipe.steps
             flags = ["--episodes", str(episodes), "--workers", "1"]

@@ -31,7 +31,8 @@ import jax
 import numpy as np
 import tyro
 
-from common import experiment, host_data, provenance
+from common import experiment
+from common.experiment import host_data, provenance
 
 ROOT = Path(__file__).resolve().parents[1]
 OBSERVATION, ACTION, LENGTH, BLOCK = 17, 6, 1000, 100_000

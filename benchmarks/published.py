@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from common import d4rl, sources
+from common.datasets import names, reference_scores
 
 FILE = Path(__file__).parent / "reference" / "scores.csv"
 DEFAULT_TASK = (  # of OGBench's envs, by their names' beginning; its tables number all tasks
@@ -53,9 +53,9 @@ def name_of(run):
     name = run.config["dataset"]
     if run.config.get("env") or run.config.get("env_steps") or run.copy:
         return None
-    if name in d4rl.table():
+    if name in reference_scores.table():
         return name
-    match = sources.OGBENCH_ID.fullmatch(name)
+    match = names.OGBENCH_ID.fullmatch(name)
     if match is None:
         return None
     task = match[2] or next((f"-task{t}" for k, t in DEFAULT_TASK if re.match(k, match[1])), "")

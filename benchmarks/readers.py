@@ -18,7 +18,10 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from common import d4rl, datasets, fail, one_line, sources
+from common import datasets, fail, one_line
+from common.datasets import reference_scores
+from common.datasets.names import OGBENCH_ID
+from common.experiment.config import current_names
 
 PER_SEED = ("score", "best_score", "return", "success", "length", "diverged")
 # Named only where nothing else tells rows apart, or one name had several of them.
@@ -33,7 +36,7 @@ class Result:
     folder: Path
     config: dict
     result: dict
-    curves: dict  # seed -> ([T] updates, [T] scores) at evaluation borders
+    curves: dict  # seed -> ([T] updates, [T] scores) where the policy was evaluated
     variant: str = ""  # where methods of one algorithm are compared: what sets this one apart
     others: list = field(default_factory=list)  # folders of runs with further seeds
     copy: str = ""  # which data, where two data sets have one name
@@ -84,20 +87,20 @@ class Result:
 
     @property
     def scale(self):
-        """What the score is: "normalised" by the reference pair, the "success" rate, a "return"."""
+        """What the score is: "normalised" by reference scores, the "success" rate, a "return"."""
         name = self.config["dataset"]
-        if sources.OGBENCH_ID.fullmatch(name) or name.startswith("local/ogbench/"):
+        if OGBENCH_ID.fullmatch(name) or name.startswith("local/ogbench/"):
             return "success"
         return "return" if self.reference[0] is None else "normalised"
 
     @property
     def family(self):
         """Where the data come from: no table, mean or published score mixes two of them."""
-        name, known = self.config["dataset"], d4rl.table()
+        name, known = self.config["dataset"], reference_scores.table()
         suite = datasets.suite(name) or "other"
         if name in known:
             where = f"D4RL {known[name]['suite']}"
-        elif sources.OGBENCH_ID.fullmatch(name):
+        elif OGBENCH_ID.fullmatch(name):
             where = "OGBench"
         elif name.startswith("local/"):
             where = f"{name.split('/')[1]}, made locally"
@@ -151,7 +154,7 @@ def _of_a_run(folder):
 def read(folder, notes):
     """The run in a folder, or None with a note where it is not finished or not whole."""
     try:
-        config = yaml.safe_load((folder / "config.yaml").read_text())
+        config = current_names(yaml.safe_load((folder / "config.yaml").read_text()))
         result = json.loads((folder / "result.json").read_text())
         text = (folder / "metrics.csv").read_text()
         if not text.endswith("\n"):
@@ -179,7 +182,7 @@ def check(run):
     result, updates = run.result, run.result["num_updates"]
     record = run.config["record"]
     if len(record["reference"]) != 2 or {"mean", "max"} - {*record["data_return"]}:
-        raise ValueError("config.yaml without the data's returns and reference pair")
+        raise ValueError("config.yaml without the data's returns and reference scores")
     seeds = [str(seed) for seed in run.config["seeds"]]
     if seeds != [*result["score"]] or seeds != [*result["best_score"]]:
         raise ValueError(f"config.yaml has seeds {seeds}, result.json {[*result['score']]}")
@@ -230,6 +233,7 @@ def from_wandb(project, api=None):
 def _of_wandb(entry):
     """A wandb run as a row of one seed."""
     config = {key: x for key, x in entry.config.items() if not key.startswith("_")}
+    config = current_names(config)
     seed, algorithm = config.pop("seed"), config.pop("algorithm")
     code, updates = config.pop("code", {}), config["num_updates"]
     points, values, last = [], {}, None

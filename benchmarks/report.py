@@ -31,7 +31,8 @@ import figures
 import intervals
 import published
 import readers
-from common import config, fail, provenance
+from common import fail
+from common.experiment import config, provenance
 from pages import Figure, Folded, Heading, Table, Text, markdown, page
 
 ROOT = Path(__file__).resolve().parents[1]

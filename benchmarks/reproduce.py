@@ -42,7 +42,8 @@ from typing import Annotated, Literal
 import numpy as np
 import tyro
 
-from common import config, datasets, fail, one_line, provenance
+from common import datasets, fail, one_line
+from common.experiment import config, provenance
 
 ROOT = Path(__file__).resolve().parents[1]
 OURS = ("config", "dataset", "seeds", "name", "resume", "runs-dir")  # flags set for every cell

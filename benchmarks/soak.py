@@ -48,7 +48,8 @@ import h5py
 import numpy as np
 import tyro
 
-from common import fail, processor, provenance
+from common import fail, machine
+from common.experiment import provenance
 
 ROOT = Path(__file__).resolve().parents[1]
 CODES = {"kill": -9, "term": 143, "full": 2, "limit": 2, "read-only": 2, "damage": -9, "second": 0}
@@ -489,13 +490,13 @@ def main(arguments):
         root = Path(root)
         write_data(data := root / "data.hdf5")
         whole = {x: undisturbed(x, data, root / x) for x in arguments.algorithms}
-        code = sorted((ROOT / "common").glob("*.py"))
+        code = sorted((ROOT / "common").rglob("*.py"))
         code += [ROOT / "algorithms" / f"{x}.py" for x in arguments.algorithms]
         seconds = (f"{name} {x.startup:.1f} s and {x.chunk:.2f} s" for name, x in whole.items())
         facts = {
             "command": f"python benchmarks/soak.py {shlex.join(sys.argv[1:])}",
             "date": time.strftime("%Y-%m-%d"),
-            "hardware": processor.name(),
+            "hardware": machine.processor(),
             "versions": ", ".join(f"{name} {x}" for name, x in provenance.versions()),
             "code of common/ and the algorithms": provenance.code(code),
             "run": f"{UPDATES:,} updates, two seeds, a checkpoint every {LOG_EVERY}",

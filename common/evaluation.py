@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rollouts of all seeds' policies at once, scored by the data set's reference pair.
+"""Rollouts of all seeds' policies together, scored by the data set's reference scores.
 
-S seeds x E episodes run side by side, one complete episode per environment (never "the first E to
-finish", which favours short ones). All of a seed's environments share one batched policy call per
-step; finished ones are no longer stepped. Episode (s, i) is reset with `EVAL_SEED + i` for
-every s, so all seeds and all evaluations meet the same starts. Where so many environments would
-take more than half of the free memory (OGBench's scenes are large), fewer of them take the
-episodes in turns, which changes no number unless a step draws from NumPy's global generator.
+S seeds x E episodes run at the same time, one complete episode per environment (never "the first E
+to finish", which favours short episodes). There is one batched policy call per step, and
+environments whose episode is over are no longer stepped. Episode i of every seed is reset with
+`EVAL_SEED + i`, so all seeds and all evaluations have the same starts. Where so many environments
+would take more than half of the free memory (OGBench's scenes are large), fewer of them play the
+episodes in several rounds. That changes no number, unless an environment draws from NumPy's global
+generator while it steps.
 """
 
 import time
@@ -19,16 +20,33 @@ import psutil
 EVAL_SEED = 10_000
 
 
+class _Played:
+    """What became of the S E episodes so far."""
+
+    def __init__(self, count):
+        self.returns, self.length = np.zeros(count), np.zeros(count)
+        self.success = np.zeros(count, bool)
+        self.reports_success = False
+
+    def add(self, i, reward, info):
+        """A step of episode i."""
+        self.returns[i] += reward
+        self.length[i] += 1
+        if "success" in info:
+            self.reports_success = True
+            self.success[i] |= bool(info["success"])
+
+
 class Rollouts:
-    """Evaluation of `act` in `dataset.make_env()`; without an env every evaluation is None.
+    """Evaluates `act` in `dataset.make_env()`. Without an env every evaluation is None.
 
     Args:
-        dataset: supplies the env and the score.
+        dataset: it has the env and the score.
         act: (params, observation [E, O], key) -> action [E, A] in [-1, 1] (or integers [E]);
             with a memory (..., memory, reward [E] of the step before) -> (action, memory).
-        policy_keys: [S] keys; a step's key is a function of (seed, update, env step) alone.
-        cfg: `eval_episodes`, `eval_every` and `num_updates` are read.
-        memory: arrays with which the policy of one seed begins its E episodes, None without any.
+        policy_keys: [S]; the key of a step depends on (seed, update, env step) alone.
+        cfg: read are `eval_episodes`, `eval_every` and `num_updates`.
+        memory: arrays with which the policy of one seed begins its E episodes, None if it has none.
     """
 
     def __init__(self, dataset, act, policy_keys, cfg, memory=None):
@@ -36,21 +54,20 @@ class Rollouts:
         self.cpu = jax.local_devices(backend="cpu")[0]
         self.keys = jax.device_put(policy_keys, self.cpu)
         # On an accelerator a thread rolls out while the device trains. Where the CPU is the
-        # device, a policy call would queue behind the chunk: roll out at once.
+        # device, a policy call would wait for the whole chunk, so the rollouts come first.
         self.beside = jax.default_backend() != "cpu"
         self.pool = ThreadPoolExecutor(1)
         self.envs = []
-
         self.memory = jax.tree.map(lambda x: np.stack([x] * len(policy_keys)), memory)
 
         def step(params, observation, keys, update, env_step, past):
-            def one(lane):
-                params, observation, key, past = lane
+            def one_seed(arguments):
+                params, observation, key, past = arguments
                 return act(params, observation, jax.random.fold_in(key, env_step), *past)
 
             keys = jax.vmap(jax.random.fold_in, (0, None))(keys, update)
-            # One seed after the other: the same numbers for any number of seeds.
-            return jax.lax.map(one, (params, observation, keys, past))
+            # One seed after the other, so that their number changes no result.
+            return jax.lax.map(one_seed, (params, observation, keys, past))
 
         self.act = jax.jit(step)
 
@@ -62,7 +79,7 @@ class Rollouts:
             return self
         count = len(self.keys) * self.cfg.eval_episodes
         make_env = self.dataset.make_env
-        self.envs = [make_env()]  # imports what it needs, too
+        self.envs = [make_env()]  # the first one imports packages, so the second one is measured
         held, free = memory()
         self.envs += [make_env() for _ in range(1, min(count, 2))]
         size = max(memory()[0] - held, 1)
@@ -76,10 +93,10 @@ class Rollouts:
             env.close()
 
     def start(self, params, update):
-        """A future of `run`'s result, computed beside the next chunk where there is a device."""
+        """A future of `run`'s result; an accelerator trains the next chunk meanwhile."""
         if not self.envs:
             return None
-        params = jax.device_put(params, self.cpu)  # a copy: the state is donated to the next chunk
+        params = jax.device_put(params, self.cpu)  # a copy: the next chunk reuses its memory
         if self.beside:
             return self.pool.submit(self.run, params, update)
         future = Future()
@@ -87,59 +104,63 @@ class Rollouts:
         return future
 
     def run(self, params, update):
-        """Roll out one episode per environment. Returns [S] each: score, return, success, length.
+        """Play all episodes. Returns score, return, success and length, [S] each, and seconds.
 
-        `score` is the normalised one (0 to 100), `return` undiscounted, `success` the share of
-        episodes that ever report it (None where the env reports none), `length` in steps;
-        `seconds` is the time taken.
+        `score` is normalised (0 to 100), `return` is undiscounted, `success` is the share of
+        episodes with a successful step (None where the env does not report success), `length` is in
+        steps, and `seconds` is the time taken.
         """
         began = time.perf_counter()
         shape = (len(self.keys), self.cfg.eval_episodes)
         count, together = len(self.keys) * self.cfg.eval_episodes, len(self.envs)
-        returns, length, success = np.zeros(count), np.zeros(count), {}
-        observation = None
+        played = _Played(count)
         for first in range(0, count, together):
-            live = np.arange(first, min(first + together, count))
-            fresh = np.stack([self._reset(i) for i in live.tolist()])
-            if observation is None:  # [S E, O]; lanes of other turns hold what nobody reads
-                observation = np.zeros((count, *fresh.shape[1:]), fresh.dtype)
-            observation[live] = fresh
-            rewards, past, env_step = np.zeros(shape, np.float32), self.memory, 0
-            while len(live):
-                lanes = observation.reshape(*shape, *observation.shape[1:])
-                numbers = np.uint32(update), np.uint32(env_step)
-                known = () if past is None else (past, rewards)
-                action = self.act(params, lanes, self.keys, *numbers, known)
-                if past is not None:
-                    action, past = action
-                action = np.asarray(action)
-                action = action.reshape(count, *action.shape[2:])
-                if action.dtype.kind == "f":  # a diverged policy must not stop the others
-                    action = np.nan_to_num(action.clip(-1, 1))
-                over = np.zeros(count, bool)
-                for i in live:
-                    env = self.envs[i % together]
-                    observation[i], reward, termination, truncation, info = env.step(action[i])
-                    returns[i] += reward
-                    rewards.flat[i] = reward
-                    length[i] += 1
-                    if "success" in info:
-                        success[i] = success.get(i, False) or bool(info["success"])
-                    over[i] = termination or truncation
-                live = live[~over[live]]
-                env_step += 1
-        returns = returns.reshape(shape).mean(axis=1)
-        rate = None
-        if success:
-            rate = np.array([success.get(i, False) for i in range(count)])
-            rate = rate.reshape(shape).mean(axis=1)
+            episodes = np.arange(first, min(first + together, count))
+            self._play(episodes, params, update, played)
+        returns = played.returns.reshape(shape).mean(axis=1)
+        success = None
+        if played.reports_success:
+            success = played.success.reshape(shape).mean(axis=1)
         return {
-            "score": self.dataset.score(returns, rate),
+            "score": self.dataset.score(returns, success),
             "return": returns,
-            "success": rate,
-            "length": length.reshape(shape).mean(axis=1),
+            "success": success,
+            "length": played.length.reshape(shape).mean(axis=1),
             "seconds": time.perf_counter() - began,
         }
+
+    def _play(self, episodes, params, update, played):
+        """Play these of the S E episodes to their end, one in each environment.
+
+        The policy is called for all S E episodes, so that it is compiled once. The others' rows are
+        not used.
+        """
+        shape = (len(self.keys), self.cfg.eval_episodes)
+        first = np.stack([self._reset(i) for i in episodes.tolist()])
+        observation = np.zeros((len(played.returns), *first.shape[1:]), first.dtype)
+        observation[episodes] = first
+        rewards, past, env_step = np.zeros(shape, np.float32), self.memory, 0
+        live = episodes
+        while len(live):
+            by_seed = observation.reshape(*shape, *observation.shape[1:])
+            known = () if past is None else (past, rewards)
+            step = np.uint32(update), np.uint32(env_step)
+            action = self.act(params, by_seed, self.keys, *step, known)
+            if past is not None:
+                action, past = action
+            action = np.asarray(action)
+            action = action.reshape(len(observation), *action.shape[2:])
+            if action.dtype.kind == "f":  # a diverged policy must not stop the others
+                action = np.nan_to_num(action.clip(-1, 1))
+            over = np.zeros(len(observation), bool)
+            for i in live:
+                env = self.envs[i % len(self.envs)]
+                observation[i], reward, termination, truncation, info = env.step(action[i])
+                rewards.flat[i] = reward
+                over[i] = termination or truncation
+                played.add(i, reward, info)
+            live = live[~over[live]]
+            env_step += 1
 
     def _reset(self, i):
         seed = EVAL_SEED + i % self.cfg.eval_episodes
@@ -148,7 +169,7 @@ class Rollouts:
         return observation
 
     def _estimate(self):
-        """How long the evaluations will take at most, from the speed of a few steps."""
+        """An upper bound on the time of all evaluations, from the speed of a few steps."""
         env, cfg = self.envs[0], self.cfg
         self._reset(0)
         began, steps = time.perf_counter(), 0
@@ -170,5 +191,5 @@ class Rollouts:
 
 
 def memory():
-    """Bytes this process holds, and those free on the machine (a container may allow less)."""
+    """Bytes this process has, and bytes free on the machine (a container may allow less)."""
     return psutil.Process().memory_info().rss, psutil.virtual_memory().available

@@ -198,6 +198,7 @@ def wait_for(what, seconds=60):
 def die_at(point):
     """Arrange for SIGKILL at a point: start, "before save 8", "in save 8", "after save 8", ..."""
     from common import experiment
+    from common.experiment.records import Records
 
     def die():
         os.kill(os.getpid(), signal.SIGKILL)
@@ -213,12 +214,12 @@ def die_at(point):
             os.rename = os.replace = Path.rename = Path.replace = lambda *_: die()
         if when == "in" and method == "log":  # half of a line is in the file
 
-            def append(run, name, header, *rows):
-                with (run.folder / name).open("a") as file:
+            def append(records, name, header, *rows):
+                with (records.folder / name).open("a") as file:
                     file.write(",".join(map(str, rows[0]))[:5])
                 die()
 
-            experiment.Run._append = append
+            Records.append = append
         if when == "before" or method == "restore":
             die()
         result = original(run, step, *args)

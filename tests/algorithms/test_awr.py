@@ -12,7 +12,8 @@ import pytest
 from numpy_nets import directions, dot, double, slope
 
 from algorithms import awr
-from common import config, datasets, views
+from common import datasets
+from common.experiment import config
 
 value_loss = nets.compiled(awr.value_loss)
 actor_loss = nets.compiled(awr.actor_loss)
@@ -125,7 +126,7 @@ def test_lambda_1_without_bootstrap_is_the_return_to_go():
     every = np.cumsum(lengths)
     for ends in (every, every[[3, 7]]):  # eight recordings, or two
         dataset = datasets.Dataset("toy", data, ends, np.zeros(len(ends)))
-        expected = views.returns_to_go(dataset, 0.9)
+        expected = datasets.returns_to_go(dataset, 0.9)
         np.testing.assert_allclose(returns, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -421,6 +422,6 @@ def test_discount_1_is_refused(capsys, tmp_path, monkeypatch):
 def test_the_range_of_lambda(capsys):
     for word in ("-0.1", "1.1", "nan"):
         line = nets.refused(capsys, awr.Config, f"--td-lambda {word}")
-        assert f"--td-lambda {word}: " in line and "wanted" in line
+        assert f"--td-lambda {word}: " in line and "must be" in line
     for word in ("0", "1"):
         assert config.parse(awr.Config, ["--td-lambda", word])[0].td_lambda == float(word)

@@ -13,7 +13,7 @@ from flax.training import train_state
 from numpy_nets import directions, dot, double, slope
 
 from algorithms import bc
-from common import config
+from common.experiment import config
 
 actor_loss = nets.compiled(bc.actor_loss)
 setup = functools.partial(nets.setup, bc)
@@ -157,7 +157,7 @@ def test_training_on_integers_has_one_logit_for_each(monkeypatch, tmp_path):
 def test_a_fraction_of_nothing_is_refused(fraction, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     line = nets.refused(capsys, bc.Config, f"--fraction {fraction}")
-    assert f"--fraction {float(fraction)}: " in line and "wanted" in line
+    assert f"--fraction {float(fraction)}: " in line and "must be" in line
     assert config.parse(bc.Config, ["--fraction", "1"])[0].fraction == 1
     assert config.parse(bc.Config, ["--fraction", "0.001"])[0].fraction == 0.001
 

@@ -22,7 +22,7 @@ import probes
 import pytest
 
 from algorithms import bc, rebrac
-from common import datasets, views
+from common import datasets
 
 # Ordinary settings; what a file does not name here is its Config's.
 CAUTIOUS = {
@@ -149,7 +149,7 @@ def test_the_best_tenth_has_no_row_near_the_bad_kinds_way():
     ends = np.flatnonzero(data.termination + data.truncation) + 1
     returns = np.add.reduceat(data.reward, np.append(0, ends[:-1]))
     whole = datasets.Dataset("crossing", data, ends, returns)
-    best = views.filter_by_return(whole, 0.1)
+    best = datasets.filter_by_return(whole, 0.1)
     assert len(best.episode_ends) == 10 and (best.episode_returns == 1).all()
     x, y = best.transitions.observation.T
     assert not ((x < -0.3) & (y < -0.3)).any()

@@ -13,7 +13,7 @@ from flax.training import train_state
 from numpy_nets import directions, dot, double, slope
 
 from algorithms import iql
-from common import config
+from common.experiment import config
 
 critic_loss = nets.compiled(iql.critic_loss)
 value_loss = nets.compiled(iql.value_loss)
@@ -466,7 +466,7 @@ def test_ranges(flag, bad, good, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     for value in bad.split():
         line = nets.refused(capsys, iql.Config, f"{flag} {value}")
-        assert f"{flag} {float(value)}: " in line and "wanted" in line
+        assert f"{flag} {float(value)}: " in line and "must be" in line
     for value in good.split():
         cfg, _ = config.parse(iql.Config, [flag, value])
         assert str(getattr(cfg, flag[2:].replace("-", "_"))) in (value, f"{value}.0")

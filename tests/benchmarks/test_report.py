@@ -17,7 +17,7 @@ import yaml
 import published
 import readers
 from benchmarks import report
-from common import provenance
+from common.experiment import provenance
 
 ROOT = Path(__file__).resolve().parents[2]
 CODE = {"algorithm": "aaa", "common": "ccc"}
@@ -93,6 +93,20 @@ def test_runs_of_one_algorithm_are_told_apart(tmp_path):
     write_run(tmp_path / "b", [2.0], fraction=0.1, hidden=[8])
     write_run(tmp_path / "c", [3.0], "iql", fraction=0.1)
     assert [row[0] for row in rows(tmp_path)] == ["bc fraction=1.0", "bc fraction=0.1", "iql"]
+
+
+def test_former_names_of_fields_are_the_present_ones(tmp_path):
+    """A run with the former name and one with the present name differ in their seeds only."""
+    write_run(tmp_path / "old", {0: 1.0}, "cql", gap=0.5)
+    write_run(tmp_path / "new", {1: 2.0}, "cql", target_action_gap=0.5)
+    write_run(tmp_path / "other", {0: 3.0}, "cql", gap=0.8)
+    found, notes = readers.find([tmp_path])
+    assert [row.label for row in found] == [
+        "cql target_action_gap=0.5",
+        "cql target_action_gap=0.8",
+    ]
+    assert [sorted(row.result["score"]) for row in found] == [["0", "1"], ["0"]]
+    assert notes == []
 
 
 def test_a_budget_is_in_the_name_only_where_it_has_to_be(tmp_path):
@@ -454,7 +468,7 @@ def test_the_page(tmp_path, monkeypatch):
 def test_the_command_of_a_row_is_its_config(tmp_path):
     """Read back it gives the config; where it does not, the words say so."""
     from algorithms import bc
-    from common import config
+    from common.experiment import config
 
     argv = ["--dataset", "hopper-medium-v2", "--seeds", "3", "4", "--hidden", "8", "8"]
     wanted = config.resolved(*config.parse(bc.Config, [*argv, "--fraction", "0.1"]))

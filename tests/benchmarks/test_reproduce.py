@@ -340,7 +340,7 @@ def test_a_job_is_requeued_and_goes_on(here):
     assert done.returncode == 0, done.stderr
     thread.join()
     log = next(Path("runs/bc").rglob("*.log")).read_text()
-    assert log.count("$ ") == 2 and "SIGINT: saving at the next border" in log
+    assert log.count("$ ") == 2 and "SIGINT: saving at the next chunk boundary" in log
     assert "resuming at update" in log and not list(Path("runs").glob("*/*/*.job"))
     assert "[1/1] bc hopper-tiny-v4: score" in done.stdout
 

@@ -13,7 +13,7 @@ import yaml
 
 import readers
 import wandb_report
-from common import config
+from common.experiment import config
 
 ROOT = Path(__file__).resolve().parents[2]
 SWEEPS = sorted((ROOT / "benchmarks" / "sweeps").glob("*.yaml"))

@@ -161,7 +161,7 @@ TABLE = [
         ["--dataset", "local/pointmaze/umase-v0"],
         ["local/pointmaze/umase-v0", "did you mean local/pointmaze/umaze-v0"],
     ),
-    ("id like nothing", None, ["--dataset", "qqq"], ["'qqq'", "datasets.py"]),
+    ("id like nothing", None, ["--dataset", "qqq"], ["'qqq'", "docs/data.md"]),
     (
         "no such data file",
         hdf5(),

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from common import checkpoints
+from common.experiment import checkpoints
 
 STATE = {"weight": jnp.arange(2000.0).reshape(2, 1000), "count": jnp.array([3, 4])}
 META = {"update": 8, "metrics": {"loss": [0.1, float("nan")]}, "diverged": {1: 4}, "best": [1e-9]}
@@ -68,4 +68,4 @@ def test_a_digest_that_is_missing_is_damage(saved, capsys):
         items = {"state": ocp.args.StandardSave(STATE), "meta": ocp.args.JsonSave(META)}
         manager.save(12, args=ocp.args.Composite(**items))
     assert restored(saved)[1]["update"] == 8
-    assert "checkpoint 12 cannot be read (other bits than were saved)" in capsys.readouterr().err
+    assert "checkpoint 12 cannot be read (its digest does not match)" in capsys.readouterr().err

@@ -2,7 +2,9 @@
 """Config default < YAML < its row of the data set < command line, and what a run folder keeps."""
 
 import dataclasses
+import hashlib
 import importlib.util
+import json
 import sys
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import helpers_runs as runs
 import pytest
 import yaml
 
-from common import config, ranges
+from common.experiment import config, ranges
 
 TOY = """
 from dataclasses import dataclass
@@ -262,7 +264,7 @@ def test_every_file_and_row_of_the_repository():
         config_class = runs.module(file.parent.name).Config
         values, rows = config.read_yaml(file, config_class)
         wanted = values | (rows[row] if row else {})
-        cfg, _ = config._cli(config_class, list(config._tokens(wanted)), str(file))
+        cfg, _ = config._command_line(config_class, list(config._tokens(wanted)), str(file))
         ranges.check(cfg)
         kinds = {field.name: field.default for field in dataclasses.fields(config_class)}
         for key, value in wanted.items():
@@ -313,6 +315,92 @@ def test_round_trip_of_every_algorithm(name, tmp_path, monkeypatch):
     for dataset in ("local/pointmaze/umaze-v0", "antmaze-large-play-v2", "mujoco/hopper/medium-v0"):
         cfg, options = config.parse(config_class, ["--dataset", dataset, "--seeds", "2", "5"])
         assert config.read_run(write_run(cfg, options), config_class)[0] == cfg
+
+
+# --- Renamed fields -----------------------------------------------------------------------------
+RENAMED_TOY = (
+    TOY
+    + """
+    target_action_gap: float = 1.0
+    num_eval_samples: int = 10
+"""
+)
+
+
+@pytest.fixture
+def renamed(toy):
+    """A Config that has the present names of two renamed fields."""
+    file = Path("algorithms", "toy.py").resolve()
+    file.write_text(RENAMED_TOY)
+    spec = importlib.util.spec_from_file_location("toy", file)
+    sys.modules["toy"] = loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return loaded.Config
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--gap 2.0", "toy.py: --gap has a new name: --target-action-gap"),
+        ("--num-choices=4", "toy.py: --num-choices has a new name: --num-eval-samples"),
+        ("--num_choices 4", "toy.py: --num-choices has a new name: --num-eval-samples"),
+        ("--config key.yaml", "key.yaml: gap has a new name: target_action_gap"),
+        ("--config row.yaml", "row.yaml: datasets: b: gap has a new name: target_action_gap"),
+    ],
+)
+def test_a_former_name_of_a_field_is_one_line_that_names_the_present_one(
+    renamed, capsys, words, said
+):
+    Path("key.yaml").write_text("dataset: maze2d-umaze-v1\ngap: 2.0\n")
+    Path("row.yaml").write_text("dataset: maze2d-umaze-v1\ndatasets: {b: {gap: 2.0}}\n")
+    assert error(capsys, renamed, f"{' '.join(MAZE)} {words}") == f"error: {said}"
+
+
+def test_a_config_without_the_new_field_knows_no_former_name(toy, capsys):
+    assert "new name" not in error(capsys, toy, "--gap 2.0")
+    assert config.renamed(toy) == {}
+
+
+def test_a_config_that_still_has_the_old_field_takes_it(toy):
+    both = dataclasses.make_dataclass(
+        "Config", [("gap", float, 1.0), ("target_action_gap", float, 1.0)]
+    )
+    assert config.renamed(both) == {}
+
+
+def test_a_run_folder_with_former_names_is_read_and_resumed(renamed):
+    cfg, options = config.parse(
+        renamed, [*MAZE, "--target-action-gap", "2.0", "--num-eval-samples", "7"]
+    )
+    folder = write_run(cfg, options)
+    file = folder / "config.yaml"
+    values = yaml.safe_load(file.read_text())
+    values["gap"] = values.pop("target_action_gap")
+    values["num_choices"] = values.pop("num_eval_samples")
+    file.write_text(yaml.safe_dump(values | {"record": {"digest": "x"}}))
+    read, _ = config.read_run(folder, renamed)
+    assert read == cfg and read.target_action_gap == 2.0 and read.num_eval_samples == 7
+    again, _ = config.parse(renamed, ["--config", str(file), "--name", "other"])
+    assert again == cfg
+    # The default name is the one that a run with the former names has.
+    resumed = ["--target-action-gap", "2.0", "--num-eval-samples", "7", "--resume"]
+    assert config.run_folder(*config.parse(renamed, [*MAZE, *resumed])) == folder
+    known = {"gap": 2.0, "num_choices": 7} | {
+        key: list(value) if isinstance(value, tuple) else value
+        for key, value in vars(cfg).items()
+        if key not in ("target_action_gap", "num_eval_samples")
+    }
+    digest = hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:8]
+    assert folder.name == digest
+
+
+def test_a_damaged_run_folder_with_a_former_name_still_names_the_key(renamed, capsys):
+    cfg, options = config.parse(renamed, [*MAZE])
+    file = write_run(cfg, options) / "config.yaml"
+    file.write_text(file.read_text().replace("discount", "discont") + "record: {}\n")
+    with pytest.raises(SystemExit):
+        config.read_run(file.parent, renamed)
+    assert "unknown key 'discont'; did you mean 'discount'?" in capsys.readouterr().err
 
 
 def test_default_name_is_a_stable_hash(toy):

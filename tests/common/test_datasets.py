@@ -1,4 +1,4 @@
-"""The rules of common/datasets.py, each on rows made by hand, then on recorded data."""
+"""The rules of common/datasets/, each on rows made by hand, then on recorded data."""
 
 import subprocess
 import sys
@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from common import datasets, views
+from common import datasets
+from common.datasets import __main__ as command
 
 h5py = pytest.importorskip("h5py")
 pytest.importorskip("gymnasium")
@@ -110,7 +111,7 @@ def test_a_row_both_terminal_and_timed_out_is_terminal():
 def test_where_the_recording_goes_on_a_termination_ends_no_episode(recorded):
     """AntMaze without next observations, OGBench with them."""
     rows = ROWS | ({"next_observations": ROWS["observations"] + 0.5} if recorded else {})
-    transitions, ends, returns = datasets.cut(rows, ends_episode=False)
+    transitions, ends, returns = datasets.cut(rows, termination_ends_episode=False)
     count = 6 if recorded else 5
     assert column(transitions.termination) == [0, 0, 1, 0, 0, 0][:count]
     assert ends.tolist() == [count] and returns.tolist() == [66]
@@ -157,7 +158,7 @@ def test_actions_without_an_env_are_scaled_by_the_files_bounds(tmp_path):
 def test_a_small_excess_is_clipped_and_said(tmp_path, capsys):
     path = write(tmp_path / "x.hdf5", ROWS | {"actions": 1.0005 * ROWS["actions"]})
     assert np.abs(datasets.load(path).transitions.action).max() == 1
-    assert "leave their box by up to 5.0e-04: clipped" in capsys.readouterr().out
+    assert "leave their bounds by up to 5.0e-04: clipped" in capsys.readouterr().out
 
 
 def test_a_larger_excess_is_an_error(tmp_path, capsys):
@@ -165,12 +166,12 @@ def test_a_larger_excess_is_an_error(tmp_path, capsys):
     assert "actions leave [-1, 1]" in error_of(capsys, datasets.load, path)
     path = write(tmp_path / "y.hdf5", ROWS | PENDULUM | {"actions": 3 * ROWS["actions"]})
     text = error_of(capsys, datasets.load, path, env="Pendulum-v1")
-    assert "actions leave [-2, 2], the env's box; row 0: [-3.0]" in text
+    assert "actions leave [-2, 2], the bounds of the env's action space; row 0: [-3.0]" in text
 
 
 def test_an_infinite_box_is_an_error(tmp_path, capsys):
     path = write(tmp_path / "x.hdf5", ROWS, action_low=-np.inf, action_high=1)
-    assert "box has no bounds" in error_of(capsys, datasets.load, path)
+    assert "the action space (Box) has no bounds" in error_of(capsys, datasets.load, path)
 
 
 def test_integer_actions_know_their_number(tmp_path, capsys):
@@ -227,7 +228,7 @@ def test_a_box_of_one_number_or_of_one_for_each_action(tmp_path):
 def test_integer_actions_are_one_number_for_each_row(tmp_path, capsys):
     path = write(tmp_path / "x.hdf5", ROWS | {"actions": np.eye(6, 2, dtype=np.int32)})
     text = error_of(capsys, datasets.load, path, actions="any")
-    assert "integer actions of shape [6, 2]: one number per row" in text
+    assert "integer actions of shape [6, 2]: there must be one number per row" in text
 
 
 # --- Scores and names ---------------------------------------------------------------------------
@@ -324,8 +325,11 @@ BAD = {
     "scalar": (ROWS | {"rewards": np.float32(1)}, "rewards is not an array of numbers"),
     "empty": ({k: x[:0] for k, x in ROWS.items()}, "observations is empty"),
     "lengths": (ROWS | {"actions": ROWS["actions"][:5]}, "5 rows of actions but 6 of rewards"),
-    "axes": (ROWS | {"observations": np.zeros(6)}, "observations has shape [6], 2 axes"),
-    "images": (ROWS | {"observations": np.zeros((6, 4, 4, 3))}, "2 axes are wanted"),
+    "axes": (
+        ROWS | {"observations": np.zeros(6)},
+        "observations has shape [6], it must have 2 axes",
+    ),
+    "images": (ROWS | {"observations": np.zeros((6, 4, 4, 3))}, "it must have 2 axes"),
     "widths": (ROWS | {"next_observations": np.zeros((6, 2))}, "differ in width"),
     "one row": ({k: x[3:4] for k, x in ROWS.items()}, "no row with a known next observation"),
 }
@@ -376,7 +380,9 @@ def test_import_needs_numpy_only():
 import sys
 for name in ("gymnasium", "minari", "h5py", "ogbench", "mujoco", "tqdm", "matplotlib", "jax"):
     sys.modules[name] = None
-from common import datasets, ogbench_recipes, views
+sys.modules["filelock"] = None
+import common.datasets.views
+import common.recipes.ogbench
 """
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
 
@@ -390,15 +396,15 @@ def made(tmp_path):
 
 
 def test_episodes_and_return_range(made):
-    starts, ends = views.episodes(made)
+    starts, ends = datasets.episodes(made)
     assert starts.tolist() == [0, 3] and ends.tolist() == [3, 6]
-    assert views.return_range(made) == (6, 60)
+    assert datasets.return_range(made) == (6, 60)
 
 
 def test_returns_to_go(made):
-    assert views.returns_to_go(made).tolist() == [6, 5, 3, 60, 50, 30]
+    assert datasets.returns_to_go(made).tolist() == [6, 5, 3, 60, 50, 30]
     halved = [1 + 1 + 0.75, 2 + 1.5, 3, 10 + 10 + 7.5, 20 + 15, 30]
-    assert views.returns_to_go(made, 0.5).tolist() == halved
+    assert datasets.returns_to_go(made, 0.5).tolist() == halved
     np.testing.assert_array_equal(made.transitions.reward, ROWS["rewards"])  # not overwritten
 
 
@@ -419,26 +425,26 @@ def test_returns_to_go_of_many_lengths_agree_with_a_loop(tmp_path):
         if t.termination[row] or t.truncation[row]:
             after = 0.0
         after = expected[row] = t.reward[row] + 0.9 * after
-    np.testing.assert_allclose(views.returns_to_go(dataset, 0.9), expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(datasets.returns_to_go(dataset, 0.9), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_chunks_stop_at_the_end_of_the_episode(made):
-    index, valid = views.chunks(made, 2)
+    index, valid = datasets.chunks(made, 2)
     assert index.tolist() == [[0, 1], [1, 2], [2, 2], [3, 4], [4, 5], [5, 5]]
     assert valid.tolist() == [[1, 1], [1, 1], [1, 0], [1, 1], [1, 1], [1, 0]]
-    index, valid = views.chunks(made, 4, rows=[4, 1])
+    index, valid = datasets.chunks(made, 4, rows=[4, 1])
     assert index.tolist() == [[4, 5, 5, 5], [1, 2, 2, 2]]
     assert valid.sum(axis=1).tolist() == [2, 2]
 
 
 def test_filter_by_return(made):
-    best = views.filter_by_return(made, 0.5)
+    best = datasets.filter_by_return(made, 0.5)
     assert column(best.transitions.reward) == [10, 20, 30]
     assert best.episode_ends.tolist() == [3] and best.episode_returns.tolist() == [60]
-    assert len(views.filter_by_return(made, 1.0).transitions.reward) == 6
-    assert len(views.filter_by_return(made, 0.01).episode_ends) == 1  # never nothing
+    assert len(datasets.filter_by_return(made, 1.0).transitions.reward) == 6
+    assert len(datasets.filter_by_return(made, 0.01).episode_ends) == 1  # never nothing
     with pytest.raises(ValueError, match="not 0"):
-        views.filter_by_return(made, 0)
+        datasets.filter_by_return(made, 0)
 
 
 def toy(lengths, returns):
@@ -471,7 +477,7 @@ def toy(lengths, returns):
 def test_the_best_episodes(fraction, fraction_of, kept):
     lengths, returns = np.array([1, 2, 3, 4, 10]), np.array([8.0, -5, 7, 9, 1])
     dataset = toy(lengths, returns)
-    best = views.filter_by_return(dataset, fraction, fraction_of)
+    best = datasets.filter_by_return(dataset, fraction, fraction_of)
     starts = np.cumsum(lengths) - lengths
     rows = np.concatenate([starts[i] + np.arange(lengths[i]) for i in kept])  # in their old order
     for column in best.transitions:
@@ -482,15 +488,15 @@ def test_the_best_episodes(fraction, fraction_of, kept):
 
 def test_the_best_episodes_by_episodes_unless_said():
     dataset = toy([5, 1, 1, 1], [3, 2, 1, 0])
-    assert views.filter_by_return(dataset, 0.5).episode_ends.tolist() == [5, 6]
-    assert views.filter_by_return(dataset, 0.5, "transitions").episode_ends.tolist() == [5]
-    assert views.filter_by_return(dataset, 0.7, "transitions").episode_ends.tolist() == [5]
+    assert datasets.filter_by_return(dataset, 0.5).episode_ends.tolist() == [5, 6]
+    assert datasets.filter_by_return(dataset, 0.5, "transitions").episode_ends.tolist() == [5]
+    assert datasets.filter_by_return(dataset, 0.7, "transitions").episode_ends.tolist() == [5]
 
 
 def test_of_equal_returns_the_shorter_episode_is_better():
     dataset = toy([4, 2, 3, 2], [0, 0, 0, -1])
     for fraction, ends in ((0.25, [2]), (0.5, [2, 5]), (0.75, [4, 6, 9])):
-        assert views.filter_by_return(dataset, fraction).episode_ends.tolist() == ends
+        assert datasets.filter_by_return(dataset, fraction).episode_ends.tolist() == ends
 
 
 @pytest.mark.parametrize("count", [100, 300])
@@ -498,16 +504,16 @@ def test_rounding_errors_of_the_share_cost_no_episode(count):
     dataset = toy([1] * count, np.arange(count))
     for percent in range(1, 101):  # 0.29 * 100 is 28.999999999999996
         for fraction in {percent / 100, min(0.01 * percent, 1.0)}:
-            best = views.filter_by_return(dataset, fraction)
+            best = datasets.filter_by_return(dataset, fraction)
             assert len(best.episode_ends) == percent * count // 100
 
 
 def test_return_span(capsys):
-    assert views.return_span(toy([1, 2, 3], [4, -2.5, 1])) == 6.5
-    assert isinstance(views.return_span(toy([1, 2], [0, 1])), float)
-    text = error_of(capsys, views.return_span, toy([1, 2], [3, 3]))
-    assert "toy: " in text and "returns 3:" in text and "return_scale" in text
-    assert "toy: " in error_of(capsys, views.return_span, toy([4], [1]))  # one episode
+    assert datasets.return_span(toy([1, 2, 3], [4, -2.5, 1])) == 6.5
+    assert isinstance(datasets.return_span(toy([1, 2], [0, 1])), float)
+    text = error_of(capsys, datasets.return_span, toy([1, 2], [3, 3]))
+    assert "toy: " in text and "returns 3, so" in text and "return_scale" in text
+    assert "toy: " in error_of(capsys, datasets.return_span, toy([4], [1]))  # one episode
 
 
 def test_a_look_at_the_data(tmp_path, capsys):
@@ -516,7 +522,7 @@ def test_a_look_at_the_data(tmp_path, capsys):
     path = write(tmp_path / "maze.hdf5", rows)
     file = tmp_path / "look.png"
     pytest.importorskip("matplotlib")
-    views.main([path, "--plot", str(file)])
+    command.main([path, "--plot", str(file)])
     text = capsys.readouterr().out
     for words in (
         "episode length",
@@ -528,7 +534,7 @@ def test_a_look_at_the_data(tmp_path, capsys):
     ):
         assert words in text
     assert file.read_bytes().startswith(b"\x89PNG")
-    text = error_of(capsys, views.main, [path, "--plot", str(tmp_path / "no" / "look.png")])
+    text = error_of(capsys, command.main, [path, "--plot", str(tmp_path / "no" / "look.png")])
     assert "cannot be drawn" in text
 
 

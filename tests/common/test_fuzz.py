@@ -31,7 +31,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_algorithms import NAMES
 
-from common import config, datasets, experiment, ranges, recipes, sources
+from common import datasets, experiment, recipes
+from common.datasets import ogbench
+from common.experiment import config, ranges
 
 MANY = "ATOLL_SLOW" in os.environ
 CALM = {"deadline": None, "suppress_health_check": [*HealthCheck], "derandomize": not MANY}
@@ -177,7 +179,7 @@ def test_bad_configs(empty, capsys, text):
 def test_a_config_without_an_end():
     """In a process of its own: what reads on would take all memory."""
     code = "import resource; resource.setrlimit(resource.RLIMIT_AS, (1 << 31, 1 << 31))\n"
-    code += "from common import config; config.read_yaml('/dev/zero', object)"
+    code += "from common.experiment import config; config.read_yaml('/dev/zero', object)"
     code, _, error = runs.call([sys.executable, "-c", code], runs.ROOT, {**os.environ})
     assert code == 2 and error.startswith("error: --config /dev/zero") and error.count("\n") == 1
 
@@ -498,7 +500,7 @@ def test_nothing_in_an_npz_file_is_unpickled(made, monkeypatch, capsys, column):
     columns |= {"terminals": np.arange(6) % 3 == 2}
     if column is not None:
         np.savez(path, **columns | {column: np.array([Evil()] * 6, object)})
-        sources._check_npz(path)  # what comes from a server is looked at with this
+        ogbench._check(path)  # what comes from a server is looked at with this
     else:
         path.write_bytes(pickle.dumps(Evil()))
     assert not ends_well(capsys, lambda: datasets.load(f"{path.stem[:-3]}-singletask-v0"))

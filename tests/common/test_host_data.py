@@ -17,7 +17,7 @@ import pytest
 from test_algorithms import NAMES
 
 from benchmarks import host_data as benchmark
-from common import config, devices, host_data
+from common.experiment import config, devices, host_data
 
 ROOT = Path(__file__).resolve().parents[2]
 ROWS, BATCH, STEPS, END = 1000, 4, 5, 15

@@ -15,7 +15,7 @@ import helpers_runs as runs
 import numpy as np
 import pytest
 
-from common import config, devices, meshes, processes
+from common.experiment import config, meshes, processes
 
 SEEDS = ["--seeds", "0", "1"]
 LATE, NEVER = 30, 240  # seconds after an error, in all; who waits in vain does so for 300
@@ -99,7 +99,7 @@ def test_distributed_wants_an_address(tiny, where, says, capsys):
 def test_what_differs_is_named(monkeypatch, capsys, other):
     monkeypatch.setattr(processes, "ask", lambda mine: [mine, mine, other])
     with pytest.raises(SystemExit) as leave:
-        devices.same({"a": 1, "b": [2]})
+        processes.require_same({"a": 1, "b": [2]})
     assert leave.value.code == 2
     said = f"error: --distributed: process 2 has b {other.get('b')}, process 0 has [2]\n"
     assert capsys.readouterr().err == said
@@ -279,8 +279,8 @@ import jax
 import numpy as np
 from common import experiment
 over_seeds = experiment.over_seeds
-def poisoning(*args):
-    train = over_seeds(*args)
+def poisoning(chunk, update=None):
+    train = over_seeds(chunk, update=update)
     def poisoned(state, keys, start, data):
         state, metrics = train(state, keys, start, data)
         lane = {8: 1, 20: 0}.get(start)

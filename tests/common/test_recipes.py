@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from common import cartpole_recipe, datasets, recipes
+from common import datasets, envs, recipes
+from common.recipes import cartpole, pointmaze
 
 minari = pytest.importorskip("minari")
 gymnasium = pytest.importorskip("gymnasium")
@@ -22,7 +24,7 @@ EPISODES = 10  # 3000 steps
 
 def run(code, root):
     """Runs code in a fresh process that finds `common` but has imported nothing of it."""
-    repository = str(Path(recipes.__file__).resolve().parents[1])
+    repository = str(Path(recipes.__file__).resolve().parents[2])
     env = os.environ | {"MINARI_DATASETS_PATH": str(root), "PYTHONPATH": repository}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -39,7 +41,7 @@ def made(tmp_path_factory):
     root = tmp_path_factory.mktemp("made")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MINARI_DATASETS_PATH", str(root))
-        recipes._make_point_maze(UMAZE, "umaze", EPISODES)
+        pointmaze.make(UMAZE, "umaze", EPISODES)
         return root, list(minari.load_dataset(UMAZE).iterate_episodes())
 
 
@@ -47,8 +49,8 @@ def made(tmp_path_factory):
 def root(tmp_path, monkeypatch):
     """An empty root, and a data set of 600 steps where `make` is called."""
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
-    umaze = recipes.MAZES["umaze"]._replace(episodes=2)
-    monkeypatch.setitem(recipes.MAZES, "umaze", umaze)
+    umaze = envs.MAZES["umaze"]._replace(episodes=2)
+    monkeypatch.setitem(envs.MAZES, "umaze", umaze)
     return tmp_path
 
 
@@ -67,7 +69,7 @@ def test_episodes_are_one_walk_cut_by_truncation(made):
 
 
 def test_rewards_are_those_of_the_next_position(made):
-    env = recipes.point_maze("umaze")
+    env = envs.point_maze("umaze")
     np.testing.assert_allclose(env.goal, [-1.0, 1.0])  # row 1, column 1 of a 5 x 5 maze
     rewards = np.concatenate([episode.rewards for episode in made[1]])
     position = np.concatenate([episode.observations[1:, :2] for episode in made[1]])
@@ -85,14 +87,14 @@ def test_actions_stay_in_the_box_and_are_noisy(made):
 
 
 def test_walk_visits_every_cell(made):
-    env = recipes.point_maze("umaze")
+    env = envs.point_maze("umaze")
     position = np.concatenate([episode.observations[:, :2] for episode in made[1]])
     visited = {tuple(env.maze.cell_xy_to_rowcol(p).tolist()) for p in position}
     assert visited == set(env.cells)
 
 
 def test_same_bytes_every_time(made, root):
-    recipes._make_point_maze(UMAZE, "umaze", EPISODES)
+    pointmaze.make(UMAZE, "umaze", EPISODES)
     for file in ("main_data.hdf5", "metadata.json"):
         path = Path(UMAZE, "data", file)
         assert (root / path).read_bytes() == (made[0] / path).read_bytes()
@@ -120,9 +122,33 @@ print(json.dumps([steps, termination, truncation, env.observation_space.shape, s
     assert done.stderr == ""
 
 
+def test_a_recording_of_an_earlier_version_is_still_evaluated(made, tmp_path, monkeypatch):
+    """It names the env by the module that had it before common/ had rooms."""
+    shutil.copytree(made[0], tmp_path / "root")
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "root"))
+    file = tmp_path / "root" / UMAZE / "data" / "metadata.json"
+    text = file.read_text()
+    now, before = "common.envs:point_maze", "common.recipes:point_maze"
+    assert now in text and before not in text
+    file.write_text(text.replace(now, before))
+    dataset = datasets.load(UMAZE)
+    env = dataset.make_env()
+    observation, _ = env.reset(seed=0)
+    assert observation.shape == (4,) and env.step(np.zeros(2, np.float32))[1] in (0.0, 1.0)
+    code = f"""
+import minari
+env = minari.load_dataset({UMAZE!r}).recover_environment(eval_env=True)
+print(env.reset(seed=0)[0].tolist())
+"""
+    assert json.loads(run(code, tmp_path / "root").stdout) == observation.tolist()
+    file.write_text(text.replace(now, "common.recipes:make"))  # no other function is trusted
+    with pytest.raises(SystemExit):
+        datasets.load(UMAZE)
+
+
 def test_reset_depends_on_the_seed_alone():
-    recipes.register()
-    recipes.register()  # idempotent
+    envs.register()
+    envs.register()  # idempotent
     actions = np.random.default_rng(0).uniform(-1, 1, (100, 2)).astype(np.float32)
 
     def rollout(env, seed):
@@ -135,8 +161,8 @@ def test_reset_depends_on_the_seed_alone():
 
 
 def test_starts_and_goals_lie_in_free_cells():
-    for name, maze in recipes.MAZES.items():
-        env = recipes.point_maze(name)
+    for name, maze in envs.MAZES.items():
+        env = envs.point_maze(name)
         assert maze.goal in env.cells
         starts = [env.reset(seed=seed)[0][:2] for seed in range(200)]
         cells = {tuple(env.maze.cell_xy_to_rowcol(start).tolist()) for start in starts}
@@ -144,7 +170,7 @@ def test_starts_and_goals_lie_in_free_cells():
 
 
 def test_render_mode_passes_through():
-    recipes.register()
+    envs.register()
     env = gymnasium.make("atoll/PointMaze_UMaze-v0", render_mode="rgb_array", width=64, height=48)
     assert env.render_mode == env.unwrapped.point.render_mode == "rgb_array"
     assert (env.unwrapped.point.width, env.unwrapped.point.height) == (64, 48)
@@ -152,14 +178,14 @@ def test_render_mode_passes_through():
 
 @pytest.mark.parametrize("name", ["umaze", "medium", "large"])
 def test_controller_reaches_the_goal_from_every_cell(name):
-    env, generator = recipes.point_maze(name), np.random.default_rng(0)
+    env, generator = envs.point_maze(name), np.random.default_rng(0)
     for cell in env.cells:
         env.reset(seed=0)
         env.point.set_state(env.maze.cell_rowcol_to_xy(cell), np.zeros(2))
         observation = np.concatenate([env.point.data.qpos, env.point.data.qvel])
-        waypoints = recipes._plan(env, generator, observation, recipes.MAZES[name].goal)
-        for _ in range(recipes.MAZES[name].horizon):
-            action, reached = recipes._control(observation, waypoints)
+        waypoints = pointmaze._plan(env, generator, observation, envs.MAZES[name].goal)
+        for _ in range(envs.MAZES[name].horizon):
+            action, reached = pointmaze._control(observation, waypoints)
             if reached:
                 break
             observation, *_ = env.step(action)
@@ -167,8 +193,8 @@ def test_controller_reaches_the_goal_from_every_cell(name):
 
 
 def test_recorded_reference_returns_are_about_right():
-    umaze = recipes.MAZES["umaze"]
-    random_return, controller_return = recipes.reference_returns("umaze", episodes=100)
+    umaze = envs.MAZES["umaze"]
+    random_return, controller_return = pointmaze.reference_returns("umaze", episodes=100)
     assert abs(random_return - umaze.random_return) < 25  # 75 is one episode's deviation
     assert abs(controller_return - umaze.controller_return) < 20
 
@@ -209,15 +235,15 @@ def test_leftover_of_a_killed_process_is_cleared(root):
 
 
 def test_second_process_at_the_same_time(root, monkeypatch):
-    walk = recipes._walk
+    walk = pointmaze._walk
 
     def other_first(*args):
-        monkeypatch.setattr(recipes, "_walk", walk)
+        monkeypatch.setattr(pointmaze, "_walk", walk)
         recipes.make(UMAZE)
         (root / UMAZE / "first").touch()
         return walk(*args)
 
-    monkeypatch.setattr(recipes, "_walk", other_first)
+    monkeypatch.setattr(pointmaze, "_walk", other_first)
     recipes.make(UMAZE)
     assert (root / UMAZE / "first").exists()  # theirs stayed, ours is gone
     assert not list(root.glob(".making-*"))
@@ -233,7 +259,7 @@ def test_something_else_in_the_way_is_an_error(root):
 
 
 # --- CartPole -----------------------------------------------------------------------------------
-CARTPOLE = cartpole_recipe.ID
+CARTPOLE = cartpole.ID
 
 
 @pytest.fixture(scope="module")
@@ -273,12 +299,12 @@ def test_cartpole_episodes_end_by_falling_or_after_500_steps(played):
 
 def test_cartpole_noise_levels_come_in_turn(played):
     lengths = []
-    for level, noise in enumerate(cartpole_recipe.NOISE):
+    for level, noise in enumerate(cartpole.NOISE):
         episodes = played[1][level::4]
         observation = np.concatenate([episode.observations[:-1] for episode in episodes])
         action = np.concatenate([episode.actions for episode in episodes])
         # Half of the random actions are the controller's by chance; about 2.5 deviations.
-        agree = np.mean((observation @ cartpole_recipe.GAIN > 0) == action)
+        agree = np.mean((observation @ cartpole.GAIN > 0) == action)
         assert abs(agree - (1 - noise / 2)) < 1.25 / len(action) ** 0.5
         lengths.append(len(action))
     assert lengths == sorted(lengths, reverse=True)
@@ -293,14 +319,14 @@ def test_cartpole_same_bytes_every_time(played, root):
 
 
 def test_cartpole_reference_returns_are_about_right():
-    random_return, controller_return = cartpole_recipe.reference_returns(100)
-    assert abs(random_return - cartpole_recipe.RANDOM_RETURN) < 4  # 12 is one episode's deviation
-    assert controller_return == cartpole_recipe.CONTROLLER_RETURN == 500
+    random_return, controller_return = cartpole.reference_returns(100)
+    assert abs(random_return - cartpole.RANDOM_RETURN) < 4  # 12 is one episode's deviation
+    assert controller_return == cartpole.CONTROLLER_RETURN == 500
 
 
 def test_cartpole_is_made_when_it_is_loaded(root, monkeypatch, capfd, recwarn):
-    monkeypatch.setattr(cartpole_recipe, "EPISODES", 8)
-    monkeypatch.setattr(cartpole_recipe, "STEPS", 900)
+    monkeypatch.setattr(cartpole, "EPISODES", 8)
+    monkeypatch.setattr(cartpole, "STEPS", 900)
     dataset = datasets.load(CARTPOLE, actions="discrete")
     out, err = capfd.readouterr()
     assert out.startswith(f"making {CARTPOLE} (900 steps, about 0 s)") and out.count("\n") == 2

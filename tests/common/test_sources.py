@@ -17,7 +17,11 @@ import numpy as np
 import pytest
 from test_datasets import error_of, write
 
-from common import d4rl, datasets, download, environments, sources
+from common import datasets, envs
+from common.datasets import d4rl, download, reference_scores
+from common.datasets import minari as minari_reader
+from common.datasets import ogbench as ogbench_reader
+from common.envs import d4rl as d4rl_envs
 
 h5py = pytest.importorskip("h5py")
 gymnasium = pytest.importorskip("gymnasium")
@@ -251,7 +255,7 @@ def d4rl_server(server, tmp_path, monkeypatch):
 
     def put(name, rows):
         path = write(tmp_path / "source.hdf5", rows)
-        server.files["/data/" + d4rl.table()[name]["file"]] = Path(path).read_bytes()
+        server.files["/data/" + reference_scores.table()[name]["file"]] = Path(path).read_bytes()
 
     server.put = put
     return server
@@ -275,14 +279,14 @@ def test_d4rl_name_is_downloaded_once_and_loaded(d4rl_server, tmp_path, capsys):
 
 
 def test_d4rl_wrong_files_are_one_line_and_leave_nothing(d4rl_server, tmp_path, capsys):
-    name, path = "hopper-medium-v2", "/data/" + d4rl.table()["hopper-medium-v2"]["file"]
+    name, path = "hopper-medium-v2", "/data/" + reference_scores.table()["hopper-medium-v2"]["file"]
     d4rl_server.files[path] = b"<html>moved</html>"
     assert "not an HDF5 file" in error_of(capsys, datasets.load, name)
     rows = d4rl_rows(11, 3)
     d4rl_server.put(name, {key: x for key, x in rows.items() if key != "actions"})
     assert "the file that came has no actions" in error_of(capsys, datasets.load, name)
     d4rl_server.put(name, rows | {"actions": rows["actions"][:5]})
-    assert "rows that disagree" in error_of(capsys, datasets.load, name)
+    assert "columns of different lengths" in error_of(capsys, datasets.load, name)
     del d4rl_server.files[path]
     text = error_of(capsys, datasets.load, name)
     assert "hopper-medium-v2: not in " in text and "HTTP 404" in text
@@ -316,7 +320,7 @@ def test_d4rl_file_with_a_damaged_part_is_refused_at_the_download(
         place = file[column].id.get_chunk_info(0).byte_offset
     body = bytearray((tmp_path / "source.hdf5").read_bytes())
     body[place : place + 20] = bytes(20)
-    d4rl_server.files["/data/" + d4rl.table()[name]["file"]] = bytes(body)
+    d4rl_server.files["/data/" + reference_scores.table()[name]["file"]] = bytes(body)
     assert "not an HDF5 file" in error_of(capsys, datasets.load, name)
     assert listing(tmp_path / "d4rl") == []
 
@@ -332,7 +336,7 @@ def test_d4rl_without_a_server_is_one_line(tmp_path, monkeypatch, capsys):
 
 
 def test_every_d4rl_name_has_a_file_and_most_an_env():
-    rows = d4rl.table()
+    rows = reference_scores.table()
     assert len(rows) == 61 and all(row["file"].endswith(".hdf5") for row in rows.values())
     assert [n for n, r in rows.items() if not r["env_id"]] == [n for n in rows if "-eval-" in n]
     expected = {  # one of each pattern, from D4RL's infos.py
@@ -423,10 +427,10 @@ def test_other_d4rl_names_are_evaluated_with_d4rls_layout(d4rl_server, name):
 # --- D4RL's envs --------------------------------------------------------------------------------
 def counterpart(name, **options):
     pytest.importorskip("gymnasium_robotics")
-    row = d4rl.row_of(name)
+    row = reference_scores.row_of(name)
     steps = int(row["max_episode_steps"])
-    env = environments.gym_make(row["env_id"], max_episode_steps=steps, **d4rl.options(row))
-    return d4rl.adapt(env, row, 0, True)
+    env = envs.make(row["env_id"], max_episode_steps=steps, **d4rl_envs.options(row))
+    return d4rl_envs.adapt(env, row, 0, True)
 
 
 def test_palm_sign_of_door_as_recorded(atoll_data):
@@ -438,9 +442,9 @@ def test_palm_sign_of_door_as_recorded(atoll_data):
         ours = file["infos/reward_gymrobotics"][()].astype(np.float64)
     palm = np.linalg.norm(following[:, 35:38], axis=1)
     np.testing.assert_allclose(ours - 0.2 * palm, theirs, atol=2e-6)
-    assert d4rl.flipped("AdroitHandDoor-v1", rows | {"rewards": theirs})
-    assert not d4rl.flipped("AdroitHandDoor-v1", rows | {"rewards": ours})
-    assert not d4rl.flipped("Hopper-v4", rows | {"rewards": theirs})
+    assert d4rl_envs.flipped("AdroitHandDoor-v1", rows | {"rewards": theirs})
+    assert not d4rl_envs.flipped("AdroitHandDoor-v1", rows | {"rewards": ours})
+    assert not d4rl_envs.flipped("Hopper-v4", rows | {"rewards": theirs})
 
 
 def test_door_replayed_in_the_simulator_gives_d4rls_rewards(atoll_data, capsys):
@@ -473,7 +477,7 @@ def test_palm_distance_in_the_observation_is_the_simulators(name):
     inner = env.unwrapped
     palm = inner.data.site_xpos[inner.S_grasp_site_id]
     distance = np.linalg.norm(palm - inner.data.xpos[inner.obj_body_id])
-    found = np.linalg.norm(d4rl.PALM[env.spec.id](observation))
+    found = np.linalg.norm(d4rl_envs.PALM[env.spec.id](observation))
     assert found == pytest.approx(distance)
 
 
@@ -765,11 +769,11 @@ def test_minari_half_a_download_is_begun_anew(minari_root, monkeypatch, capsys):
         begun.append((minari_root / dataset_id).exists())
         record(dataset_id, "CartPole-v1")
 
-    monkeypatch.setattr(sources, "_reach_minari", lambda: None)
+    monkeypatch.setattr(minari_reader, "_reach_server", lambda: None)
     monkeypatch.setattr(minari, "download_dataset", fetch)
     (minari_root / "test/cartpole-v0/data").mkdir(parents=True)
     datasets.load("test/cartpole-v0", actions="any")
-    assert "is half a data set, begun anew" in capsys.readouterr().out
+    assert "is incomplete, starting it anew" in capsys.readouterr().out
     (minari_root / "test/cartpole-v0/data/main_data.hdf5").unlink()  # metadata only
     datasets.load("test/cartpole-v0", actions="any")
     assert begun == [False, False]
@@ -865,7 +869,7 @@ def test_a_compressed_ogbench_file_damaged_anywhere_is_one_line(
         damaged = body[:at] + bytes(20) + body[at + 20 :]
         with contextlib.suppress(download.Unusable):
             (tmp_path / "x.npz").write_bytes(damaged)
-            sources._check_npz(tmp_path / "x.npz")
+            ogbench_reader._check(tmp_path / "x.npz")
         path.write_bytes(damaged)
         try:
             datasets.load("pointmaze-medium-navigate-singletask-v0")
@@ -885,7 +889,7 @@ def test_envs_leave_no_files_behind(env_id, tmp_path, monkeypatch):
     pytest.importorskip("gymnasium_robotics")
     pytest.importorskip("ogbench")
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    env = environments.gym_make(env_id)
+    env = envs.make(env_id)
     env.reset(seed=0)
     env.close()
     assert listing(tmp_path) == []
@@ -901,7 +905,7 @@ def test_envs_leave_no_files_behind(env_id, tmp_path, monkeypatch):
         ("D4RL/antmaze/umaze", "D4RL/antmaze/umaze-v1"),
         ("mujoco/swimmer/novel", "mujoco/swimmer/novel-v0"),
         ("cube-single-play-v0", "cube-single-play-singletask-v0"),
-        ("zzz", "see common/datasets.py for the forms"),
+        ("zzz", "docs/data.md lists the forms of an id"),
     ],
 )
 def test_unknown_ids_name_near_ones(capsys, dataset_id, words):
@@ -986,17 +990,17 @@ def test_ctrl_c_and_a_closed_pipe_leave_no_traceback(tmp_path):
     def ends(body, out=subprocess.PIPE):
         code = f"""
 import signal
-from common import shell
+from common import command_line
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
 def main():
     {body}
-shell.run(main)
+command_line.run(main)
 """
         command = [sys.executable, "-c", code]
         return subprocess.run(command, cwd=ROOT, stdout=out, stderr=subprocess.PIPE, text=True)
 
     done = ends("signal.raise_signal(signal.SIGINT)")
-    assert done.returncode == 130 and done.stderr == "interrupted; the same command goes on\n"
+    assert done.returncode == 130 and done.stderr == "interrupted; the same command continues\n"
     done = ends("signal.raise_signal(signal.SIGTERM)")
     assert done.returncode == 143 and done.stderr == ""
     read, write_end = os.pipe()
@@ -1011,7 +1015,7 @@ shell.run(main)
 def test_manipulation_episodes_depend_on_their_seed_alone(tmp_path, monkeypatch, name, kind):
     """30 rows of episode 1, made first and made after another episode."""
     pytest.importorskip("ogbench")
-    from common import ogbench_recipes as recipes
+    from common.recipes import ogbench as recipes
 
     recipe = recipes.RECIPES[f"{name}-{kind}-v0"]._replace(steps=30)
     monkeypatch.setitem(recipes.RECIPES, f"{name}-{kind}-v0", recipe)
@@ -1034,9 +1038,9 @@ def test_manipulation_episodes_depend_on_their_seed_alone(tmp_path, monkeypatch,
 
 
 def test_recipes_command_line(capsys):
-    from common import recipes
+    from common.recipes import __main__ as command
 
-    text = error_of(capsys, recipes.main, ["local/ogbench/cube-singel-play-v0"])
+    text = error_of(capsys, command.main, ["local/ogbench/cube-singel-play-v0"])
     assert "did you mean local/ogbench/cube-single-play-v0" in text
-    text = error_of(capsys, recipes.main, ["local/pointmaze/umaze-v0", "--episodes", "0"])
-    assert "--episodes 0: at least 1 is wanted" in text
+    text = error_of(capsys, command.main, ["local/pointmaze/umaze-v0", "--episodes", "0"])
+    assert "--episodes 0: must be at least 1" in text

@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`python -m common.datasets ID [--plot FILE.png]`: what a data set holds."""
+
+import argparse
+import sys
+
+from common import command_line, fail
+from common.datasets import loading, look
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        "python -m common.datasets", description="Show what a data set holds."
+    )
+    parser.add_argument("id", help="data set id or path; docs/data.md lists the forms")
+    parser.add_argument("--plot", metavar="FILE.png", help="plot returns, lengths and coverage")
+    parser.add_argument("--env", help="Gymnasium id to evaluate in instead of the recorded one")
+    parser.add_argument("--env-steps", type=int, help="step limit of that env")
+    args = parser.parse_args(sys.argv[1:] if argv is None else argv)
+    dataset = loading.load(args.id, args.env, args.env_steps, actions="any")
+    print(look.describe(dataset))
+    if args.plot:
+        try:
+            look.plot(dataset, args.plot)
+        except (OSError, ValueError, ImportError) as error:
+            fail(f"--plot {args.plot}: cannot be drawn ({' '.join(str(error).split())})")
+        print(f"drawn: {args.plot}")
+
+
+if __name__ == "__main__":
+    command_line.run(main)

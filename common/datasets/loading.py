@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Load a data set: read it, check it, cut it into transitions, and say in one line what it is."""
+
+import numpy as np
+
+from common import envs, fail
+from common.datasets import checks, reading, reference_scores
+from common.datasets.dataset import Dataset
+from common.datasets.transitions import cut
+
+
+def load(dataset_id, env=None, env_steps=None, actions="continuous") -> Dataset:
+    """Read a data set, check it, and print what was read in one line.
+
+    Args:
+        dataset_id: an id or a path, in one of the forms that reading.py lists.
+        env: Gymnasium id to evaluate in instead of the recorded one ("package.module:Name-v0").
+        env_steps: step limit of that env.
+        actions: "continuous", "discrete" or "any": what the caller can learn from.
+
+    Raises:
+        SystemExit: code 2 after one clear line, for anything wrong with the id or the data.
+    """
+    if env_steps is not None and env_steps < 1:
+        fail(f"--env-steps {env_steps}: an episode needs at least one step")
+    dataset = _dataset(dataset_id, reading.read(dataset_id, env, env_steps))
+    if actions == "continuous" and dataset.num_actions is not None:
+        fail(f"{dataset_id}: integer actions, but this method takes continuous ones only")
+    if actions == "discrete" and dataset.num_actions is None:
+        fail(f"{dataset_id}: continuous actions, but this method takes integer ones only")
+    print(_summary(dataset))
+    return dataset
+
+
+def _dataset(dataset_id, source):
+    """Check the rows, scale the actions to [-1, 1], cut the rows into episodes."""
+    keys, horizon, make_env = source.keys, source.horizon, source.make_env
+    rows = checks.rows(dataset_id, source.rows)
+    count, width = rows["observations"].shape
+    env, spec, limit = None, None, horizon
+    reference = checks.reference(dataset_id, source.reference)
+    if make_env is not None:
+        env = make_env()
+        spec = env.spec
+        limit = spec.max_episode_steps or horizon
+        if limit is None:
+            fail(f"{dataset_id}: {spec.id} has no step limit; set --env-steps")
+        if reference == (None, None) and not source.score_is_success:
+            reference = reference_scores.of_env_family(dataset_id, spec.id)
+        checks.observation(dataset_id, env, keys, width)
+    rows["actions"], num_actions, bounds = checks.actions(
+        dataset_id, rows["actions"], env, source.bounds
+    )
+    if env is not None:
+        env.close()
+    if "timeouts" not in rows:
+        where = f"and every {horizon or limit} steps" if horizon or limit else "only"
+        print(f"{dataset_id}: no 'timeouts' in it, so episodes are cut at terminals {where}")
+    transitions, ends, returns = cut(rows, horizon or limit, source.termination_ends_episode)
+    if not len(ends):
+        fail(f"{dataset_id}: no row with a known next observation")
+    record = {
+        "observation_keys": list(keys),
+        "env": spec and _env_name(spec),
+        "action_box": [] if bounds is None else [np.asarray(bound).tolist() for bound in bounds],
+        "rows_left_out": count - len(transitions.reward),  # their next observation is unknown
+    }
+    return Dataset(
+        id=dataset_id,
+        transitions=transitions,
+        episode_ends=ends,
+        episode_returns=returns,
+        make_env=make_env and envs.flat_and_scaled(make_env, keys, bounds),
+        horizon=None if limit is None else int(limit),
+        ref_min_score=reference[0],
+        ref_max_score=reference[1],
+        num_actions=num_actions,
+        score_is_success=source.score_is_success,
+        record=record | source.facts,
+    )
+
+
+def _env_name(spec):
+    """The env's id and the wrappers that change it: "AdroitHandDoor-v1 + D4RLReward"."""
+    return " + ".join([spec.id, *(wrapper.name for wrapper in spec.additional_wrappers)])
+
+
+def _summary(dataset):
+    t, returns = dataset.transitions, dataset.episode_returns
+    action = dataset.num_actions or t.action.shape[1]
+    left_out = dataset.record["rows_left_out"]
+    without = f" ({left_out:,} rows without a next observation left out)" if left_out else ""
+    return (
+        f"data {dataset.id}: {len(t.reward):,} transitions{without}, "
+        f"{len(returns):,} episodes, return "
+        f"{returns.min():.1f} / {returns.mean():.1f} / {returns.max():.1f} (min / mean / max), "
+        f"{int(t.termination.sum()):,} terminations, {int(t.truncation.sum()):,} truncations, "
+        f"O={t.observation.shape[1]} A={action}, {sum(x.nbytes for x in t) / 1e6:.1f} MB"
+    )

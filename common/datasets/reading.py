@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which family a data set id belongs to, and so which reader reads it.
+
+local/pointmaze/umaze-v0            made on this machine when first used, see common/recipes/
+local/cartpole/mixed-v0             the same, with integer actions
+local/ogbench/cube-single-play-v0   the same, by OGBench's scripted controllers
+mujoco/hopper/medium-v0, ...        any Minari id: from Minari's local root, else downloaded
+hopper-medium-v2, ...               D4RL's names: its files, in ~/.d4rl/datasets
+cube-single-play-singletask-v0, ... OGBench's names: its files, in ~/.ogbench/data
+path/to/file.hdf5                   a file in D4RL's layout
+"""
+
+import os
+from pathlib import Path
+
+from common import fail, folders
+from common.datasets import d4rl, local, minari, names, ogbench, reference_scores
+from common.datasets.source import Source
+
+
+def read(dataset_id: str, env: str | None, env_steps: int | None) -> Source:
+    """The recorded rows of a data set.
+
+    Args:
+        dataset_id: one of the forms above.
+        env: Gymnasium id to evaluate in instead of the recorded one.
+        env_steps: step limit of that env.
+
+    Raises:
+        SystemExit: code 2 after one clear line.
+    """
+    if not dataset_id.strip() or not dataset_id.isprintable():
+        fail(f"{dataset_id!r} is no data set id; docs/data.md lists the forms of an id")
+    path = Path(os.path.expanduser(dataset_id))
+    if dataset_id.startswith("local/") and not path.exists():
+        return local.read(dataset_id, env, env_steps)
+    if dataset_id in reference_scores.table() and not path.exists():
+        return d4rl.read(dataset_id, env, env_steps)
+    ogbench_name = names.OGBENCH_ID.fullmatch(dataset_id)
+    if ogbench_name and ogbench_name[1].split("-")[0] in names.OGBENCH_ENVS:
+        return ogbench.read(dataset_id, folders.ogbench(), env, env_steps)
+    if path.suffix in (".hdf5", ".h5") or path.exists():
+        return d4rl.read_file(path, env, env_steps, reference_scores.row_of(path.stem))
+    if names.MINARI_ID.fullmatch(dataset_id):
+        return minari.read(dataset_id, env, env_steps)
+    names.fail_unknown(dataset_id)

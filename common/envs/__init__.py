@@ -1,0 +1,23 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Environments in which policies are evaluated.
+
+`make` builds one from its Gymnasium id. `flat_and_scaled` wraps it for the algorithms: observations
+become flat float32 arrays and actions lie in [-1, 1]. Behind these names are the point maze that
+this project registers (pointmaze.py), the wrappers that give Gymnasium's environments D4RL's
+behaviour (d4rl.py), and the checks of the environment that a Minari data set names (recorded.py).
+"""
+
+from common.envs.making import make
+from common.envs.pointmaze import MAZES, point_maze, register
+from common.envs.quiet import make_quietly
+from common.envs.spaces import flat_and_scaled, flatten
+
+__all__ = [
+    "MAZES",
+    "flat_and_scaled",
+    "flatten",
+    "make",
+    "make_quietly",
+    "point_maze",
+    "register",
+]

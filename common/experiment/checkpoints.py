@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints, written and read by orbax."""
+
+import contextlib
+import json
+import logging
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import jax
+
+from common import fail, files, one_line
+from common.experiment import digests, disk_errors
+
+
+def manager(folder):
+    """Orbax's manager of a run folder's `checkpoints/`. It keeps the newest two."""
+    import orbax.checkpoint as ocp
+
+    disk_errors.silence_closed_loops()
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax raises what it logs as well
+    options = {"max_to_keep": 2, "enable_async_checkpointing": False}
+    handlers = None
+    if jax.process_count() > 1:  # every process has a folder of its own
+        index = jax.process_index()
+        alone = ocp.options.MultiprocessingOptions(index, {index}, f"process_{index}")
+        options |= {"multiprocessing_options": alone, "create": False}
+        (folder / "checkpoints").mkdir(exist_ok=True)
+        handlers = {
+            "state": ocp.StandardCheckpointHandler(multiprocessing_options=alone),
+            "meta": ocp.JsonCheckpointHandler(multiprocessing_options=alone),
+        }
+    return ocp.CheckpointManager(
+        (folder / "checkpoints").resolve(),
+        options=ocp.CheckpointManagerOptions(**options),
+        item_handlers=handlers,
+    )
+
+
+def save(manager, step, state, meta):
+    """Save the State and the facts that belong to it, with a digest of both."""
+    import orbax.checkpoint as ocp
+
+    meta = json.loads(json.dumps(meta))  # as it will be read
+    meta |= {"digest": digests.of_checkpoint(state, meta)}
+    items = {"state": ocp.args.StandardSave(state), "meta": ocp.args.JsonSave(meta)}
+    manager.save(step, args=ocp.args.Composite(**items))
+    files.sync_folder(Path(manager.directory, str(step)))  # orbax syncs the arrays only
+
+
+def restore(checkpoints, target, keep=False):
+    """(state, meta) of the newest checkpoint that can be read, (None, None) where there is none.
+
+    Newer ones that are damaged are moved to `damaged/`, since new checkpoints will have their
+    numbers; `keep` leaves them where they are. If all are damaged, nothing is changed.
+
+    Raises:
+        SystemExit: code 2 after one line, where no checkpoint can be read.
+    """
+    import orbax.checkpoint as ocp
+
+    damaged = []
+    for step in sorted(checkpoints.all_steps(), reverse=True):
+        try:
+            items = {"state": ocp.args.StandardRestore(target), "meta": ocp.args.JsonRestore()}
+            saved = checkpoints.restore(step, args=ocp.args.Composite(**items))
+            if saved["meta"].pop("digest", None) != digests.of_checkpoint(
+                saved["state"], saved["meta"]
+            ):
+                raise ValueError("its digest does not match")
+        except Exception as error:
+            why = one_line(error)
+            shapes = {}
+            with contextlib.suppress(Exception):  # of many kinds; the checkpoint is then damaged
+                shapes = _shapes(checkpoints.item_metadata(step)["state"].tree)
+            if shapes and shapes != _shapes(target):
+                fail(
+                    f"{checkpoints.directory}: checkpoint {step} has another State than this "
+                    f"file makes ({why}); use the file that made it, or choose a --name"
+                )
+            print(f"WARNING: checkpoint {step} cannot be read ({why})", file=sys.stderr)
+            damaged.append(step)
+            continue
+        for step in [] if keep else damaged:
+            aside = checkpoints.directory.parent / "damaged" / f"{step}-{time.time_ns()}"
+            aside.parent.mkdir(exist_ok=True)
+            shutil.move(checkpoints.directory / str(step), aside)
+        checkpoints.reload()
+        return saved["state"], saved["meta"]
+    if damaged:
+        fail(
+            f"{checkpoints.directory}: no checkpoint can be read; delete the run or choose a --name"
+        )
+    return None, None
+
+
+def _shapes(tree):
+    leaves = jax.tree.leaves_with_path(tree)
+    return {jax.tree_util.keystr(k, simple=True, separator="."): x.shape for k, x in leaves}

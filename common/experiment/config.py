@@ -1,0 +1,320 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One checked Config from four sources; a later one overrides an earlier one.
+
+They are the defaults of the Config, a YAML file, that file's row for the data set, and the command
+line. The values of a file are turned into words of a command line, so that tyro parses them all.
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import hashlib
+import inspect
+import io
+import json
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from common import datasets, fail
+from common.experiment import ranges
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What belongs to this start of a run rather than to its Config."""
+
+    config: str | None = None  # YAML over the defaults above (default: the data set's suite's)
+    name: str | None = None  # run name (default: a hash of the resolved config)
+    resume: bool = False  # continue from the newest checkpoint; start anew where there is none
+    runs_dir: str = "runs"  # where run folders go
+    wandb: Literal["offline", "online", "disabled"] = "offline"  # offline needs no account
+    save_seconds: float = 10.0  # least time between checkpoints; 0: one at every chunk boundary
+    data: Literal["device", "host"] = "device"  # host: the device holds the rows of two chunks only
+    devices: int = 1  # devices that share the batches of one seed; several seeds always share all
+    distributed: str | None = None  # auto or HOST:PORT/COUNT/INDEX: a run over several processes
+    env: str | None = None  # Gymnasium id to evaluate in instead of the data set's own
+    env_steps: int | None = None  # step limit of that env
+
+
+IN_YAML = ("env", "env_steps")  # options that change results, so a YAML may set them
+COMMON = Path(__file__).resolve().parents[1]
+
+
+def parse(config_class, argv=None):
+    """Config and Options of this start, from `configs/<algorithm>/` and the command line.
+
+    Raises:
+        SystemExit: code 2 after one line that names the file and key or the flag.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    script = Path(inspect.getfile(config_class))
+    _check_copy(script)
+    not_given = "\0"  # tells whether the command line names a data set
+    cfg, options = _command_line(config_class, ["--dataset", not_given, *argv], script.name)
+    chosen = None if cfg.dataset == not_given else cfg.dataset
+    for name in ("config", "env", "name", "runs_dir", "distributed"):
+        _printable(ranges.flag(name), getattr(options, name) or "-")
+    dataset = _printable("--dataset", chosen or config_class.dataset)
+    file = options.config
+    if file is None:
+        file = _suite_file(script, dataset)
+    tokens = [] if file is None else _file_tokens(file, config_class, chosen)
+    cfg, options = _command_line(config_class, [*tokens, *argv], script.name)
+    ranges.check(cfg)
+    if not 0 <= options.save_seconds < float("inf"):
+        fail(f"--save-seconds {options.save_seconds}: must be 0 or more")
+    run_folder(cfg, options)
+    return cfg, options
+
+
+def _check_copy(script):
+    """An algorithm file is not run with the common/ of another copy of the repository."""
+    beside = script.resolve().parents[1] / "common"
+    if beside.is_dir() and not beside.samefile(COMMON):
+        here = f"would run with {COMMON}, of another copy of Atoll"
+        fail(f"{script}: {here}; PYTHONPATH={beside.parent} takes its own")
+
+
+def _suite_file(script, dataset):
+    """The config file of the data set's suite, None where there is none."""
+    missing = ""
+    if suite := datasets.suite(dataset):
+        # A copy of an algorithm file may be in the root of the repository, too.
+        root = script.resolve().parent
+        root = root.parent if root.name == "algorithms" else root
+        path = root / "configs" / script.stem / f"{suite}.yaml"
+        if path.exists():
+            return _short(path)
+        missing = f" {_short(path)}"
+    print(f"config: no file{missing} for {dataset}, the defaults of {script.name} apply")
+    return None
+
+
+def _file_tokens(file, config_class, chosen):
+    """The values of a file and of its row of the data set, as words of a command line.
+
+    They are parsed here once, so that a wrong value is said to be the file's.
+    """
+    values, rows = read_yaml(file, config_class)
+    dataset = chosen or str(values.get("dataset", config_class.dataset))
+    _printable("dataset", dataset)
+    tokens = list(_tokens(values | {"dataset": dataset}))
+    _command_line(config_class, tokens, file)
+    name = datasets.config_name(dataset)
+    row = rows.get(name, {})
+    row_tokens = list(_tokens(row))
+    _command_line(config_class, row_tokens, f"{file}: datasets: {name}")
+    words = ", ".join(f"{key} {value}" for key, value in row.items())
+    what = f"row {name}: {words or 'nothing else'}" if name in rows else f"no row for {dataset}"
+    print(f"config: {file}, {what}")
+    return tokens + row_tokens
+
+
+# --- YAML files ---------------------------------------------------------------------------------
+LONGEST = 1_000_000  # characters of a config, and values in it once aliases are written out
+
+
+def read_yaml(file, config_class):
+    """Fields and `datasets:` rows of a YAML file. Unknown and doubled keys end with exit code 2."""
+    values = _load_yaml(file)
+    if "record" in values:  # a run's config.yaml, which may have former names of fields
+        values = current_names(values, renamed(config_class))
+        del values["record"]  # facts about the run, for the reader
+    rows = values.pop("datasets", None) or {}
+    if not isinstance(rows, dict) or not all(isinstance(row, dict) for row in rows.values()):
+        fail(f"{file}: datasets: must be a mapping of data set ids to mappings of fields")
+    _check_keys(file, "", values, config_class)
+    for name, row in rows.items():
+        _check_keys(file, f"datasets: {name}: ", row, config_class)
+    return values, rows
+
+
+def _load_yaml(file):
+    """The mapping that a YAML file holds."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node, deep=False):
+            keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+            for key in keys:
+                if not isinstance(key, str) or keys.count(key) > 1:
+                    what = "appears twice" if isinstance(key, str) else "is not a word"
+                    fail(f"{file}: key {key!r} {what} (line {node.start_mark.line + 1} ff.)")
+            return super().construct_mapping(node, deep)
+
+    try:
+        with open(file) as text:
+            content = text.read(LONGEST + 1)
+    except (OSError, ValueError) as error:
+        fail(f"--config {file}: cannot be read ({getattr(error, 'strerror', None) or error})")
+    if len(content) > LONGEST:
+        fail(f"--config {file}: longer than {LONGEST:,} characters, so no config")
+    try:
+        values = yaml.load(content, Loader)
+    except Exception as error:  # of many kinds, where a tag does not fit its text
+        fail(f"{file}: not valid YAML ({' '.join(str(error).split())})")
+    values = {} if values is None else values
+    if _is_too_large(values):
+        fail(f"{file}: its aliases make more than {LONGEST:,} values")
+    if not isinstance(values, dict):
+        fail(f"{file}: must be a mapping of fields to values, not a {type(values).__name__}")
+    return values
+
+
+def _is_too_large(values):
+    """Whether there are too many values once aliases of aliases are written out."""
+    parts, count = [values], 0
+    while parts and count <= LONGEST:
+        part, count = parts.pop(), count + 1
+        if isinstance(part, dict):
+            parts += part.values()
+        elif isinstance(part, list):
+            parts += part
+    return count > LONGEST
+
+
+def _check_keys(file, where, mapping, config_class):
+    """Every key is a field and has a value."""
+    fields = [field.name for field in dataclasses.fields(config_class)]
+    optional = {x.name for x in dataclasses.fields(config_class) if "None" in str(x.type)}
+    for key, value in mapping.items():
+        if key in renamed(config_class):
+            fail(f"{file}: {where}{key} has a new name: {renamed(config_class)[key]}")
+        if key not in (*fields, *IN_YAML):
+            near = difflib.get_close_matches(key, fields, 1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(fields)}"
+            fail(f"{file}: {where}unknown key {key!r}; {hint}")
+        if (value is None and key not in optional) or isinstance(value, dict):
+            fail(f"{file}: {where}{key}: must have a value, not {value}")
+
+
+# --- Renamed fields -----------------------------------------------------------------------------
+RENAMED = {  # former name of a field -> its present name
+    "importance": "importance_sampling",
+    "gap": "target_action_gap",
+    "lowest_difference": "clip_diff_min",
+    "num_choices": "num_eval_samples",
+}
+
+
+def renamed(config_class):
+    """The part of RENAMED that concerns a Config: it has the new field and not the old one."""
+    fields = {field.name for field in dataclasses.fields(config_class)}
+    return {old: new for old, new in RENAMED.items() if new in fields and old not in fields}
+
+
+def current_names(values, names=RENAMED):
+    """The values of an earlier run's config under the present names of the fields."""
+    return {names.get(key, key): value for key, value in values.items()}
+
+
+def _check_flags(argv, config_class, source):
+    """A flag with the former name of a field is one line that says the present one."""
+    for word in argv:
+        name = word.partition("=")[0].removeprefix("--").replace("-", "_")
+        if word.startswith("--") and name in renamed(config_class):
+            new = ranges.flag(renamed(config_class)[name])
+            fail(f"{source}: {ranges.flag(name)} has a new name: {new}")
+
+
+# --- Run folders --------------------------------------------------------------------------------
+def _printable(what, text):
+    """The text, if it can be a file's name; else exit code 2 after one line."""
+    if not text.isprintable() or any(len(part.encode()) > 255 for part in text.split("/")):
+        shown = text if len(text) < 60 else f"{text[:60]}..."
+        fail(f"{what} {shown!r}: must be printable text with at most 255 bytes between '/'")
+    return text
+
+
+def read_run(folder, config_class):
+    """Config and Options that a run folder's config.yaml holds."""
+    file = Path(folder) / "config.yaml"
+    if not file.exists():
+        fail(f"{folder}: no config.yaml in it, so no run folder")
+    values, _ = read_yaml(file, config_class)
+    if not values:
+        fail(f"{file} is empty, so nothing tells what this run was; choose a --name")
+    return _command_line(config_class, list(_tokens(values)), str(file))
+
+
+def resolved(cfg, options):
+    """Everything that decides the numbers, as plain YAML values."""
+    values = {key: list(x) if isinstance(x, tuple) else x for key, x in vars(cfg).items()}
+    return values | {key: getattr(options, key) for key in IN_YAML if getattr(options, key)}
+
+
+def _same_file(was, now):
+    """Whether two paths, however they are spelled, lead to one file."""
+    was, now = os.path.expanduser(str(was)), os.path.expanduser(now)
+    return os.path.realpath(was) == os.path.realpath(now)
+
+
+def run_folder(cfg, options):
+    """`<runs-dir>/<algorithm>/<data set>/<name>`.
+
+    Raises:
+        SystemExit: code 2 where the folder holds a run and --resume is missing, or another config.
+    """
+    values = resolved(cfg, options)
+    # The name does not depend on how a path is spelled, nor on whether a field was renamed.
+    former = {new: old for old, new in renamed(type(cfg)).items()}
+    known = values | {"dataset": datasets.slug(cfg.dataset)}
+    known = {former.get(key, key): value for key, value in known.items()}
+    digest = hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:8]
+    name = digest if options.name is None else options.name
+    if not re.fullmatch(r"\w[\w.-]*", name):
+        fail(f"--name {name!r}: letters, digits, '_', '-' and, inside, '.' only")
+    algorithm, slug = Path(inspect.getfile(type(cfg))).stem, datasets.slug(cfg.dataset)
+    if {"", ".", ".."} & {*slug.split("/")}:
+        what = "a directory, or no data set's name; pass an HDF5 file or an id"
+        fail(f"--dataset {cfg.dataset}: {what}")
+    folder = Path(options.runs_dir) / algorithm / slug / name
+    if (folder / "config.yaml").exists():
+        if not options.resume:
+            fail(f"{folder} exists; continue it with --resume or start another run with --name")
+        before = resolved(*read_run(folder, type(cfg)))
+        for key in sorted({*before, *values}):
+            was, now = before.get(key), values.get(key)
+            if was != now and not (key == "dataset" and _same_file(was, now)):
+                fail(f"{folder} has {key} {was}, not {now}; resume with that or choose a --name")
+    return folder
+
+
+def _command_line(config_class, argv, source):
+    """Parse with tyro. Its framed error message becomes one line that begins with the source."""
+    _check_flags(argv, config_class, source)
+    config_class = Annotated[config_class, tyro.conf.FlagConversionOff]
+    both = dataclasses.make_dataclass("Both", [("cfg", config_class), ("options", Options)])
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(printed):
+            parsed = tyro.cli(both, args=argv, prog=source, config=(tyro.conf.OmitArgPrefixes,))
+    except SystemExit as leave:
+        if leave.code == 0:  # --help
+            raise
+        text = re.sub(r"\x1b\[[\d;]*m|[╭╮╰╯│─]|-{4,}", " ", printed.getvalue())
+        text = " ".join(text.split("For full helptext")[0].split())
+        fail(f"{source}: {re.sub(r'^(Parsing error|Unrecognized options) ', '', text)}")
+    return parsed.cfg, parsed.options
+
+
+def _tokens(values):
+    """The values as words of a command line."""
+    for name, value in values.items():
+        flag = ranges.flag(name)
+        if isinstance(value, list):
+            yield from (flag, *map(str, value))
+        else:
+            yield f"{flag}={value}"
+
+
+def _short(path):
+    """The path relative to the working directory, if it is below that: it is shorter to read."""
+    with contextlib.suppress(ValueError):
+        return str(path.relative_to(Path.cwd()))
+    return str(path)

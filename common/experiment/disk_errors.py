@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A disk that is full, read-only or failing ends a run with one line and without tracebacks."""
+
+import contextlib
+import errno
+import os
+import re
+import sys
+
+from common import fail
+
+DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
+DISK_ERRORS |= {errno.ESTALE, errno.EACCES, errno.ETIMEDOUT}  # of file servers
+
+
+@contextlib.contextmanager
+def storage(folder):
+    """Inside, an error of the disk that holds `folder` becomes one line and exit code 2.
+
+    It does not matter which library met the error. All other errors pass through.
+    """
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        code = re.search(r"os_error_code='(\d+)'", str(error))  # of tensorstore
+        number = int(code[1]) if code else getattr(error, "errno", None)
+        if number not in DISK_ERRORS:
+            raise
+        fail(
+            f"{folder}: cannot be written ({os.strerror(number)}); when it can be written again, "
+            "continue with the same command and --resume"
+        )
+
+
+def silence_closed_loops():
+    """Do not print the tracebacks of threads that call an event loop which orbax has closed.
+
+    After a read or write that failed, orbax closes its event loop while tensorstore's threads still
+    work on parts of the checkpoint. Each of them calls the closed loop when it ends, and Python
+    would print a traceback about that below the line that says what failed.
+    """
+    before = sys.unraisablehook
+    if getattr(before, "silences_closed_loops", False):
+        return
+
+    def hook(unraisable):
+        error = unraisable.exc_value
+        if not (isinstance(error, RuntimeError) and str(error) == "Event loop is closed"):
+            before(unraisable)
+
+    hook.silences_closed_loops = True
+    sys.unraisablehook = hook

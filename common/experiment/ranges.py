@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ranges of a Config's fields, by their names: a name means the same in every algorithm file."""
+
+import math
+import re
+
+from common import fail
+
+SHARES = ("discount", "target_rate", "actor_target_rate", "td_lambda", "lam", "residual")
+# Patterns of names.
+POSITIVE = "learning_rate$|^fixed_std$|^return_scale$|^beta$|^(sql|eql)_alpha$|^huber_delta$"
+POSITIVE += "|^weight_norm$|^max_(weight|clip|gradient_norm)$"
+NOT_NEGATIVE = "alpha$|_penalty$|noise|_weight$|_decay$|^inverse_temperature$|^perturbation$|^eta$"
+
+
+def check(cfg):
+    """Check ranges, seeds and counts that must divide each other. A message names the remedy."""
+    for name, value in vars(cfg).items():
+        given = f"{flag(name)} {value}"
+        numbers = value if isinstance(value, tuple) else (value,)
+        if value is None:
+            continue
+        if any(isinstance(x, float) and not math.isfinite(x) for x in numbers):
+            fail(f"{given}: must be a finite number")
+        if name == "seeds":
+            if not value or len(set(value)) < len(value):
+                fail(f"{given}: give at least one seed, and none twice")
+            if min(value) < 0 or max(value) >= 2**32:
+                fail(f"{given}: seeds go from 0 to {2**32 - 1}")
+        elif name.endswith("hidden") and not value:
+            fail(f"{given}: give at least one hidden layer")
+        elif any(type(x) is int and x < 1 for x in numbers):
+            fail(f"{given}: must be at least 1")
+        elif name in SHARES and not 0 <= value <= 1:
+            fail(f"{given}: must be a number from 0 to 1")
+        elif name == "fraction" and not 0 < value <= 1:
+            fail(f"{given}: must be a number above 0 and up to 1")
+        elif name in ("expectile", "dropout", "action_margin") and not 0 < value < 1:
+            fail(f"{given}: must be between 0 and 1, exclusive")
+        elif re.search(POSITIVE, name) and value <= 0:
+            fail(f"{given}: must be above 0")
+        elif re.search(NOT_NEGATIVE, name) and value < 0:
+            fail(f"{given}: must be 0 or more")
+    for whole, part in (
+        ("eval_every", "log_every"),
+        ("num_updates", "log_every"),
+        ("log_every", "policy_delay"),
+        ("log_every", "actor_updates"),
+        ("embedding", "num_heads"),
+    ):
+        if hasattr(cfg, part) and getattr(cfg, whole) % getattr(cfg, part):
+            number, divisor = getattr(cfg, whole), getattr(cfg, part)
+            near = max(1, round(number / divisor)) * divisor
+            smaller = f", or {flag(part)} {number}" if number < divisor else ""
+            fail(
+                f"{flag(whole)} {number} is no multiple of {flag(part)} {divisor}; "
+                f"{near} would be one{smaller}"
+            )
+
+
+def flag(name):
+    """A field's flag on the command line."""
+    return f"--{name.replace('_', '-')}"

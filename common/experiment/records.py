@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The text files of a run folder: config.yaml, metrics.csv, timing.csv, result.json."""
+
+import json
+
+from common import fail, files
+
+SCORES = ("score", "return", "success", "length")  # the last columns of metrics.csv
+
+
+class Records:
+    """Writes whole lines and whole files, so that a process that dies leaves nothing half-written.
+
+    `waiting` has rows of metrics.csv that wait until the metrics have names: those of update 0,
+    which has no losses.
+    """
+
+    def __init__(self, folder, seeds):
+        self.folder, self.seeds = folder, seeds
+        self.waiting = []
+
+    def write_config(self, values):
+        """config.yaml, where there is none yet."""
+        import yaml
+
+        file = self.folder / "config.yaml"
+        if not file.exists():
+            text = yaml.safe_dump(values, sort_keys=False, default_flow_style=None)
+            files.write(file, text)
+
+    def write_result(self, values):
+        files.write(self.folder / "result.json", json.dumps(values, indent=2) + "\n")
+
+    def resume(self, start):
+        """Drop everything that update `start` and the later ones wrote: it is written again."""
+        (self.folder / "result.json").unlink(missing_ok=True)  # a folder with it is finished
+        self._cut("metrics.csv", self.waiting[0][0] if self.waiting else start)
+        self._cut("timing.csv", start)
+
+    def _cut(self, name, first):
+        """Drop the rows from update `first` on, and a row that was not written to its end."""
+        file = self.folder / name
+        if file.exists():
+            header, *rows = file.read_text().splitlines(keepends=True) or [""]
+            rows = [row for row in rows if row[-1] == "\n" and int(row.split(",")[0]) < first]
+            files.write(file, "".join([header, *rows] if rows else []))
+
+    def write_metrics(self, step, metrics, scores, diverged, last):
+        """Add the rows of a chunk boundary to metrics.csv, one per seed.
+
+        Args:
+            metrics: name -> [S] means over the chunk, None at update 0.
+            scores: name -> [S] of an evaluation, None without one.
+            diverged: index of a seed -> update; its metrics stay empty after that.
+            last: whether no later row can give the metrics their names.
+
+        Returns:
+            The rows that were written: (update, seed, metrics, scores).
+        """
+        for i, seed in enumerate(self.seeds):
+            gone = diverged.get(i, step) < step
+            means = {} if gone else {name: x[i] for name, x in (metrics or {}).items()}
+            numbers = {name: x[i] for name, x in (scores or {}).items()}
+            self.waiting.append((step, seed, means, numbers))
+        if not metrics and not last:
+            return []
+        names, lines = list(metrics or {}), []
+        for update, seed, means, numbers in self.waiting:
+            cells = [_cell(means.get(name)) for name in names]
+            cells += [_cell(numbers.get(name)).replace("nan", "") for name in SCORES]
+            lines.append((update, seed, *cells))
+        self.append("metrics.csv", ("update", "seed", *names, *SCORES), *lines)
+        written, self.waiting = self.waiting, []
+        return written
+
+    def write_timing(self, step, seconds):
+        header = ("update", "chunk_seconds", "train_seconds", "eval_seconds")
+        self.append("timing.csv", header, (step, *seconds))
+
+    def append(self, name, header, *rows):
+        """Add rows to a CSV file, which gets the header where it is new."""
+        header, *rows = (",".join(map(str, line)) + "\n" for line in (header, *rows))
+        with (self.folder / name).open("a+") as out:
+            out.seek(0)
+            if (first := out.readline()) not in ("", header):
+                fail(f"{self.folder / name}: has other columns ({first.strip()}); choose a --name")
+            out.write("".join(rows if first else [header, *rows]))
+            files.sync(out)
+
+
+def _cell(x):
+    return "" if x is None else f"{x:.9g}"

@@ -1,0 +1,244 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One run: the steps that every `train` takes, from one chunk boundary to the next.
+
+A chunk is the `log_every` updates that are compiled as one program; between two chunks is a chunk
+boundary. A run folder `<runs-dir>/<algorithm>/<data set>/<name>/` holds
+    config.yaml   the resolved Config; `--config` reads it back
+    metrics.csv   one row per seed and chunk boundary: row t has the mean losses of the chunk that
+                  ends at update t (empty at 0) and, where the policy was evaluated, its scores
+    timing.csv    seconds; the first chunk of every start includes compiling
+    checkpoints/  orbax, the newest two
+    result.json   written last: final and best score per seed, versions, code, hardware, speed
+    wandb/        offline runs, one per seed; wandb.id is the end of their ids
+"""
+
+import math
+import sys
+import time
+
+import jax
+import numpy as np
+
+from common import fail, files
+from common.experiment import checkpoints, config, disk_errors, processes, signals
+from common.experiment.divergence import Divergence
+from common.experiment.origin import Origin
+from common.experiment.progress import Progress, say_result
+from common.experiment.records import SCORES, Records
+from common.experiment.timing import Timing
+from common.experiment.wandb_mirror import Mirror
+
+
+class Run:
+    """The run folder and everything that is written into it; used as in every `train`."""
+
+    def __init__(self, cfg, options, dataset):
+        self.cfg, self.options, self.dataset = cfg, options, dataset
+        self.folder = config.run_folder(cfg, options)
+        self.algorithm = self.folder.relative_to(options.runs_dir).parts[0]
+        self.origin = Origin(cfg, dataset)
+        self.records = Records(self.folder, cfg.seeds)
+        self.divergence = Divergence(cfg)
+        self.timing, self.progress = Timing(), Progress()
+        self.signals = signals.Signals()
+        self.scores = np.full(len(cfg.seeds), np.nan)  # [S] of the last evaluation
+        self.best = np.full(len(cfg.seeds), np.nan)  # [S] over training; never called the score
+        self.last_evaluation = {}  # name -> [S], all numbers of the last evaluation
+        self.start = 0  # the update at which this start of the run began
+        self.save_due = 0.0  # when the next checkpoint is due
+        self.done = False  # finished by an earlier start
+
+    # --- Opening and closing --------------------------------------------------------------------
+    def __enter__(self):
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.lock = files.try_lock(self.folder / ".lock")
+        except OSError as error:
+            fail(f"{self.folder}: cannot be written ({error.strerror}); choose another --runs-dir")
+        if self.lock is None:
+            fail(f"{self.folder}: another process trains in it; wait for it or choose a --name")
+        try:
+            with disk_errors.storage(self.folder):
+                self._open()
+        except BaseException:
+            self.lock.release()
+            raise
+        return self
+
+    def _open(self):
+        returns = self.dataset.episode_returns
+        record = {"algorithm": self.algorithm} | (self.dataset.record or {})
+        record["data_return"] = {"mean": float(returns.mean()), "max": float(returns.max())}
+        record["reference"] = [self.dataset.ref_min_score, self.dataset.ref_max_score]
+        record["digest"] = self.origin.world["data"]
+        self.records.write_config(config.resolved(self.cfg, self.options) | {"record": record})
+        print(f"run {self.folder}")
+        self.manager = checkpoints.manager(self.folder)
+        self.wandb = Mirror(self, record)
+        self.signals.listen()
+
+    def __exit__(self, kind, error, trace):
+        try:
+            with disk_errors.storage(self.folder):
+                self._close(kind, error)
+        finally:
+            self.lock.release()
+        if kind is None and self.divergence.seeds:
+            raise SystemExit(1)
+
+    def _close(self, kind, error):
+        self.progress.close()
+        self.signals.close()
+        if isinstance(error, OSError | ValueError):
+            raise error  # `storage` turns an error of the disk into one line
+        self.manager.close()
+        self.wandb.close()
+        ended_early = kind is SystemExit and self.divergence.all_lost
+        if not self.done and (kind is None or ended_early):
+            self._finish()
+
+    def _finish(self):
+        """Write result.json and print the final score."""
+        cfg, diverged = self.cfg, self.divergence.seeds
+        # Once more, since seeds may have diverged after the last evaluation.
+        self.scores = np.array(self.divergence.blank(self.scores))
+        last = {name: self.divergence.blank(x) for name, x in self.last_evaluation.items()}
+        world = self.origin.world
+        result = {
+            "algorithm": self.algorithm,
+            "dataset": cfg.dataset,
+            "num_updates": cfg.num_updates,
+            "eval_episodes": cfg.eval_episodes,
+            "score": self._by_seed(self.scores),
+            "best_score": self._by_seed(self.best),
+            **{name: self._by_seed(x) for name, x in last.items() if name != "score"},
+            "diverged": {cfg.seeds[i]: step for i, step in diverged.items()},
+            **self.timing.result(cfg),
+            "hardware": f"{world['devices']}; {world['processor']}",
+            "matmul_precision": jax.config.jax_default_matmul_precision or "default",
+            "code": self.origin.code,
+            "versions": self.origin.versions,
+        }
+        self.records.write_result(result)
+        say_result(self.folder, self.scores, self.best, last.get("return"), len(diverged))
+
+    def _by_seed(self, numbers):
+        """{seed: number}, with None for a number that is missing."""
+        found = map(float, numbers)
+        return {
+            seed: x if math.isfinite(x) else None
+            for seed, x in zip(self.cfg.seeds, found, strict=True)
+        }
+
+    # --- Training -------------------------------------------------------------------------------
+    def restore(self, state):
+        """State, metrics and update of the newest readable checkpoint, else (state, None, 0)."""
+        saved, meta = checkpoints.restore(self.manager, state)
+        start, metrics = 0, None
+        if meta is not None:
+            state, start, metrics = saved, meta["update"], meta["metrics"]
+            self._resume(meta)
+        elif self.options.resume:
+            print(f"nothing to resume in {self.folder}: starting anew")
+        if not self.done:
+            self.records.resume(start)
+        self.wandb.replay(self.folder / "metrics.csv")
+        # Process 0 alone has a run folder: the others go on from its state.
+        diverged = list(self.divergence.seeds.items())
+        start, diverged, self.done = processes.ask([start, diverged, self.done])[0]
+        self.divergence.seeds = dict(diverged)
+        state = processes.from_first(state)
+        self.progress.start(start, self.cfg.num_updates)
+        return state, metrics, start
+
+    def _resume(self, meta):
+        """Take over what an earlier start of the run has saved beside the State."""
+        start = meta["update"]
+        self.timing.restore(meta["seconds"])
+        self.records.waiting = meta["waiting"]
+        self.best = np.array(meta["best"], float)
+        self.divergence.seeds = {int(index): step for index, step in meta["diverged"].items()}
+        finished = (self.folder / "result.json").exists()
+        self.done = start == self.cfg.num_updates and finished
+        print("finished before" if self.done else f"resuming at update {start:,}")
+        if not self.done:
+            self.origin.compare(meta)
+
+    def boundaries(self, start):
+        """The chunk boundaries start, start + log_every, ..., num_updates; none if all is done."""
+        self.start = start
+        self.timing.begin_chunk()
+        if not self.done:
+            yield from range(start, self.cfg.num_updates + 1, self.cfg.log_every)
+
+    def evaluates(self, step):
+        """Whether the policy is evaluated at this chunk boundary."""
+        return step % self.cfg.eval_every == 0 or step == self.cfg.num_updates
+
+    def save(self, step, state, metrics):
+        """Wait for the chunk, freeze seeds that diverged in it, save a checkpoint where one is due.
+
+        Leaves the program here after a signal, and where every seed has diverged.
+        """
+        metrics = _lists(metrics)
+        host_state = jax.tree.map(np.array, state)  # copied: the next chunk reuses its memory
+        if step > self.start:
+            self.timing.end_chunk()
+        self.divergence.freeze(step, host_state, metrics or {})
+        signal_number = processes.agree(self.signals.number or 0)
+        late = time.perf_counter() >= self.save_due
+        due = signal_number or late or self.divergence.all_lost or self.evaluates(step)
+        if due and jax.process_index() == 0 and step not in self.manager.all_steps():
+            meta = {
+                "update": step,
+                "metrics": metrics,
+                "best": self.best.tolist(),
+                "seconds": self.timing.saved(),
+                "waiting": self.records.waiting,
+                "diverged": self.divergence.seeds,
+                **self.origin.saved(),
+            }
+            checkpoints.save(self.manager, step, host_state, meta)
+            self.save_due = time.perf_counter() + self.options.save_seconds
+        if signal_number:
+            print(f"saved at update {step:,}; continue with the same command and --resume")
+            raise SystemExit(128 + signal_number)
+        if self.divergence.all_lost:
+            print(f"no seed is left to train after update {step:,}", file=sys.stderr)
+            raise SystemExit(1)
+        self.timing.begin_chunk()
+
+    def log(self, step, metrics, scores):
+        """Write the rows of a chunk boundary, one per seed, once its evaluation is there."""
+        began = time.perf_counter()
+        evaluation = scores and scores.result()
+        if evaluation:
+            # On a CPU the rollouts came before the chunk. Elsewhere they run beside it, and only
+            # the time spent waiting for them counts.
+            waited = time.perf_counter() - began
+            on_cpu = jax.default_backend() == "cpu"
+            self.timing.add_evaluation(evaluation["seconds"] if on_cpu else waited)
+            self.last_evaluation = {
+                name: self.divergence.blank(evaluation[name])
+                for name in SCORES
+                if evaluation[name] is not None
+            }
+            self.scores = np.array(self.last_evaluation["score"])
+            self.best = np.fmax(self.best, self.scores)
+            self.progress.evaluated(step, self.scores)
+        written = self.records.write_metrics(
+            step,
+            _lists(metrics),
+            self.last_evaluation if evaluation else None,
+            self.divergence.seeds,
+            last=step == self.cfg.num_updates,
+        )
+        for update, seed, means, numbers in written:
+            self.wandb.log(seed, update, means | numbers)
+        self.records.write_timing(step, self.timing.row())
+        self.progress.advance(step)
+
+
+def _lists(metrics):
+    """name -> [S] floats on the host; None where there are no metrics yet."""
+    return metrics and {name: np.asarray(x, float).tolist() for name, x in metrics.items()}

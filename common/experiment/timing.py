@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The seconds a run spends on training and on evaluation."""
+
+import statistics
+import time
+
+
+class Timing:
+    """Seconds in all, and those of the chunks of this start."""
+
+    def __init__(self):
+        self.train, self.evaluation = 0.0, 0.0
+        self.chunks = []  # of this start; its first chunk includes compiling
+        self.began, self.away = 0.0, 0.0  # of the present chunk: its start, seconds spent elsewhere
+
+    def begin_chunk(self):
+        self.began, self.away = time.perf_counter(), 0.0
+
+    def end_chunk(self):
+        self.chunks.append(time.perf_counter() - self.began - self.away)
+        self.train += self.chunks[-1]
+
+    def add_evaluation(self, seconds):
+        """An evaluation in the time of the present chunk, which is not training."""
+        self.away = seconds
+        self.evaluation += seconds
+
+    def saved(self):
+        """What a checkpoint keeps of it."""
+        return {"train": self.train, "eval": self.evaluation}
+
+    def restore(self, saved):
+        self.train, self.evaluation = saved["train"], saved["eval"]
+
+    def row(self):
+        """The columns of timing.csv after `update`."""
+        chunk = self.chunks[-1] if self.chunks else 0.0
+        return tuple(f"{seconds:.3f}" for seconds in (chunk, self.train, self.evaluation))
+
+    def result(self, cfg):
+        """What result.json says. The speed is summed over seeds.
+
+        Its median is robust to what else runs on the machine. The first chunk, which compiles, is
+        left out where there are others.
+        """
+        chunks = self.chunks[1:] or self.chunks
+        chunks = chunks or [self.train * cfg.log_every / cfg.num_updates]  # finished before
+        speed = cfg.log_every * len(cfg.seeds) / statistics.median(chunks)
+        total = max(self.train + self.evaluation, 1e-9)
+        return {
+            "updates_per_second": round(speed, 1),
+            "train_seconds": round(self.train, 1),
+            "eval_seconds": round(self.evaluation, 1),
+            "eval_share": round(self.evaluation / total, 3),
+        }

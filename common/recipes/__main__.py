@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`python -m common.recipes ID [--episodes N] [--workers W]`: make a data set of some size."""
+
+import argparse
+import difflib
+from pathlib import Path
+
+from common import command_line, fail, folders, recipes
+
+
+def main(argv: list[str] | None = None) -> None:
+    ids = [*recipes.IDS, *(f"local/ogbench/{name}" for name in recipes.OGBENCH_RECIPES)]
+    parser = argparse.ArgumentParser("python -m common.recipes", description="Make a data set.")
+    parser.add_argument("id", help="one of " + ", ".join(ids))
+    parser.add_argument("--episodes", type=int, help="number of episodes for training")
+    parser.add_argument("--workers", type=int, help="number of processes (local/ogbench/ only)")
+    args = parser.parse_args(argv)
+    if args.id not in ids:
+        near = " or ".join(difflib.get_close_matches(args.id, ids)) or "one that --help lists"
+        fail(f"no recipe makes {args.id}; did you mean {near}?")
+    for name in ("episodes", "workers"):
+        if (value := getattr(args, name)) is not None and value < 1:
+            fail(f"--{name} {value}: must be at least 1")
+    stored_by_minari = args.id in recipes.IDS
+    if stored_by_minari and (folders.minari(args.id) / "data").exists():
+        if args.episodes:
+            fail(f"{args.id} is made already; delete {folders.minari(args.id)} first")
+        return
+    folder = folders.minari() if stored_by_minari else folders.ogbench("local")
+    try:
+        if stored_by_minari:
+            recipes.make(args.id, args.episodes)
+        else:
+            recipes.make_ogbench(Path(args.id).name, folder, args.episodes, args.workers)
+    except OSError as error:
+        fail(f"{args.id}: cannot be made in {folder} ({error})")
+
+
+if __name__ == "__main__":
+    command_line.run(main)

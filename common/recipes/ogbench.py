@@ -1,0 +1,292 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`local/ogbench/{cube-single-play,...}-v0`: OGBench's scripted data, recorded on this machine.
+
+The scripted controllers (OGBench's oracles), their noise and the length of an episode are OGBench's
+(its data_gen_scripts at 1d41409 and the oracles in the package). The caller chooses the number of
+episodes, 100 by default; OGBench has 1000. The result is two npz files, for training and for
+validation, as OGBench has them.
+
+Every episode has its own seed, so the file does not depend on interruptions or on the number of
+processes. Importing this module needs NumPy only.
+"""
+
+import json
+import os
+import shutil
+import signal
+import warnings
+from importlib.metadata import version
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from common import envs, fail, files, machine
+
+STEPS = 1001  # rows per episode: 1000 transitions and the last observation
+EPISODES = 100  # in the training file by default
+VALIDATION = 10  # training episodes per validation episode
+
+
+class Recipe(NamedTuple):
+    env: str  # goal-conditioned env of the package
+    kind: str  # "navigate": noisy walk between goals; "play": planned; "noisy": closed loop
+    steps: int = STEPS
+    random: float = 0.0  # share of uniformly random actions
+    speed: int = 500  # steps per second and process, measured
+
+
+RECIPES = {
+    "pointmaze-medium-navigate-v0": Recipe("pointmaze-medium-v0", "navigate", speed=5000),
+    "pointmaze-large-navigate-v0": Recipe("pointmaze-large-v0", "navigate", speed=4000),
+    "pointmaze-giant-navigate-v0": Recipe("pointmaze-giant-v0", "navigate", 2001, speed=2500),
+    "pointmaze-teleport-navigate-v0": Recipe("pointmaze-teleport-v0", "navigate", speed=4000),
+}
+for _name, _random in (
+    ("cube-single", 0.1),
+    ("cube-double", 0.1),
+    ("scene", 0.1),
+    ("puzzle-3x3", 0.2),
+):
+    RECIPES[f"{_name}-play-v0"] = Recipe(f"{_name}-v0", "play")
+    RECIPES[f"{_name}-noisy-v0"] = Recipe(f"{_name}-v0", "noisy", random=_random)
+
+
+def make(name: str, folder: Path, episodes: int | None = None, workers: int | None = None) -> None:
+    """Make `name.npz` and `name-val.npz` in `folder`, unless they are there already.
+
+    Finished episodes are kept in `.making-name` until all are there, so that a later call continues
+    after one that was killed.
+
+    Raises:
+        SystemExit: code 2 after one line, where the file on disk has another number of episodes.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with files.locked(folder / f".{name}.lock"):
+        _make(name, folder, episodes, workers)
+
+
+def _make(name, folder, episodes, workers):
+    final, recipe = folder / f"{name}.npz", RECIPES[name]
+    about = folder / f"{name}.about.json"
+    if final.exists():
+        have = _episodes_of(about)
+        if episodes is not None and have not in (None, episodes):
+            fail(f"{final} holds {have} episodes, not {episodes}; delete it to make another one")
+        return
+    episodes, workers = episodes or EPISODES, workers or min(machine.cores(), 8)
+    todo = [("train", i) for i in range(episodes)]
+    todo += [("val", i) for i in range(max(1, episodes // VALIDATION))]
+    parts = folder / f".making-{name}"
+    parts.mkdir(parents=True, exist_ok=True)
+    left = [job for job in todo if not _part(parts, job).exists()]
+    seconds = len(left) * recipe.steps / recipe.speed / workers
+    print(
+        f"making {name} ({episodes} episodes of {recipe.steps} rows and {len(todo) - episodes} for "
+        f"validation, {len(left)} to go, {workers} processes, about {seconds:.0f} s) in {folder}. "
+        "If it is interrupted, the same command continues. Other sizes: "
+        f"python -m common.recipes local/ogbench/{name} --episodes N",
+        flush=True,
+    )
+    _make_parts(name, parts, left, workers)
+    for split, path in (("val", folder / f"{name}-val.npz"), ("train", final)):
+        _join(parts, [job for job in todo if job[0] == split], path)
+        if split == "val":
+            made_with = {package: version(package) for package in ("ogbench", "mujoco")}
+            about.write_text(json.dumps({"episodes": episodes, **made_with}) + "\n")
+    shutil.rmtree(parts, ignore_errors=True)
+    print(f"made: {final}")
+
+
+def _episodes_of(about):
+    try:
+        return json.loads(about.read_text())["episodes"]
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def _part(parts, job):
+    return parts / f"{job[0]}-{job[1]:05}.npz"
+
+
+def _make_parts(name, parts, jobs, workers):
+    from tqdm import tqdm
+
+    bar = tqdm(total=len(jobs), desc=name, unit=" episodes", disable=None)
+    with bar:
+        if workers == 1 or len(jobs) < 2:
+            with warnings.catch_warnings():
+                _start(name, parts)
+                for job in jobs:
+                    _make_part(job)
+                    bar.update()
+            return
+        import multiprocessing
+
+        # Spawned, not forked: the caller may have threads, as JAX does.
+        context = multiprocessing.get_context("spawn")
+        with context.Pool(min(workers, len(jobs)), _start_worker, (name, parts)) as pool:
+            for _ in pool.imap_unordered(_make_part, jobs):
+                bar.update()
+
+
+_worker: dict = {}  # of this process: the env, the oracles, the folder
+
+
+def _start_worker(name, parts):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the caller handles Ctrl-C
+    _start(name, parts)
+
+
+def _start(name, parts):
+    import gymnasium
+
+    recipe = RECIPES[name]
+    options = {"terminate_at_goal": False, "max_episode_steps": recipe.steps}
+    if recipe.kind != "navigate":
+        options["mode"] = "data_collection"
+    # Notices about a missing display and about the precision of action bounds.
+    warnings.simplefilter("ignore")
+    import ogbench  # noqa: F401 - registers the envs
+
+    env = envs.make_quietly(recipe.env, gymnasium.make, recipe.env, **options)
+    _worker.update(recipe=recipe, parts=parts, env=env)
+    _worker["agents"] = {} if recipe.kind == "navigate" else _oracles(recipe, env)
+
+
+def _make_part(job):
+    split, index = job
+    navigate = _worker["recipe"].kind == "navigate"
+    for attempt in range(1000):  # the official script repeats failed episodes, too
+        seed = np.random.SeedSequence([split == "val", index, attempt]).generate_state(1)[0]
+        np.random.seed(seed)  # noqa: NPY002 - envs and oracles draw from NumPy's global generator
+        rows = _navigate(int(seed)) if navigate else _manipulate(int(seed))
+        if rows is not None:
+            break
+    path = _part(_worker["parts"], job)
+    unfinished = path.with_suffix(f".{os.getpid()}.tmp")
+    with unfinished.open("wb") as file:
+        np.savez(file, **rows)
+    os.replace(unfinished, path)
+
+
+def _join(parts, jobs, path):
+    columns = {}
+    for job in jobs:
+        with np.load(_part(parts, job)) as part:
+            for key in part:
+                columns.setdefault(key, []).append(part[key])
+    unfinished = parts / f"{path.name}.{os.getpid()}.tmp"
+    with unfinished.open("wb") as file:
+        np.savez_compressed(file, **{key: np.concatenate(x) for key, x in columns.items()})
+    os.replace(unfinished, path)
+
+
+class _Rows:
+    """The columns of an episode, with the types of the official files."""
+
+    def __init__(self):
+        self.columns = {}
+
+    def add(self, observation, action, done, info):
+        row = {"observations": observation, "actions": action, "terminals": done}
+        row |= {key: info[f"prev_{key}"] for key in ("qpos", "qvel")}
+        if "prev_button_states" in info:
+            row["button_states"] = info["prev_button_states"]
+        for key, value in row.items():
+            self.columns.setdefault(key, []).append(value)
+
+    def arrays(self):
+        types = {"terminals": bool, "button_states": np.int64}
+        return {k: np.array(x, types.get(k, np.float32)) for k, x in self.columns.items()}
+
+
+# --- PointMaze ----------------------------------------------------------------------------------
+def _navigate(seed):
+    """A noisy walk (std 0.5) along shortest paths; a new goal whenever one is reached."""
+    env, rows, draw = _worker["env"], _Rows(), np.random.default_rng(seed)
+    maze = env.unwrapped
+    free = [tuple(cell) for cell in np.argwhere(maze.maze_map == 0).tolist()]
+    corners = [cell for cell in free if not _hallway(maze.maze_map, *cell)]
+    start, goal = free[draw.integers(len(free))], corners[draw.integers(len(corners))]
+    task = {"init_ij": start, "goal_ij": goal}
+    maze.action_space.seed(seed)  # sampled by the env's own reset
+    observation, _ = env.reset(seed=seed, options={"task_info": task})
+    done = False
+    while not done:
+        position = maze.get_xy()
+        subgoal, _ = maze.get_oracle_subgoal(position, maze.cur_goal_xy)
+        direction = (subgoal - position) / (np.linalg.norm(subgoal - position) + 1e-6)
+        action = np.clip(direction + draw.normal(0, 0.5, 2), -1, 1)
+        following, _, termination, truncation, info = env.step(action)
+        done = termination or truncation
+        if info["success"]:
+            maze.set_goal(corners[draw.integers(len(corners))])
+        rows.add(observation, action, done, info)
+        observation = following
+    return rows.arrays()
+
+
+def _hallway(walls, i, j):
+    """Whether a cell has walls on two opposite sides and none on the others."""
+    sides = tuple(int(walls[cell]) for cell in ((i - 1, j), (i + 1, j), (i, j - 1), (i, j + 1)))
+    return sides in ((0, 0, 1, 1), (1, 1, 0, 0))
+
+
+# --- Manipulation -------------------------------------------------------------------------------
+def _oracles(recipe, env):
+    """The oracle of each kind of object, with OGBench's noise and options."""
+    from importlib import import_module
+
+    objects = {"cube": ["cube"], "puzzle": ["button"]}
+    objects = objects.get(recipe.env.split("-")[0], ["cube", "button", "drawer", "window"])
+    folder = "plan" if recipe.kind == "play" else "markov"
+    agents = {}
+    for name in objects:
+        module = import_module(f"ogbench.manipspace.oracles.{folder}.{name}_{folder}")
+        oracle = getattr(module, f"{name.title()}{folder.title()}Oracle")
+        if recipe.kind == "play":
+            options = {"noise": 0.1, "noise_smoothing": 0.5}
+        else:
+            options = {"min_norm": 0.4}
+            if name == "cube" and len(objects) > 1:
+                options["max_step"] = 100
+        if recipe.env.startswith("puzzle"):
+            options["gripper_always_closed"] = True
+        agents[name] = oracle(env=env, **options)
+    return agents
+
+
+def _manipulate(seed):
+    """One oracle after the other; None where the cube of a scene got out of reach."""
+    env, agents, recipe, rows = _worker["env"], _worker["agents"], _worker["recipe"], _Rows()
+    draw = np.random.default_rng(seed)
+    observation, info = env.reset(seed=seed)
+    stack = (
+        0.0 if "single" in recipe.env else draw.uniform(0, 0.25) if "double" in recipe.env else 0.5
+    )
+    noise = draw.uniform(0, 0.1) * np.array([1, 1, 1, 3, 10]) * (recipe.kind == "noisy")
+    agent = agents[info["privileged/target_task"]]
+    agent.reset(observation, info)
+    done = False
+    while not done:
+        if draw.uniform() < recipe.random:
+            action = draw.uniform(-1, 1, 5)
+        else:
+            action = np.asarray(agent.select_action(observation, info)) + draw.normal(0, noise)
+        action = np.clip(action, -1, 1)
+        following, _, termination, truncation, info = env.step(action)
+        done = termination or truncation
+        if agent.done:
+            target, target_info = env.unwrapped.set_new_target(p_stack=stack)
+            agent = agents[target_info["privileged/target_task"]]
+            agent.reset(target, target_info)
+        rows.add(observation, action, done, info)
+        observation = following
+    arrays = rows.arrays()
+    if recipe.env.startswith("scene"):
+        _, y, z = arrays["qpos"][:, 14:17].T
+        in_drawer = (z >= 0.06) & (z <= 0.08)
+        if (y >= 0.29).any() or ((y <= -0.3) & ~in_drawer).any():
+            return None
+    return arrays
