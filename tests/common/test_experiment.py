@@ -711,7 +711,7 @@ def test_second_signal_leaves_at_once(name, tiny, base, tmp_path):
     )
     runs.wait_for(lambda: [*tmp_path.glob("runs/*/*/*/timing.csv")])
     process.send_signal(signal.SIGINT)
-    while "once more leaves at once" not in process.stdout.readline():
+    while "a second signal quits at once" not in process.stdout.readline():
         pass
     began = time.monotonic()
     process.send_signal(signal.SIGTERM)
