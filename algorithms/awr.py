@@ -287,7 +287,7 @@ def policy_params(state):
 def train(cfg, options):
     """Train every seed of `cfg` and return its final normalised scores, [S]."""
     if cfg.discount == 1:
-        fail("--discount 1.0: below 1 is wanted, since the network learns (1 - discount) V")
+        fail("--discount 1.0: must be below 1, since the network learns (1 - discount) V")
     if options.data == "host" or options.devices > 1:
         fail("--data host, --devices: AWR supports neither, since an iteration needs V of all rows")
     dataset = datasets.load(cfg.dataset, options.env, options.env_steps)
