@@ -296,7 +296,7 @@ def test_two_trials(tmp_path):
         env=runs.environment(tmp_path / "xla"),
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=runs.HANGS,
         check=False,
     )
     rows = json.loads((tmp_path / "soak.json").read_text())["rows"]
