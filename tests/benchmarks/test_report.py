@@ -164,15 +164,15 @@ def test_code_that_is_not_recorded_is_said_and_never_joined(tmp_path):
     write_run(tmp_path / "runs" / "b", {1: 2.0}, code=None)
     text = page(tmp_path)
     assert "bc run=a" in text and "do not say which code made them" in text
-    assert "version of the code not recorded: 2 of 2 rows" in text
+    assert "2 of 2 rows do not record the version of the code" in text
 
 
 def test_other_code_in_common_and_resumed_runs_are_said(tmp_path):
     write_run(tmp_path / "runs" / "a", [1.0], dataset="x.hdf5", code=CODE | {"common": "ddd"})
     write_run(tmp_path / "runs" / "b", [1.0], "iql", code=CODE | {"algorithm": "a+b"})
     text = page(tmp_path)
-    assert "the code in common/ was not the same for all rows: ccc, ddd" in text
-    assert "resumed by another version of the code: iql on made" in text
+    assert "rows were made with different code in common/: ccc, ddd" in text
+    assert "resumed with another version of the code: iql on made" in text
 
 
 def test_different_data_of_one_name_are_told_apart(tmp_path):
@@ -291,7 +291,7 @@ def test_one_seed_has_no_interval(tmp_path):
         write_run(tmp_path / "runs" / name, [10.0], dataset=f"{name}.hdf5")
         write_run(tmp_path / "runs" / f"i{name}", [15.0], "iql", dataset=f"{name}.hdf5")
     text = page(tmp_path)
-    assert "| bc | 10.0 | 10.0 | 1 | 2 | 20 |" in text and "One seed has no interval." in text
+    assert "| bc | 10.0 | 10.0 | 1 | 2 | 20 |" in text and "A single seed has no interval." in text
 
 
 def test_data_of_other_origin_are_in_other_tables(tmp_path):
@@ -480,23 +480,24 @@ def test_settings_other_than_the_defaults(tmp_path):
     assert cells(report.settings(rows)) == [["bc", "hidden", widths, "8 8", widths]]
 
 
-def test_the_part_of_a_readme(tmp_path, capsys):
-    file = tmp_path / "README.md"
+def test_the_part_of_an_index(tmp_path, capsys):
+    file = tmp_path / "index.md"
     file.write_text("before\n<!-- page -->\nold\n<!-- /page -->\nafter\n")
     several(tmp_path / "runs")
-    page(tmp_path, readme=file)
+    page(tmp_path, index=file)
     text = file.read_text()
     assert text.startswith("before\n<!-- page -->\n") and text.endswith("<!-- /page -->\nafter\n")
     assert "| bc | 15.0 ± 5.0 | 25.0 ± 5.0 | 20.0 |" in text and "old" not in text
-    assert f"python benchmarks/report.py {tmp_path}/runs" in text
-    page(tmp_path, readme=file)
+    (link,) = re.findall(r"\[page\.md\]\((.*)\)", text)
+    assert (tmp_path / link).is_file()
+    page(tmp_path, index=file)
     assert file.read_text() == text
     for spoilt in ("", "<!-- page -->", "<!-- /page -->\n<!-- page -->", text + text):
         file.write_text(spoilt)
         with pytest.raises(SystemExit):
-            page(tmp_path, readme=file)
+            page(tmp_path, index=file)
         assert file.read_text() == spoilt
-        assert "are wanted in it" in capsys.readouterr().err.splitlines()[-1]
+        assert "must contain <!-- page -->" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_the_html_page_needs_no_other_file(tmp_path):
@@ -596,8 +597,7 @@ def test_methods_of_another_budget_are_named_where_they_are_compared(tmp_path):
     found, _ = readers.find((tmp_path,))
     *_, words = report.statistics(found, report.summarise(found))
     assert (
-        "Of other updates, seeds or episodes than most, but compared all the same: bc."
-        in words.markdown
+        "Compared although their updates, seeds or episodes differ from most: bc." in words.markdown
     )
     lines = {line[0]: line[1:] for line in cells(report.matrix(found))}
     assert lines["bc"][0] == "1.0 (20 updates, 1 episodes)" and lines["iql"][0] == "1.0"

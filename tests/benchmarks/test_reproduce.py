@@ -160,7 +160,7 @@ def test_only_the_whole_matrix_goes_to_the_results(here, capsys):
     trials = [["--", "--eval-episodes", "3"], ["--datasets", "hopper-tiny-v4.hdf5"]]
     for trial in (*trials, ["--seeds", "0"], ["--algorithms", "bc"], ["--name", "mine"]):
         line = table(*whole, *trial)
-        assert "--output runs/v4 " in line and "--readme" not in line and "--note" not in line
+        assert "--output runs/v4 " in line and "--index" not in line and "--note" not in line
     assert "--output here/mine " in table(*whole, "--output", "here/mine")
 
 
@@ -171,7 +171,7 @@ def test_a_matrix_with_a_failed_cell_does_not_go_to_the_results(here):
         made = reproduce.report([], *reproduce.parse(words), words, failed=failed)
         output = made[made.index("--output") + 1]
         assert output.endswith("runs/v4" if failed else "benchmarks/results/v4")
-        assert ("--readme" in made) <= (not failed)
+        assert ("--index" in made) <= (not failed)
 
 
 # --- Cells that end badly -----------------------------------------------------------------------
