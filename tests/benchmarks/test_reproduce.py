@@ -110,8 +110,8 @@ def test_data_sets_can_be_chosen(here, capsys):
     [
         (["--suite", "nix"], ["--suite nix", "bc has adroit", "v4"]),
         (["--algorithms", "rebrak"], ["--algorithms rebrak", "did you mean rebrac?"]),
-        (["--algorithms", "bc", "bc"], ["--algorithms bc bc", "leave it out"]),
-        (["--algorithms"], ["--algorithms: at least one is wanted"]),
+        (["--algorithms", "bc", "bc"], ["--algorithms bc bc", "remove one"]),
+        (["--algorithms"], ["--algorithms: name at least one of"]),
         (["--seeds", "0", "0"], ["--seeds (0, 0)", "none twice"]),
         (["--seeds", "one"], ["--seeds", "'one'"]),
         (["--workers", "0"], ["--workers 0", "at least 1"]),
@@ -137,7 +137,10 @@ def test_bad_input_is_one_line_and_exit_code_2(words, says, here, capsys):
 
 
 def test_files_of_a_suite_need_their_folder(here, monkeypatch, capsys):
-    for value, says in ((None, "ATOLL_DATA, which is not set"), (".", "ATOLL_DATA=.: no file")):
+    for value, says in (
+        (None, "set $ATOLL_DATA to the folder"),
+        (".", "ATOLL_DATA=.: has no file"),
+    ):
         monkeypatch.delenv("ATOLL_DATA")
         if value is not None:
             monkeypatch.setenv("ATOLL_DATA", value)
@@ -161,7 +164,7 @@ def test_only_the_whole_matrix_goes_to_the_results(here, capsys):
     trials = [["--", "--eval-episodes", "3"], ["--datasets", "hopper-tiny-v4.hdf5"]]
     for trial in (*trials, ["--seeds", "0"], ["--algorithms", "bc"], ["--name", "mine"]):
         line = table(*whole, *trial)
-        assert "--output runs/v4 " in line and "--readme" not in line and "--note" not in line
+        assert "--output runs/v4 " in line and "--index" not in line and "--note" not in line
     assert "--output here/mine " in table(*whole, "--output", "here/mine")
 
 
@@ -172,7 +175,7 @@ def test_a_matrix_with_a_failed_cell_does_not_go_to_the_results(here):
         made = reproduce.report([], *reproduce.parse(words), words, failed=failed)
         output = made[made.index("--output") + 1]
         assert output.endswith("runs/v4" if failed else "benchmarks/results/v4")
-        assert ("--readme" in made) <= (not failed)
+        assert ("--index" in made) <= (not failed)
 
 
 # --- Cells that end badly -----------------------------------------------------------------------
@@ -269,7 +272,7 @@ def test_a_signal_reaches_the_runs_once_and_starts_no_other(number, stand_ins, c
     assert (cells[0].folder / "signals").read_text() == "[15]"
     assert not cells[1].beside(".log").exists()
     out = capsys.readouterr().out
-    assert f"{signal.Signals(number).name}: 0 of 2 cells are finished" in out
+    assert f"{signal.Signals(number).name}: 0 of 2 runs are finished" in out
 
 
 def test_a_cell_that_another_process_trains_is_waited_for(stand_ins, capsys):
@@ -387,10 +390,10 @@ def test_cells_become_one_array(slurm, stand_ins, monkeypatch, capsys):
     assert [cell.beside(".job").read_text() for cell in cells] == ["slurm 7_0\n", "slurm 7_1\n"]
     call("--slurm")  # both still wait or run: nothing is sent again
     assert (slurm / "script").read_text() == script
-    assert "0 jobs submitted, 2 in the queue before" in capsys.readouterr().out
+    assert "0 jobs submitted, 2 were in the queue before" in capsys.readouterr().out
     (slurm / "queue").write_text("7_1\n")
     call("--slurm")
-    assert "1 jobs submitted, 1 in the queue before" in capsys.readouterr().out
+    assert "1 jobs submitted, 1 were in the queue before" in capsys.readouterr().out
     (slurm / "queue").unlink()
     with pytest.raises(SystemExit) as leave:
         call("--slurm")
@@ -418,7 +421,10 @@ def test_jobs_are_followed_until_they_leave_the_queue(slurm, stand_ins, monkeypa
 
 @pytest.mark.parametrize(
     ("hide", "says"),
-    [("submitit", "submitit is not installed; pip install submitit"), ("sbatch", "no sbatch")],
+    [
+        ("submitit", "submitit is not installed; pip install submitit"),
+        ("sbatch", "sbatch or squeue not found"),
+    ],
 )
 def test_what_slurm_needs_is_told(hide, says, stand_ins, monkeypatch, capsys):
     stand_ins(WRITE)

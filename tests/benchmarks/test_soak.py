@@ -111,7 +111,7 @@ def test_lost_updates(logged, saved, resumed, more, lost):
     assert soak.lost_updates(facts | more) == lost
 
 
-def test_half_a_line_is_no_border(tmp_path):
+def test_half_a_line_is_no_boundary(tmp_path):
     run = soak.Run("bc", tmp_path / "data.hdf5", tmp_path / "runs")
     assert run.logged() is None and run.saved() == []
     (run.place / "checkpoints" / "150").mkdir(parents=True)
@@ -274,8 +274,8 @@ def test_damage_is_to_one_file_of_the_newest(tmp_path, seed):
 def test_moments_are_within_the_run(fault):
     draw = random.Random(0)
     moments = [soak.moment(fault, WHOLE, draw) for _ in range(300)]
-    starts = [seconds for border, seconds in moments if border is None]
-    assert max(border or 0 for border, _ in moments) < soak.UPDATES
+    starts = [seconds for boundary, seconds in moments if boundary is None]
+    assert max(boundary or 0 for boundary, _ in moments) < soak.UPDATES
     assert bool(starts) == (fault not in ("damage", "second")) and len(starts) < 100
     assert max(seconds for _, seconds in moments) <= WHOLE.startup
 
