@@ -5,6 +5,7 @@ Most cells here are stand-ins: a few lines of Python in the place of a run. Real
 die by SIGKILL in one test and are requeued by submitit in another.
 """
 
+import contextlib
 import fcntl
 import json
 import os
@@ -23,6 +24,12 @@ import own_files
 import pytest
 
 from benchmarks import reproduce
+
+# submitit configures logging when it is imported, which closes absl's log handler and the stream
+# that handler was made with. Imported here, before a test captures its own output, it spares that
+# stream: pytest's, which all later tests need.
+with contextlib.suppress(ImportError):
+    import submitit  # noqa: F401
 
 RUN = ["--suite", "v4", "--algorithms", "bc", "rebrac", "--seeds", "0", "1"]
 WRITE = "import json; open('result.json', 'w').write(json.dumps({'score': {'0': 1.0, '1': 3.0}, "
