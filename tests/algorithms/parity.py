@@ -1,0 +1,311 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs an algorithm file on the batches and random numbers that its authors' code was run on.
+
+A fixture, tests/fixtures/parity/<algorithm>.npz, has what the authors' code started from and what
+it made of it. The text beside it says how it was made. A fixture holds one case or more, each with
+its own settings. The names of its arrays are paths in our names:
+
+    <case>/init/<field>/params/...          parameters before the first update, and `target_params`
+    <case>/batch/<column>                   [N, M, B, ...], M batches for each of N updates
+    <case>/draw/<number>_<kind>             [N, ...], random numbers, see `replayed`
+    <case>/loss/<metric>                    [N], a loss of each update
+    <case>/after/<n>/<field>/params/...     after n updates, and `target_params`
+    <case>/after/<n>/<field>/mu/...         Adam's mean of the gradients: all we need to compare
+                                            gradients (after one step it is a tenth of the first)
+    <case>/policy/observation, action       ten observations and what the policy makes of them
+    <case>/policy/draw/<number>_<kind>      its random numbers
+
+One "update" is one call of the file's `update`, which may take several gradient steps. Inputs are
+float32. Results are float64 where the authors' code was run in float64; then ours is, too.
+"""
+
+import collections
+import contextlib
+import dataclasses
+import functools
+from pathlib import Path
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import probes
+from flax.core import Scope
+
+FOLDER = Path(__file__).resolve().parents[1] / "fixtures" / "parity"
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One case of a fixture: our side of its settings."""
+
+    algorithm: str
+    name: str
+    config: dict  # fields of the file's Config that differ from `CONFIG`
+    gradient_steps: int = 1  # per call of `update`
+    create: dict = dataclasses.field(default_factory=dict)  # further arguments of `create_state`
+    acting: str = "actor"  # field of State whose apply_fn the policy takes
+
+
+CONFIG = {"hidden": (16, 16), "log_every": 2}
+
+
+@functools.cache
+def fixture(algorithm):
+    """{case: {path: array}}"""
+    path = FOLDER / f"{algorithm}.npz"
+    if not path.exists():
+        raise AssertionError(f"{algorithm} has no parity fixture ({path.name} is missing)")
+    cases = collections.defaultdict(dict)
+    with np.load(path) as arrays:
+        for key in arrays:
+            case, rest = key.split("/", 1)
+            cases[case][rest] = arrays[key]
+    return dict(cases)
+
+
+def under(arrays, prefix):
+    """{rest of the path: array} of all arrays below `prefix`."""
+    return {key[len(prefix) + 1 :]: x for key, x in arrays.items() if key.startswith(prefix + "/")}
+
+
+# --- Random numbers -----------------------------------------------------------------------------
+@contextlib.contextmanager
+def replayed(module, batches, draws):
+    """Within this, `sample_batch` and jax.random give the numbers of the fixture.
+
+    `module.sample_batch` gives `batches` in turn. A function of jax.random that is named in
+    `draws` ({"<number>_<kind>": array}) gives the next array of its kind and of the shape that it
+    is asked for. What it scales its numbers by (minval, maxval) is applied to them. It is an error
+    to ask for a batch or a draw that is not there, and to leave one over.
+    """
+    batches = list(batches)
+    queues = collections.defaultdict(list)
+    for name in sorted(draws, key=lambda name: int(name.split("_")[0])):
+        kind = name.split("_", 1)[1]
+        queues[kind, draws[name].shape].append(draws[name])
+
+    def sample_batch(*args):
+        return batches.pop(0)
+
+    initialising = False
+
+    def param(scope, *args, **kwargs):
+        # flax asks an initialiser for the shape of a parameter that it has already.
+        nonlocal initialising
+        before, initialising = initialising, True
+        try:
+            return real["param"](scope, *args, **kwargs)
+        finally:
+            initialising = before
+
+    def draw(kind, shape):
+        queue = queues[kind, tuple(shape)]
+        if not queue:
+            raise AssertionError(f"no draw left of jax.random.{kind} with shape {tuple(shape)}")
+        return queue.pop(0)
+
+    def normal(key, shape=(), *args, **kwargs):
+        if initialising:
+            return real["normal"](key, shape, *args, **kwargs)
+        return draw("normal", shape)
+
+    def uniform(key, shape=(), dtype=float, minval=0.0, maxval=1.0):
+        if initialising:
+            return real["uniform"](key, shape, dtype, minval, maxval)
+        return minval + (maxval - minval) * draw("uniform", shape)
+
+    def bernoulli(key, p=0.5, shape=None):
+        return draw("bernoulli", shape).astype(bool)
+
+    def randint(key, shape, *args, **kwargs):
+        return draw("randint", shape)
+
+    fakes = {"normal": normal, "uniform": uniform, "bernoulli": bernoulli, "randint": randint}
+    real = {kind: getattr(jax.random, kind) for kind in fakes} | {"param": Scope.param}
+    with contextlib.ExitStack() as stack:
+        if batches:
+            stack.enter_context(mock.patch.object(module, "sample_batch", sample_batch))
+        stack.enter_context(mock.patch.object(Scope, "param", param))
+        for kind, fake in fakes.items():
+            stack.enter_context(mock.patch.object(jax.random, kind, fake))
+        yield
+    left = [key for key, queue in queues.items() if queue]
+    if batches or left:
+        raise AssertionError(f"not used: {len(batches)} batches, draws {left}")
+
+
+# --- Our state ----------------------------------------------------------------------------------
+def leaf_names(tree):
+    """Paths of the leaves of a parameter tree, without flax's own "params"."""
+    paths = jax.tree_util.tree_leaves_with_path(tree)
+    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in paths]
+    return [name.removeprefix("params").removeprefix("/") for name in names]
+
+
+def join(*parts):
+    return "/".join(part for part in parts if part)
+
+
+def filled(tree, arrays, prefix, dtype):
+    """The tree with the fixture's arrays for leaves. Every leaf must be there, in its shape."""
+    leaves, structure = jax.tree.flatten(tree)
+    new = []
+    for name, leaf in zip(leaf_names(tree), leaves, strict=True):
+        x = arrays[join(prefix, name)]
+        assert x.shape == leaf.shape, (prefix, name, x.shape, leaf.shape)
+        new.append(jnp.asarray(x, dtype))
+    return structure.unflatten(new)
+
+
+def initial_state(module, case, cfg, batch, arrays, dtype):
+    """What `create_state` makes, with the fixture's parameters and optimisers that start anew."""
+    create = functools.partial(module.create_state, cfg=cfg, **case.create)
+    state = jax.eval_shape(create, jax.random.key(0), batch)
+    used = set()
+    for field in state._fields:
+        net = getattr(state, field)
+        if not hasattr(net, "params"):  # such as the mean and std of the observations
+            leaves, structure = jax.tree.flatten(net)
+            names = [f"{field}/{i}" for i in range(len(leaves))]
+            new = structure.unflatten([jnp.asarray(arrays[name], dtype) for name in names])
+            used.update(names)
+        else:
+            new = net
+            for trees in ("params", "target_params"):
+                if getattr(net, trees, None) is None:
+                    continue
+                tree = filled(getattr(net, trees), arrays, f"{field}/{trees}", dtype)
+                used.update(join(field, trees, name) for name in leaf_names(tree))
+                new = new.replace(**{trees: tree})
+            new = new.replace(step=jnp.zeros((), int), opt_state=net.tx.init(new.params))
+        state = state._replace(**{field: new})
+    assert used == set(arrays), f"not used: {sorted(set(arrays) - used)}"
+    return state
+
+
+def trees_of(state):
+    """{field/params/..., field/target_params/..., field/mu/...: array} of a state."""
+    found = {}
+    for field in state._fields:
+        net = getattr(state, field)
+        if not hasattr(net, "params"):
+            continue
+        trees = {"params": net.params, "mu": optax.tree_utils.tree_get(net.opt_state, "mu")}
+        if getattr(net, "target_params", None) is not None:
+            trees["target_params"] = net.target_params
+        for name, tree in trees.items():
+            for leaf, x in zip(leaf_names(tree), jax.tree.leaves(tree), strict=True):
+                found[join(field, name, leaf)] = np.asarray(x)
+    return found
+
+
+# --- Comparison ---------------------------------------------------------------------------------
+def difference(found, expected):
+    """Largest difference of two arrays relative to the largest number in them."""
+    assert found.shape == expected.shape, (found.shape, expected.shape)
+    return float(np.abs(found - expected).max() / max(np.abs(expected).max(), 1e-12))
+
+
+def rows(arrays, index=None):
+    """A Transitions of the columns there are, the others zero."""
+    columns = under(arrays, "batch")
+    if index is not None:
+        columns = {name: x[index] for name, x in columns.items()}
+    size = columns["reward"].shape
+    zeros = np.zeros(size, np.float32)
+    blank = {
+        "next_action": np.zeros_like(columns["action"]),
+        "termination": zeros,
+        "truncation": zeros,
+    }
+    return probes.Transitions(**(blank | columns))
+
+
+def config_of(module, case):
+    return module.Config(**(CONFIG | case.config))
+
+
+def precision(arrays):
+    """The dtype that the authors' code was run in."""
+    return np.result_type(*[x for name, x in arrays.items() if name.startswith("after/")])
+
+
+def compare(module, case, arrays=None, stop_above=None):
+    """{what: {name: largest relative difference}} of the module and the fixture of a case.
+
+    What is one of "loss", "gradient", "parameters after 1", "parameters after N" (networks and
+    targets) and "policy". With `stop_above` it returns as soon as a difference exceeds that.
+    """
+    arrays = fixture(case.algorithm)[case.name] if arrays is None else arrays
+    dtype = precision(arrays)
+    with jax.enable_x64(dtype == np.float64):
+        return _compare(module, case, arrays, dtype, stop_above)
+
+
+def _compare(module, case, arrays, dtype, stop_above):
+    cfg, key = config_of(module, case), jax.random.key(0)
+    batches = jax.tree.map(lambda x: jnp.asarray(x, _like(x, dtype)), rows(arrays))
+    draws = {name: jnp.asarray(x, _like(x, dtype)) for name, x in under(arrays, "draw").items()}
+    losses = under(arrays, "loss")
+    number = len(next(iter(losses.values())))
+    example = jax.tree.map(lambda x: x[0, 0], batches)
+    state = initial_state(module, case, cfg, example, under(arrays, "init"), dtype)
+
+    @jax.jit
+    def one_update(state, step, batches, draws):
+        turns = [jax.tree.map(lambda x: x[i], batches) for i in range(len(batches.reward))]
+        with replayed(module, turns, draws):
+            return module.update(state, step, key, turns[0], cfg)
+
+    found = collections.defaultdict(dict)
+
+    def note(what, name, ours, theirs):
+        far = difference(np.asarray(ours, np.float64), np.asarray(theirs, np.float64))
+        found[what][name] = max(far, found[what].get(name, 0.0))
+
+    def far_off():
+        worst = max((x for numbers in found.values() for x in numbers.values()), default=0.0)
+        return stop_above is not None and not worst <= stop_above
+
+    for i in range(number):
+        of_update = jax.tree.map(lambda x: x[i], (batches, draws))
+        state, metrics = one_update(state, i * case.gradient_steps, *of_update)
+        for name, expected in losses.items():
+            note("loss", name, metrics[name], expected[i])
+        ours = trees_of(state)
+        for name, expected in under(arrays, f"after/{i + 1}").items():
+            tree = name.split("/")[1]
+            what = f"parameters after {'1' if i == 0 else 'N'}"
+            note("gradient" if tree == "mu" else what, name, ours[name], expected)
+        if far_off():
+            return dict(found)
+
+    observation = jnp.asarray(arrays["policy/observation"], dtype)
+    draws = {name: jnp.asarray(x, dtype) for name, x in under(arrays, "policy/draw").items()}
+    apply_fn = getattr(state, case.acting).apply_fn
+    with replayed(module, [], draws):
+        action = module.policy(apply_fn, module.policy_params(state), observation, key)
+    note("policy", "action", action, arrays["policy/action"])
+    return dict(found)
+
+
+def _like(x, dtype):
+    return dtype if x.dtype.kind == "f" else x.dtype
+
+
+def summary(found):
+    """{what: largest difference}"""
+    return {what: max(numbers.values()) for what, numbers in found.items()}
+
+
+def updates_of(case):
+    return len(next(iter(under(fixture(case.algorithm)[case.name], "loss").values())))
+
+
+def describe(found):
+    """The largest differences by name, for the message of a failing test."""
+    lines = [(far, what, name) for what, names in found.items() for name, far in names.items()]
+    lines.sort(key=lambda line: -line[0] if line[0] == line[0] else -np.inf)
+    return "\n" + "\n".join(f"{far:.1e}  {what}: {name}" for far, what, name in lines[:12])

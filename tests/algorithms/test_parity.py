@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every algorithm file against its authors' code: same parameters, batches and random numbers.
+
+The fixtures and how they were made are in tests/fixtures/parity, the comparison is in parity.py.
+"""
+
+import importlib
+
+import numpy as np
+import parity
+import pytest
+from parity import Case
+
+CASES = [
+    Case("td3_bc", "mujoco", {}, gradient_steps=2),
+    Case(
+        "td3_bc",
+        "antmaze",
+        {"reward_shift": -1.0, "alpha": 0.7, "target_noise": 0.4, "target_noise_clip": 0.3},
+        gradient_steps=2,
+    ),
+]
+
+# Relative to the largest number of an array. Adam divides by the size of a gradient, so parameters
+# drift apart faster than losses.
+LIMITS = {
+    np.dtype("float64"): {"loss": 1e-9, "gradient": 1e-9, "policy": 1e-9, "parameters": 1e-8},
+    np.dtype("float32"): {"loss": 1e-5, "gradient": 1e-4, "policy": 1e-3, "parameters": 1e-3},
+}
+
+
+def limits_of(case):
+    return LIMITS[parity.precision(parity.fixture(case.algorithm)[case.name])]
+
+
+def exceeded(case, found):
+    """Names of what differs by more than its limit. A NaN differs."""
+    limits = limits_of(case)
+    return [
+        what
+        for what, far in parity.summary(found).items()
+        if not far <= limits[what.split()[0]]
+    ]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.algorithm}-{case.name}")
+def test_the_update_rule_is_the_authors(case):
+    module = importlib.import_module(f"algorithms.{case.algorithm}")
+    found = parity.compare(module, case)
+    expected = {"loss", "gradient", "parameters after 1", "parameters after N", "policy"}
+    assert set(found) == expected
+    assert not exceeded(case, found), parity.describe(found)
