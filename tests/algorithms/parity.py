@@ -15,7 +15,8 @@ its own settings. The names of its arrays are paths in our names:
     <case>/policy/observation, action       ten observations and what the policy makes of them
     <case>/policy/draw/<number>_<kind>      its random numbers
 
-One "update" is one call of the file's `update`, which may take several gradient steps. Inputs are
+An .npz is smaller with few arrays, so the file holds one long array per dtype and `index`, JSON:
+{path: [dtype, start, shape]}. One "update" is one call of the file's `update`, which may take several gradient steps. Inputs are
 float32. Results are float64 where the authors' code was run in float64; then ours is, too.
 """
 
@@ -23,6 +24,7 @@ import collections
 import contextlib
 import dataclasses
 import functools
+import json
 from pathlib import Path
 from unittest import mock
 
@@ -57,11 +59,14 @@ def fixture(algorithm):
     path = FOLDER / f"{algorithm}.npz"
     if not path.exists():
         raise AssertionError(f"{algorithm} has no parity fixture ({path.name} is missing)")
+    with np.load(path) as stored:
+        numbers = dict(stored)
+    index = json.loads(numbers.pop("index").tobytes())
     cases = collections.defaultdict(dict)
-    with np.load(path) as arrays:
-        for key in arrays:
-            case, rest = key.split("/", 1)
-            cases[case][rest] = arrays[key]
+    for key, (dtype, start, shape) in index.items():
+        case, rest = key.split("/", 1)
+        size = int(np.prod(shape))
+        cases[case][rest] = numbers[dtype][start : start + size].reshape(shape)
     return dict(cases)
 
 
@@ -285,8 +290,13 @@ def _compare(module, case, arrays, dtype, stop_above):
     observation = jnp.asarray(arrays["policy/observation"], dtype)
     draws = {name: jnp.asarray(x, dtype) for name, x in under(arrays, "policy/draw").items()}
     apply_fn = getattr(state, case.acting).apply_fn
-    with replayed(module, [], draws):
-        action = module.policy(apply_fn, module.policy_params(state), observation, key)
+
+    @jax.jit
+    def act(params, observation, draws):
+        with replayed(module, [], draws):
+            return module.policy(apply_fn, params, observation, key)
+
+    action = act(module.policy_params(state), observation, draws)
     note("policy", "action", action, arrays["policy/action"])
     return dict(found)
 
