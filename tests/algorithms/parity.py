@@ -24,6 +24,7 @@ import collections
 import contextlib
 import dataclasses
 import functools
+import inspect
 import json
 from pathlib import Path
 from unittest import mock
@@ -47,10 +48,18 @@ class Case:
     config: dict  # fields of the file's Config that differ from `CONFIG`
     gradient_steps: int = 1  # per call of `update`
     create: dict = dataclasses.field(default_factory=dict)  # further arguments of `create_state`
-    acting: str = "actor"  # field of State whose apply_fn the policy takes
 
 
 CONFIG = {"hidden": (16, 16), "log_every": 2}
+# Fields of State and Config under their new names, which fixtures and cases use.
+RENAMED = {
+    "temperature": "log_temperature",
+    "lagrange": "log_multiplier",
+    "importance": "importance_sampling",
+    "gap": "target_action_gap",
+    "lowest_difference": "clip_diff_min",
+    "num_choices": "num_eval_samples",
+}
 
 
 @functools.cache
@@ -169,8 +178,8 @@ def initial_state(module, case, cfg, batch, arrays, dtype):
     create = functools.partial(module.create_state, cfg=cfg, **case.create)
     state = jax.eval_shape(create, jax.random.key(0), batch)
     used = set()
-    for field in state._fields:
-        net = getattr(state, field)
+    for own_name in state._fields:
+        field, net = RENAMED.get(own_name, own_name), getattr(state, own_name)
         if not hasattr(net, "params"):  # such as the mean and std of the observations
             leaves, structure = jax.tree.flatten(net)
             names = [f"{field}/{i}" for i in range(len(leaves))]
@@ -185,7 +194,7 @@ def initial_state(module, case, cfg, batch, arrays, dtype):
                 used.update(join(field, trees, name) for name in leaf_names(tree))
                 new = new.replace(**{trees: tree})
             new = new.replace(step=jnp.zeros((), int), opt_state=net.tx.init(new.params))
-        state = state._replace(**{field: new})
+        state = state._replace(**{own_name: new})
     assert used == set(arrays), f"not used: {sorted(set(arrays) - used)}"
     return state
 
@@ -193,8 +202,8 @@ def initial_state(module, case, cfg, batch, arrays, dtype):
 def trees_of(state):
     """{field/params/..., field/target_params/..., field/mu/...: array} of a state."""
     found = {}
-    for field in state._fields:
-        net = getattr(state, field)
+    for own_name in state._fields:
+        field, net = RENAMED.get(own_name, own_name), getattr(state, own_name)
         if not hasattr(net, "params"):
             continue
         trees = {"params": net.params, "mu": optax.tree_utils.tree_get(net.opt_state, "mu")}
@@ -229,7 +238,24 @@ def rows(arrays, index=None):
 
 
 def config_of(module, case):
-    return module.Config(**(CONFIG | case.config))
+    names = {field.name for field in dataclasses.fields(module.Config)}
+    old = {new: old for old, new in RENAMED.items() if old in names}
+    settings = {old.get(name, name): x for name, x in (CONFIG | case.config).items()}
+    return module.Config(**settings)
+
+
+def acting(module, state, cfg):
+    """The policy of a state, (params, observation, key) -> action.
+
+    What it takes besides is `cfg` and functions of networks, named like the fields of State.
+    """
+    facts = {"cfg": cfg}
+    for field in state._fields:
+        if hasattr(getattr(state, field), "apply_fn"):
+            facts[field] = getattr(state, field).apply_fn
+    wanted = list(inspect.signature(module.policy).parameters.values())[4:]
+    extra = {x.name: facts[x.name] for x in wanted if x.default is inspect.Parameter.empty}
+    return functools.partial(module.policy, state.actor.apply_fn, **extra)
 
 
 def precision(arrays):
@@ -289,12 +315,12 @@ def _compare(module, case, arrays, dtype, stop_above):
 
     observation = jnp.asarray(arrays["policy/observation"], dtype)
     draws = {name: jnp.asarray(x, dtype) for name, x in under(arrays, "policy/draw").items()}
-    apply_fn = getattr(state, case.acting).apply_fn
+    policy = acting(module, state, cfg)
 
     @jax.jit
     def act(params, observation, draws):
         with replayed(module, [], draws):
-            return module.policy(apply_fn, params, observation, key)
+            return policy(params, observation, key)
 
     action = act(module.policy_params(state), observation, draws)
     note("policy", "action", action, arrays["policy/action"])

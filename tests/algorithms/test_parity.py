@@ -11,6 +11,8 @@ import parity
 import pytest
 from parity import Case
 
+CQL = {"num_samples": 3, "critic_hidden": (16, 16)}
+
 CASES = [
     Case("td3_bc", "mujoco", {}, gradient_steps=2),
     Case(
@@ -41,6 +43,18 @@ CASES = [
     ),
     Case("fql", "mean", {}),
     Case("fql", "min", {"alpha": 3.0, "q_agg": "min", "normalize_q": True, "discount": 0.995}),
+    Case("cql", "mujoco", CQL),
+    Case(
+        "cql",
+        "antmaze",
+        CQL
+        | {"target_action_gap": 0.8, "alpha": 5.0, "max_target_backup": True, "clip_diff_min": 4.0},
+    ),
+    Case("cql", "unweighted", CQL | {"importance_sampling": False, "alpha": 2.0, "discount": 0.9}),
+    Case("awac", "mujoco", {}),
+    Case("awac", "sharp", {"inverse_temperature": 20.0, "discount": 0.95}),
+    Case("bc", "mujoco", {}),
+    Case("bcq", "mujoco", {"vae_hidden": (16, 16)}),
 ]
 
 # Relative to the largest number of an array. Adam divides by the size of a gradient, so parameters
@@ -59,9 +73,7 @@ def exceeded(case, found):
     """Names of what differs by more than its limit. A NaN differs."""
     limits = limits_of(case)
     return [
-        what
-        for what, far in parity.summary(found).items()
-        if not far <= limits[what.split()[0]]
+        what for what, far in parity.summary(found).items() if not far <= limits[what.split()[0]]
     ]
 
 
