@@ -55,6 +55,64 @@ CASES = [
     Case("awac", "sharp", {"inverse_temperature": 20.0, "discount": 0.95}),
     Case("bc", "mujoco", {}),
     Case("bcq", "mujoco", {"vae_hidden": (16, 16)}),
+    Case(
+        "bcq",
+        "wide",
+        {
+            "vae_hidden": (16, 16),
+            "reward_shift": -1.0,
+            "perturbation": 0.6,
+            "lam": 0.6,
+            "discount": 0.95,
+        },
+    ),
+    Case("xql", "mujoco", {"num_updates": 10}),
+    Case(
+        "xql",
+        "antmaze",
+        {
+            "beta": 0.6,
+            "max_clip": 2.0,
+            "value_updates": 3,
+            "random_actions": 2,
+            "inverse_temperature": 10.0,
+            "dropout": 0.1,
+            "cosine": False,
+        },
+    ),
+    Case(
+        "xql",
+        "noise",
+        {"beta": 0.8, "action_noise": 0.4, "inverse_temperature": 1.0, "num_updates": 10},
+    ),
+    Case("ivr", "sql", {"sql_alpha": 0.3, "num_updates": 10}),
+    Case(
+        "ivr",
+        "eql",
+        {
+            "variant": "eql",
+            "eql_alpha": 0.4,
+            "dropout": 0.1,
+            "discount": 0.95,
+            "num_updates": 10,
+        },
+    ),
+    Case("odice", "mujoco", {"value_hidden": (16, 16)}),
+    Case(
+        "odice",
+        "antmaze",
+        {
+            "value_hidden": (16, 16),
+            "num_values": 1,
+            "layer_norm": False,
+            "lam": 0.8,
+            "eta": 0.5,
+            "discount": 0.95,
+            "weight_decay": 0.1,
+        },
+    ),
+    Case("odice", "true", {"value_hidden": (16, 16), "gradient": "true", "lam": 0.5}),
+    Case("odice", "semi", {"value_hidden": (16, 16), "gradient": "semi"}),
 ]
 
 # Relative to the largest number of an array. Adam divides by the size of a gradient, so parameters
