@@ -24,10 +24,10 @@ import tyro
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "algorithms")]
 
-import parity
-import test_parity
+parity = importlib.import_module("parity")
+test_parity = importlib.import_module("test_parity")
 
-# Functions that a fixture has no part in: it brings the batches, and losses are compared one by one.
+# What a fixture has no part in: it brings the batches, and every update is compared by itself.
 NOT_COMPARED = ("sample_batch", "train_chunk", "mean_metrics", "policy_params")
 SWAPPED = {"mean": "sum", "sum": "mean", "min": "max", "max": "min"}
 SWAPPED |= {"minimum": "maximum", "maximum": "minimum", "argmax": "argmin"}

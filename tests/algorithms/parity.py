@@ -16,8 +16,9 @@ its own settings. The names of its arrays are paths in our names:
     <case>/policy/draw/<number>_<kind>      its random numbers
 
 An .npz is smaller with few arrays, so the file holds one long array per dtype and `index`, JSON:
-{path: [dtype, start, shape]}. One "update" is one call of the file's `update`, which may take several gradient steps. Inputs are
-float32. Results are float64 where the authors' code was run in float64; then ours is, too.
+{path: [dtype, start, shape]}. One "update" is one call of the file's `update`, which may take
+several gradient steps. Inputs are float32. Results are float64 where the authors' code was run in
+float64; then ours is, too.
 """
 
 import collections
@@ -48,6 +49,8 @@ class Case:
     config: dict  # fields of the file's Config that differ from `CONFIG`
     gradient_steps: int = 1  # per call of `update`
     create: dict = dataclasses.field(default_factory=dict)  # further arguments of `create_state`
+    action_dim: int | None = None  # of the data, where a batch has other actions than the data
+    policy: str = "policy"  # function of the file that gives the action
 
 
 CONFIG = {"hidden": (16, 16), "log_every": 2}
@@ -176,6 +179,8 @@ def filled(tree, arrays, prefix, dtype):
 def initial_state(module, case, cfg, batch, arrays, dtype):
     """What `create_state` makes, with the fixture's parameters and optimisers that start anew."""
     create = functools.partial(module.create_state, cfg=cfg, **case.create)
+    if case.action_dim is not None:
+        batch = batch._replace(action=batch.action[..., : case.action_dim])
     state = jax.eval_shape(create, jax.random.key(0), batch)
     used = set()
     for own_name in state._fields:
@@ -222,18 +227,13 @@ def difference(found, expected):
     return float(np.abs(found - expected).max() / max(np.abs(expected).max(), 1e-12))
 
 
-def rows(arrays, index=None):
-    """A Transitions of the columns there are, the others zero."""
+def rows(module, arrays):
+    """The batches: a Transitions of the columns that the authors' code reads, the others zero."""
     columns = under(arrays, "batch")
-    if index is not None:
-        columns = {name: x[index] for name, x in columns.items()}
-    size = columns["reward"].shape
-    zeros = np.zeros(size, np.float32)
-    blank = {
-        "next_action": np.zeros_like(columns["action"]),
-        "termination": zeros,
-        "truncation": zeros,
-    }
+    if "valid" in columns:
+        return module.Chunks(**columns)
+    zeros = np.zeros(columns["reward"].shape, np.float32)
+    blank = {"next_action": np.zeros_like(columns["action"]), "truncation": zeros}
     return probes.Transitions(**(blank | columns))
 
 
@@ -244,18 +244,20 @@ def config_of(module, case):
     return module.Config(**settings)
 
 
-def acting(module, state, cfg):
+def acting(module, case, state, cfg):
     """The policy of a state, (params, observation, key) -> action.
 
     What it takes besides is `cfg` and functions of networks, named like the fields of State.
     """
-    facts = {"cfg": cfg}
+    policy, networks = getattr(module, case.policy), {}
     for field in state._fields:
         if hasattr(getattr(state, field), "apply_fn"):
-            facts[field] = getattr(state, field).apply_fn
-    wanted = list(inspect.signature(module.policy).parameters.values())[4:]
+            networks[field] = getattr(state, field).apply_fn
+    acts = next(field for field in ("actor", "flow", "critic") if field in networks)
+    facts = networks | {"cfg": cfg}
+    wanted = list(inspect.signature(policy).parameters.values())[4:]
     extra = {x.name: facts[x.name] for x in wanted if x.default is inspect.Parameter.empty}
-    return functools.partial(module.policy, state.actor.apply_fn, **extra)
+    return functools.partial(policy, networks[acts], **extra)
 
 
 def precision(arrays):
@@ -277,7 +279,7 @@ def compare(module, case, arrays=None, stop_above=None):
 
 def _compare(module, case, arrays, dtype, stop_above):
     cfg, key = config_of(module, case), jax.random.key(0)
-    batches = jax.tree.map(lambda x: jnp.asarray(x, _like(x, dtype)), rows(arrays))
+    batches = jax.tree.map(lambda x: jnp.asarray(x, _like(x, dtype)), rows(module, arrays))
     draws = {name: jnp.asarray(x, _like(x, dtype)) for name, x in under(arrays, "draw").items()}
     losses = under(arrays, "loss")
     number = len(next(iter(losses.values())))
@@ -286,7 +288,7 @@ def _compare(module, case, arrays, dtype, stop_above):
 
     @jax.jit
     def one_update(state, step, batches, draws):
-        turns = [jax.tree.map(lambda x: x[i], batches) for i in range(len(batches.reward))]
+        turns = [item(batches, i) for i in range(len(batches.reward))]
         with replayed(module, turns, draws):
             return module.update(state, step, key, turns[0], cfg)
 
@@ -301,8 +303,8 @@ def _compare(module, case, arrays, dtype, stop_above):
         return stop_above is not None and not worst <= stop_above
 
     for i in range(number):
-        of_update = jax.tree.map(lambda x: x[i], (batches, draws))
-        state, metrics = one_update(state, i * case.gradient_steps, *of_update)
+        step = i * case.gradient_steps
+        state, metrics = one_update(state, step, item(batches, i), item(draws, i))
         for name, expected in losses.items():
             note("loss", name, metrics[name], expected[i])
         ours = trees_of(state)
@@ -315,7 +317,7 @@ def _compare(module, case, arrays, dtype, stop_above):
 
     observation = jnp.asarray(arrays["policy/observation"], dtype)
     draws = {name: jnp.asarray(x, dtype) for name, x in under(arrays, "policy/draw").items()}
-    policy = acting(module, state, cfg)
+    policy = acting(module, case, state, cfg)
 
     @jax.jit
     def act(params, observation, draws):
@@ -325,6 +327,10 @@ def _compare(module, case, arrays, dtype, stop_above):
     action = act(module.policy_params(state), observation, draws)
     note("policy", "action", action, arrays["policy/action"])
     return dict(found)
+
+
+def item(tree, i):
+    return jax.tree.map(lambda x: x[i], tree)
 
 
 def _like(x, dtype):

@@ -12,6 +12,8 @@ import pytest
 from parity import Case
 
 CQL = {"num_samples": 3, "critic_hidden": (16, 16)}
+QC = {"horizon": 3}
+CHUNKS = {"action_dim": 2, "policy": "sample_chunk"}  # its policy plays what sample_chunk returns
 
 CASES = [
     Case("td3_bc", "mujoco", {}, gradient_steps=2),
@@ -113,6 +115,28 @@ CASES = [
     ),
     Case("odice", "true", {"value_hidden": (16, 16), "gradient": "true", "lam": 0.5}),
     Case("odice", "semi", {"value_hidden": (16, 16), "gradient": "semi"}),
+    Case("atac", "game", {"warm_start": 0, "weight_norm": 3.0}),
+    Case(
+        "atac",
+        "bounded",
+        {
+            "warm_start": 0,
+            "beta": 0.25,
+            "lowest_target": -0.4,
+            "highest_target": 1.5,
+            "discount": 0.95,
+        },
+    ),
+    Case("atac", "warm", {}),
+    Case("qc", "best_of_n", QC | {"num_samples": 4, "q_agg": "min", "discount": 0.9}, **CHUNKS),
+    Case("qc", "distill", QC | {"actor": "distill", "alpha": 3.0, "discount": 0.95}, **CHUNKS),
+    Case("cql_discrete", "cartpole", {"target_every": 3}, create={"num_actions": 4}),
+    Case(
+        "cql_discrete",
+        "strong",
+        {"alpha": 4.0, "target_every": 5, "discount": 0.9},
+        create={"num_actions": 4},
+    ),
 ]
 
 # Relative to the largest number of an array. Adam divides by the size of a gradient, so parameters
