@@ -7,11 +7,13 @@ its own settings. The names of its arrays are paths in our names:
 
     <case>/init/<field>/params/...          parameters before the first update, and `target_params`
     <case>/batch/<column>                   [N, M, B, ...], M batches for each of N updates
+    <case>/data/<column>                    or all rows, from which `update` draws its batches
     <case>/draw/<number>_<kind>             [N, ...], random numbers, see `replayed`
     <case>/loss/<metric>                    [N], a loss of each update
     <case>/after/<n>/<field>/params/...     after n updates, and `target_params`
     <case>/after/<n>/<field>/mu/...         Adam's mean of the gradients: all we need to compare
                                             gradients (after one step it is a tenth of the first)
+                                            or what SGD with momentum keeps
     <case>/policy/observation, action       ten observations and what the policy makes of them
     <case>/policy/draw/<number>_<kind>      its random numbers
 
@@ -51,6 +53,7 @@ class Case:
     create: dict = dataclasses.field(default_factory=dict)  # further arguments of `create_state`
     action_dim: int | None = None  # of the data, where a batch has other actions than the data
     policy: str = "policy"  # function of the file that gives the action
+    carry: str | None = None  # function of (state, data, cfg): what `update` takes with the state
 
 
 CONFIG = {"hidden": (16, 16), "log_every": 2}
@@ -211,13 +214,19 @@ def trees_of(state):
         field, net = RENAMED.get(own_name, own_name), getattr(state, own_name)
         if not hasattr(net, "params"):
             continue
-        trees = {"params": net.params, "mu": optax.tree_utils.tree_get(net.opt_state, "mu")}
+        trees = {"params": net.params, "mu": memory_of(net.opt_state)}
         if getattr(net, "target_params", None) is not None:
             trees["target_params"] = net.target_params
         for name, tree in trees.items():
             for leaf, x in zip(leaf_names(tree), jax.tree.leaves(tree), strict=True):
                 found[join(field, name, leaf)] = np.asarray(x)
     return found
+
+
+def memory_of(opt_state):
+    """Adam's mean of the gradients, or the sum that SGD with momentum keeps."""
+    mean = optax.tree_utils.tree_get(opt_state, "mu")
+    return optax.tree_utils.tree_get(opt_state, "trace") if mean is None else mean
 
 
 # --- Comparison ---------------------------------------------------------------------------------
@@ -227,9 +236,8 @@ def difference(found, expected):
     return float(np.abs(found - expected).max() / max(np.abs(expected).max(), 1e-12))
 
 
-def rows(module, arrays):
-    """The batches: a Transitions of the columns that the authors' code reads, the others zero."""
-    columns = under(arrays, "batch")
+def rows(module, columns):
+    """A Transitions of the columns that the authors' code reads, the others zero, or a Chunks."""
     if "valid" in columns:
         return module.Chunks(**columns)
     zeros = np.zeros(columns["reward"].shape, np.float32)
@@ -279,18 +287,33 @@ def compare(module, case, arrays=None, stop_above=None):
 
 def _compare(module, case, arrays, dtype, stop_above):
     cfg, key = config_of(module, case), jax.random.key(0)
-    batches = jax.tree.map(lambda x: jnp.asarray(x, _like(x, dtype)), rows(module, arrays))
-    draws = {name: jnp.asarray(x, _like(x, dtype)) for name, x in under(arrays, "draw").items()}
-    losses = under(arrays, "loss")
-    number = len(next(iter(losses.values())))
-    example = jax.tree.map(lambda x: x[0, 0], batches)
-    state = initial_state(module, case, cfg, example, under(arrays, "init"), dtype)
 
-    @jax.jit
+    def inputs(prefix):
+        return {name: jnp.asarray(x, _like(x, dtype)) for name, x in under(arrays, prefix).items()}
+
+    draws, losses = inputs("draw"), under(arrays, "loss")
+    number = len(next(iter(losses.values())))
+    whole = bool(under(arrays, "data"))
+    if whole:
+        data = rows(module, inputs("data"))
+        example, batches = item(data, 0), None
+    else:
+        batches = rows(module, inputs("batch"))
+        example = item(item(batches, 0), 0)
+    state = initial_state(module, case, cfg, example, under(arrays, "init"), dtype)
+    if case.carry is not None:
+        state = state, getattr(module, case.carry)(state, data, cfg)
+
     def one_update(state, step, batches, draws):
+        if whole:
+            with replayed(module, [], draws):
+                return module.update(state, step, key, data, cfg)
         turns = [item(batches, i) for i in range(len(batches.reward))]
         with replayed(module, turns, draws):
             return module.update(state, step, key, turns[0], cfg)
+
+    if not whole:  # else a scan asks for a draw in each of its rounds, not once as it is compiled
+        one_update = jax.jit(one_update)
 
     found = collections.defaultdict(dict)
 
@@ -304,10 +327,11 @@ def _compare(module, case, arrays, dtype, stop_above):
 
     for i in range(number):
         step = i * case.gradient_steps
-        state, metrics = one_update(state, step, item(batches, i), item(draws, i))
+        with jax.disable_jit(whole):
+            state, metrics = one_update(state, step, item(batches, i), item(draws, i))
         for name, expected in losses.items():
             note("loss", name, metrics[name], expected[i])
-        ours = trees_of(state)
+        ours = trees_of(state if case.carry is None else state[0])
         for name, expected in under(arrays, f"after/{i + 1}").items():
             tree = name.split("/")[1]
             what = f"parameters after {'1' if i == 0 else 'N'}"
@@ -315,6 +339,7 @@ def _compare(module, case, arrays, dtype, stop_above):
         if far_off():
             return dict(found)
 
+    state = state if case.carry is None else state[0]
     observation = jnp.asarray(arrays["policy/observation"], dtype)
     draws = {name: jnp.asarray(x, dtype) for name, x in under(arrays, "policy/draw").items()}
     policy = acting(module, case, state, cfg)

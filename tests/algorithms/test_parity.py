@@ -12,6 +12,8 @@ import pytest
 from parity import Case
 
 CQL = {"num_samples": 3, "critic_hidden": (16, 16)}
+AWR = {"batch_size": 12, "critic_updates": 3, "actor_updates": 4, "log_every": 8}
+RETURNS = {"gradient_steps": 4, "carry": "lambda_returns"}
 QC = {"horizon": 3}
 CHUNKS = {"action_dim": 2, "policy": "sample_chunk"}  # its policy plays what sample_chunk returns
 
@@ -56,6 +58,20 @@ CASES = [
     Case("awac", "mujoco", {}),
     Case("awac", "sharp", {"inverse_temperature": 20.0, "discount": 0.95}),
     Case("bc", "mujoco", {}),
+    Case("awr", "mujoco", AWR | {"discount": 0.97, "inverse_temperature": 1 / 0.7}, **RETURNS),
+    Case(
+        "awr",
+        "sharp",
+        AWR
+        | {
+            "discount": 0.9,
+            "td_lambda": 0.8,
+            "inverse_temperature": 4.0,
+            "fixed_std": 0.6,
+            "actor_learning_rate": 1e-4,
+        },
+        **RETURNS,
+    ),
     Case("bcq", "mujoco", {"vae_hidden": (16, 16)}),
     Case(
         "bcq",
