@@ -14,7 +14,8 @@ its own settings. The names of its arrays are paths in our names:
     <case>/after/<n>/<field>/mu/...         Adam's mean of the gradients: all we need to compare
                                             gradients (after one step it is a tenth of the first)
                                             or what SGD with momentum keeps
-    <case>/policy/observation, action       ten observations and what the policy makes of them
+    <case>/policy/observation, action       ten observations and what the policy makes of them,
+                                            for DT those of a few steps, with their rewards
     <case>/policy/draw/<number>_<kind>      its random numbers
 
 An .npz is smaller with few arrays, so the file holds one long array per dtype and `index`, JSON:
@@ -237,9 +238,14 @@ def difference(found, expected):
 
 
 def rows(module, columns):
-    """A Transitions of the columns that the authors' code reads, the others zero, or a Chunks."""
+    """A Transitions of the columns that the authors' code reads, the others zero.
+
+    For QC a Chunks, and for DT a Steps.
+    """
     if "valid" in columns:
         return module.Chunks(**columns)
+    if "timestep" in columns:
+        return module.Steps(**columns)
     zeros = np.zeros(columns["reward"].shape, np.float32)
     blank = {"next_action": np.zeros_like(columns["action"]), "truncation": zeros}
     return probes.Transitions(**(blank | columns))
@@ -249,6 +255,7 @@ def config_of(module, case):
     names = {field.name for field in dataclasses.fields(module.Config)}
     old = {new: old for old, new in RENAMED.items() if old in names}
     settings = {old.get(name, name): x for name, x in (CONFIG | case.config).items()}
+    settings = {name: x for name, x in settings.items() if name in names or name in case.config}
     return module.Config(**settings)
 
 
@@ -340,18 +347,36 @@ def _compare(module, case, arrays, dtype, stop_above):
             return dict(found)
 
     state = state if case.carry is None else state[0]
-    observation = jnp.asarray(arrays["policy/observation"], dtype)
-    draws = {name: jnp.asarray(x, dtype) for name, x in under(arrays, "policy/draw").items()}
+    play = play_steps if "policy/reward" in arrays else play_once
+    action = play(module, case, state, cfg, inputs("policy"), inputs("policy/draw"), example)
+    note("policy", "action", action, arrays["policy/action"])
+    return dict(found)
+
+
+def play_once(module, case, state, cfg, recorded, draws, example):
+    """The policy's actions at all observations at once."""
     policy = acting(module, case, state, cfg)
 
     @jax.jit
     def act(params, observation, draws):
         with replayed(module, [], draws):
-            return policy(params, observation, key)
+            return policy(params, observation, jax.random.key(0))
 
-    action = act(module.policy_params(state), observation, draws)
-    note("policy", "action", action, arrays["policy/action"])
-    return dict(found)
+    return act(module.policy_params(state), recorded["observation"], draws)
+
+
+def play_steps(module, case, state, cfg, recorded, draws, example):
+    """The actions of a policy with a memory, step by step, [T, E, A]."""
+    act = jax.jit(functools.partial(module.policy, state.actor.apply_fn))
+    observation, reward = recorded["observation"], recorded["reward"]
+    memory = module.blank_steps(len(reward[0]), example, recorded["target_return"], cfg)
+    memory = jax.tree.map(lambda x: jnp.asarray(x, _like(x, observation.dtype)), memory)
+    actions, last_reward = [], jnp.zeros_like(reward[0])
+    for i in range(len(observation)):
+        action, memory = act(module.policy_params(state), observation[i], None, memory, last_reward)
+        actions.append(action)
+        last_reward = reward[i]
+    return jnp.stack(actions)
 
 
 def item(tree, i):
