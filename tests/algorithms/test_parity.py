@@ -155,6 +155,7 @@ CASES = [
     Case("atac", "warm", {}),
     Case("qc", "best_of_n", QC | {"num_samples": 4, "q_agg": "min", "discount": 0.9}, **CHUNKS),
     Case("qc", "distill", QC | {"actor": "distill", "alpha": 3.0, "discount": 0.95}, **CHUNKS),
+    Case("idql", "mujoco", {"actor_hidden": (16, 16), "num_samples": 6, "num_updates": 10}),
     Case("dt", "mujoco", DT | {"warm_up": 4}),
     Case(
         "dt",
