@@ -13,7 +13,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).resolve().parent / "algorithms"))
+# The project first, since tests/ has folders of the same names as the project's.
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent), str(HERE / "algorithms")]
 
 import golden
 import helpers_runs
