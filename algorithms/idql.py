@@ -329,15 +329,12 @@ def train_chunk(state, key, start, data, cfg):
 
 
 # --- Policy -------------------------------------------------------------------------------------
-def policy(apply_fn, params, observation, key, critic, cfg):
-    """The sampled action with the highest min_k Q_k of N, [..., O] -> [..., A], random by `key`.
-
-    `critic` is the critics' apply function.
-    """
+def policy(apply_fn, params, observation, key, apply_critics, cfg):
+    """The sampled action with the highest min_k Q_k of N, [..., O] -> [..., A], random by `key`."""
     actor_params, critic_params = params
     observation = jnp.broadcast_to(observation, (cfg.num_samples, *observation.shape))
     action = generate(apply_fn, actor_params, observation, key, cfg)  # [N, ..., A]
-    q = critic(critic_params, observation, action)
+    q = apply_critics(critic_params, observation, action)
     q = q.min(axis=0)  # [K, N, ...] -> [N, ...]
     best = q.argmax(axis=0)[None, ..., None]
     return jnp.take_along_axis(action, best, axis=0)[0]
@@ -397,7 +394,7 @@ def train(cfg, options):
     state = jax.vmap(create)(init_keys)
     # Compiled once for all seeds. `update` shows which rows a step reads, for --data host.
     train_seeds = experiment.over_seeds(partial(train_chunk, cfg=cfg), update=update)
-    act = partial(policy, state.actor.apply_fn, critic=state.critic.apply_fn, cfg=cfg)
+    act = partial(policy, state.actor.apply_fn, apply_critics=state.critic.apply_fn, cfg=cfg)
 
     with (
         experiment.Run(cfg, options, dataset) as run,

@@ -118,7 +118,7 @@ class TrainState(train_state.TrainState):
 class State(NamedTuple):
     actor: train_state.TrainState  # Flax's own class: no target_params
     critic: TrainState  # every array has a leading [K] axis
-    value_net: train_state.TrainState  # likewise
+    value_net: train_state.TrainState  # one network, without target_params
 
 
 def create_state(key, batch, cfg):

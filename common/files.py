@@ -45,7 +45,7 @@ def try_lock(path: Path):
     import filelock
 
     with path.open("a"):  # the same error on every disk, where the file cannot be written
-        lock = filelock.FileLock(path)
+        lock = _lock(path)
     try:
         lock.acquire(timeout=PATIENCE)
     except filelock.Timeout:
@@ -56,15 +56,20 @@ def try_lock(path: Path):
     return lock
 
 
+def _lock(path):
+    import filelock
+
+    # Its fallback for disks without locks counts a file that exists as a lock that is taken.
+    return filelock.FileLock(path, fallback_to_soft=False)
+
+
 @contextlib.contextmanager
 def locked(path: Path):
     """Hold the lock file `path` inside; it is removed at the end. A process that dies frees it."""
-    import filelock
-
     lock = try_lock(path)
     if lock is None:
         print(f"another process is at work on {path.stem.lstrip('.')}: waiting", flush=True)
-        lock = filelock.FileLock(path)
+        lock = _lock(path)
         lock.acquire()
     try:
         yield

@@ -14,8 +14,8 @@ import sys
 from pathlib import Path
 
 # The project first, since tests/ has folders of the same names as the project's.
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent), str(HERE / "algorithms")]
+sys.path.insert(0, str(Path(__file__).resolve().parent / "algorithms"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import golden
 import helpers_runs

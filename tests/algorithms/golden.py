@@ -21,8 +21,8 @@ from importlib import metadata
 from pathlib import Path
 
 # As a script: the project first, since tests/ has folders of the same names as the project's.
-ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import compiler_flags
 

@@ -97,6 +97,8 @@ def test_shares_of_rows_are_known():
     """A mean of comparisons is a whole number of rows, K of them per row of data, K up to 3."""
     for name, entry in json.loads(golden.FILE.read_text()).items():
         for key in entry["after"]["10"]:
+            if key.startswith("norm of "):  # of parameters that may stay at 1
+                continue
             values = np.array([entry["after"][str(updates)][key] for updates in golden.AFTER])
             rows = values * 6 * 10 * golden.SETTINGS["batch_size"]
             whole = (values != 0).any() and np.abs(rows - rows.round()).max() < 2e-3
