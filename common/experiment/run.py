@@ -158,11 +158,18 @@ class Run:
         self.records.waiting = meta["waiting"]
         self.best = np.array(meta["best"], float)
         self.divergence.seeds = {int(index): step for index, step in meta["diverged"].items()}
-        finished = (self.folder / "result.json").exists()
-        self.done = start == self.cfg.num_updates and finished
+        result = self.records.read_result()
+        # Both may have grown since: with more episodes the last policy is scored again.
+        same = all(
+            result.get(key) == vars(self.cfg)[key] for key in ("num_updates", "eval_episodes")
+        )
+        self.done = start == self.cfg.num_updates and same
         print("finished before" if self.done else f"resuming at update {start:,}")
         if not self.done:
             self.origin.compare(meta)
+            return
+        by_seed = [result["score"][str(seed)] for seed in self.cfg.seeds]
+        self.scores = np.array(by_seed, float)  # None becomes NaN
 
     def boundaries(self, start):
         """The chunk boundaries start, start + log_every, ..., num_updates; none if all is done."""
