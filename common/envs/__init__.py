@@ -5,8 +5,10 @@
 become flat float32 arrays and actions lie in [-1, 1]. Behind these names are the point maze that
 this project registers (pointmaze.py), the wrappers that give Gymnasium's environments D4RL's
 behaviour (d4rl.py), and the checks of the environment that a Minari data set names (recorded.py).
+`remembered` and `make_remembered` make an env again from a run's record.
 """
 
+from common.envs.again import make_remembered, remembered
 from common.envs.making import make
 from common.envs.pointmaze import MAZES, point_maze, register
 from common.envs.quiet import make_quietly
@@ -18,6 +20,8 @@ __all__ = [
     "flatten",
     "make",
     "make_quietly",
+    "make_remembered",
     "point_maze",
     "register",
+    "remembered",
 ]

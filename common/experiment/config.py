@@ -21,7 +21,7 @@ from typing import Annotated, Literal
 import tyro
 
 from common import datasets, fail
-from common.experiment import growth, ranges
+from common.experiment import beginning, growth, ranges
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +72,7 @@ def parse(config_class, argv=None):
     ranges.check(cfg)
     if not 0 <= options.save_seconds < float("inf"):
         fail(f"--save-seconds {options.save_seconds}: must be 0 or more")
+    beginning.check(options, cfg, script)
     run_folder(cfg, options)
     return cfg, options
 

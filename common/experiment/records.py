@@ -41,6 +41,15 @@ class Records:
             print(f"config.yaml: {words}")
         files.write(file, yaml.safe_dump(values, sort_keys=False, default_flow_style=None))
 
+    def started_from(self):
+        """What config.yaml records of another run's parameters, None if it does not."""
+        import yaml
+
+        file = self.folder / "config.yaml"
+        if not file.exists():
+            return None
+        return yaml.safe_load(file.read_text(encoding="utf-8"))["record"].get("started_from")
+
     def read_result(self):
         """result.json, {} where the run is not finished."""
         file = self.folder / "result.json"
