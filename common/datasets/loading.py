@@ -62,9 +62,9 @@ def _dataset(dataset_id, source):
     record = {
         "observation_keys": list(keys),
         "env": spec and _env_name(spec),
-        "env_spec": envs.remembered(spec),
         "action_box": [] if bounds is None else [np.asarray(bound).tolist() for bound in bounds],
         "rows_left_out": count - len(transitions.reward),  # their next observation is unknown
+        "env_facts": envs.remembered(env, width, num_actions, bounds),
     }
     return Dataset(
         id=dataset_id,

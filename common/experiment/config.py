@@ -320,6 +320,8 @@ def _tokens(values):
         flag = ranges.flag(name)
         if isinstance(value, list):
             yield from (flag, *map(str, value))
+        elif name in IN_YAML and isinstance(value, bool):  # a flag without a word behind it
+            yield from [flag] * value
         else:
             yield f"{flag}={value}"
 

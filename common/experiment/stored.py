@@ -97,13 +97,23 @@ class StoredDataset:
 
     def make_env(self, render_mode=None):
         """The env that the policy is evaluated in. It needs the data only where they tell it."""
-        spec = self.record.get("env_spec")
+        spec = self.record.get("env_facts", {}).get("spec")
         if spec is None:
             return self._loaded.make_env(render_mode)
-        keys, bounds = self.record["observation_keys"], self.record["action_box"]
-        bounds = tuple(np.asarray(bound, np.float32) for bound in bounds) or None
         make = functools.partial(envs.make_remembered, spec, self._options.env)
-        return envs.flat_and_scaled(lambda mode: make(render_mode=mode), keys, bounds)(render_mode)
+        return envs.flat_and_scaled(lambda mode: make(render_mode=mode), *self._wrapped())(
+            render_mode
+        )
+
+    def translator(self):
+        """Between the env's own observations and actions and those of a policy."""
+        facts = self.record.get("env_facts") or self._loaded.record["env_facts"]
+        return envs.Translator(facts, *self._wrapped())
+
+    def _wrapped(self):
+        """Keys of the observation and bounds of the actions."""
+        bounds = tuple(np.asarray(bound, np.float32) for bound in self.record["action_box"])
+        return tuple(self.record["observation_keys"]), bounds or None
 
     def example(self):
         """One row of the data with zeros in it, for its shapes and types."""
@@ -152,16 +162,18 @@ class Policy:
     """`act(observation)` for one environment; `reset()` before every episode."""
 
     def __init__(self, module, cfg, dataset, state, index, updates):
-        self.record = dataset.record
-        self.num_actions = dataset.num_actions
-        self.params = jax.tree.map(lambda x: np.asarray(x[index]), module.policy_params(state))
+        self.dataset, self.record = dataset, dataset.record
+        self._translator = dataset.translator()
+        cpu = jax.local_devices(backend="cpu")[0]  # where evaluations act as well
+        params = jax.tree.map(lambda x: x[index], module.policy_params(state))
         key = devices.streams(cfg.seeds, 3)[2][index]
-        self._key = jax.random.fold_in(key, np.uint32(updates[index] or 0))
+        key = jax.random.fold_in(key, np.uint32(updates[index] or 0))
+        self.params, self._key = jax.device_put((params, key), cpu)
         self._memory = initial_memory(module, cfg, dataset, 1)
         act = acting(module, cfg, dataset, state)
 
-        def step(params, observation, number, past):
-            return act(params, observation, jax.random.fold_in(self._key, number), *past)
+        def step(params, observation, key, number, past):
+            return act(params, observation, jax.random.fold_in(key, number), *past)
 
         self._step = jax.jit(step)
         self.reset()
@@ -177,27 +189,21 @@ class Policy:
             observation: as the env gives it, an array or a dict.
             reward: of the step before; only policies with a memory use it.
         """
-        flat = envs.flatten(observation, self.record["observation_keys"]).reshape(1, -1)
-        return self.to_env(self.act_flat(flat, reward))
+        flat = self._translator.flat(observation)
+        return self._translator.action(self.act_flat(flat, reward))
 
     def act_flat(self, observation, reward=0.0):
-        """The action in [-1, 1], or the integer, for one flat observation [1, O]."""
+        """The action in [-1, 1], or the integer, for one flat observation [O]."""
         past = ()
         if self._past is not None:
             past = self._past, np.full(1, reward, np.float32)
-        action = self._step(self.params, observation, np.uint32(self._count), past)
+        number = np.uint32(self._count)
+        action = self._step(self.params, observation[None], self._key, number, past)
         if self._past is not None:
             action, self._past = action
         self._count += 1
         action = np.asarray(action)[0]
         return action if action.dtype.kind != "f" else np.nan_to_num(action.clip(-1, 1))
-
-    def to_env(self, action):
-        """An action in [-1, 1] in the range of the env's own actions."""
-        if self.num_actions is not None:
-            return int(action)
-        low, high = (np.asarray(bound, np.float32) for bound in self.record["action_box"])
-        return low + (high - low) * (action + 1) / 2
 
     def export(self, file):
         """Write what acting needs into an npz file: the parameters, and facts about the env.
@@ -225,5 +231,8 @@ def initial_memory(module, cfg, dataset, count):
     if not hasattr(module, "initial_memory"):
         return None
     facts = dataset.record.get("acting") or {}
+    needed = [*inspect.signature(module.initial_memory).parameters][3:]
+    if missing := [name for name in needed if name not in facts]:
+        fail(f"{dataset.id}: this run is older than the record of its {', '.join(missing)}")
     example = jax.tree.map(jnp.asarray, dataset.example())
     return module.initial_memory(count, example, cfg, **facts)
