@@ -41,12 +41,12 @@ def main(argv: list[str] | None = None) -> None:
         evaluate(module, args)
     if args.video or args.export:
         policy = stored.load_policy(module, args.folder, args.which, args.seed)
-        if args.video:
-            film(policy, args)
         if args.export:
             with _writing("--export", args.export):
                 policy.export(args.export)
             print(f"written: {args.export}")
+        if args.video:
+            film(policy, args)
 
 
 def _arguments(argv):
@@ -140,7 +140,8 @@ def _frame(env):
     try:
         frame = env.render()
     except Exception as error:  # of MuJoCo, Pygame and others
-        fail(f"--video: the env cannot draw itself ({one_line(error)}); for MuJoCo, MUJOCO_GL=egl")
+        hint = "; without a display: MUJOCO_GL=egl" if "GL" in str(error) else ""
+        fail(f"--video: the env cannot draw itself ({one_line(error)}){hint}")
     if not isinstance(frame, np.ndarray):
         fail("--video: the env has no pictures (render_mode rgb_array)")
     return frame

@@ -11,13 +11,15 @@ import sys
 from pathlib import Path
 
 import golden
+import gymnasium
 import helpers_runs as runs
 import jax
 import numpy as np
 import probes
 import pytest
+import yaml
 
-from common import experiment
+from common import evaluation, experiment
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = sorted(path.stem for path in (ROOT / "algorithms").glob("*.py"))
@@ -118,6 +120,50 @@ def test_a_resumed_run_equals_an_undisturbed_one(name, tmp_path, monkeypatch, ca
     cfg, dataset, state = experiment.load(importlib.import_module(f"algorithms.{name}"), broken)
     assert cfg.seeds == (0, 1) and dataset.horizon == 10
     assert all(map(np.array_equal, probes.leaves(state), final["whole"]))
+
+
+@pytest.mark.parametrize("name", [*NAMES, "bc, discrete"])
+def test_a_run_trained_longer_equals_a_long_one(name, tmp_path, monkeypatch, capsys):
+    """8 updates and then 16 are 16 at once. The policy acts the same without the data set."""
+    monkeypatch.chdir(tmp_path)
+    discrete = name in (*runs.DISCRETE, "bc, discrete")
+    data = Path((runs.write_cartpole if discrete else runs.write_hdf5)("data.hdf5"))
+    name = name.split(",")[0]
+    module = importlib.import_module(f"algorithms.{name}")
+    argv = ["--dataset", str(data), *runs.tiny(name), "--eval-episodes", "1"]
+    if "cosine" in vars(module.Config):  # the decay ends with the run
+        argv += ["--num-updates", "8", "--name", "decays"]
+        runs.start(name, argv)
+        with pytest.raises(SystemExit) as leave:
+            runs.start(name, [*argv, "--num-updates", "16", "--resume"])
+        said = capsys.readouterr().err.splitlines()
+        assert leave.value.code == 2 and len(said) == 1
+        assert f"of {name}.py) depends on it" in said[0] and "create_state (line" in said[0]
+        argv += ["--cosine", "False"]
+    runs.start(name, [*argv, "--num-updates", "16", "--name", "long"])
+    runs.start(name, [*argv, "--num-updates", "8", "--name", "grown"])
+    short = json.loads((tmp_path / "runs" / name / "data" / "grown" / "result.json").read_text())
+    runs.start(name, [*argv, "--num-updates", "16", "--name", "grown", "--resume"])
+    long, grown = (tmp_path / "runs" / name / "data" / x for x in ("long", "grown"))
+    assert short["num_updates"] == 8
+    assert (long / "metrics.csv").read_bytes() == (grown / "metrics.csv").read_bytes()
+    states = [experiment.load(module, folder)[2] for folder in (long, grown)]
+    assert all(map(np.array_equal, *map(probes.leaves, states)))
+    history = yaml.safe_load((grown / "config.yaml").read_text())["record"]["history"]
+    assert history == [{"until_update": 8, "num_updates": 8}]
+
+    data.unlink()
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    policy = experiment.load_policy(module, shutil.move(grown, "copied"))
+    env = gymnasium.make("CartPole-v1" if discrete else "Pendulum-v1", max_episode_steps=10)
+    observation, _ = env.reset(seed=evaluation.EVAL_SEED)
+    total, reward, over = 0.0, 0.0, False
+    while not over:
+        action = policy.act(observation, reward)
+        observation, reward, termination, truncation, _ = env.step(action)
+        total, over = total + float(reward), termination or truncation
+    assert f"{total:.9g}" == runs.read_csv(long / "metrics.csv")[-1]["return"]
 
 
 # --- The file alone -----------------------------------------------------------------------------
