@@ -4,7 +4,7 @@
 Paper       https://arxiv.org/abs/2106.01345
 Reference   https://github.com/kzl/decision-transformer (gym)
 Run         python algorithms/dt.py --config configs/dt/mujoco.yaml
-Parent      bc.py (261 lines)
+Parent      bc.py (277 lines)
 Results     benchmarks/results
 Deviations  Training pads windows at their end, the reference at their start; padding is masked, so
             this has no effect. The keys' bias and the heads for observations and returns have none
