@@ -15,13 +15,13 @@ import jax
 import numpy as np
 import pytest
 import yaml
+from own_files import NAMES
 
 from common import envs, evaluation, experiment
 from common.experiment import __main__ as program
 from common.experiment import beginning, checkpoints, config, growth, look, stored
 
 ROOT = Path(__file__).resolve().parents[2]
-NAMES = sorted(path.stem for path in (ROOT / "algorithms").glob("*.py"))
 ONE_EPISODE = ["--eval-episodes", "1"]
 
 
