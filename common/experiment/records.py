@@ -50,13 +50,13 @@ class Records:
             return None
         return yaml.safe_load(file.read_text(encoding="utf-8"))["record"].get("started_from")
 
+    def write_result(self, values):
+        files.write(self.folder / "result.json", json.dumps(values, indent=2) + "\n")
+
     def read_result(self):
         """result.json, {} where the run is not finished."""
         file = self.folder / "result.json"
         return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-
-    def write_result(self, values):
-        files.write(self.folder / "result.json", json.dumps(values, indent=2) + "\n")
 
     def resume(self, start):
         """Drop everything that update `start` and the later ones wrote: it is written again."""

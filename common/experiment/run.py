@@ -222,11 +222,20 @@ class Run:
         )
         self.done = start == self.cfg.num_updates and same
         print("finished before" if self.done else f"resuming at update {start:,}")
-        if not self.done:
+        if self.done:
+            self._read_result()
+        else:
             self.origin.compare(meta)
-            return
-        by_seed = [result["score"][str(seed)] for seed in self.cfg.seeds]
-        self.scores = np.array(by_seed, float)  # None becomes NaN
+
+    def _read_result(self):
+        """The scores of a run that an earlier start finished, said once more."""
+        result, numbers = self.records.read_result(), {}
+        for name in ("score", "best_score", "return"):
+            by_seed = result.get(name, {})
+            numbers[name] = np.array([by_seed.get(str(seed)) for seed in self.cfg.seeds], float)
+        self.scores, self.best = numbers["score"], numbers["best_score"]
+        returns = numbers["return"] if "return" in result else None
+        say_result(self.folder, self.scores, self.best, returns, len(result["diverged"]))
 
     def boundaries(self, start):
         """The chunk boundaries start, start + log_every, ..., num_updates; none if all is done."""
@@ -289,7 +298,7 @@ class Run:
             }
             self.scores = np.array(self.last_evaluation["score"])
             self.best = np.fmax(self.best, self.scores)
-            if self.kept is not None:  # that state is the last one that `save` was given
+            if self.kept is not None and step > 0:  # `save` was given that state last
                 self.kept.offer(step, self.divergence.last_state, self.scores)
             self.progress.evaluated(step, self.scores)
         written = self.records.write_metrics(
