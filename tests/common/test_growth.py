@@ -337,6 +337,19 @@ def test_the_data_are_read_only_when_they_are_asked_for(made):
     assert len(dataset.episode_returns) == len(dataset.episode_ends) == 6
 
 
+def test_a_run_from_before_these_records_needs_its_data(made):
+    """What newer runs record is then read from the data set."""
+    values = yaml.safe_load((made / "config.yaml").read_text())
+    for key in ("env_facts", "shapes", "num_actions", "horizon", "score_is_success", "acting"):
+        del values["record"][key]
+    module, observation = runs.module("rebrac"), np.float32([0.1, -0.2, 0.3])
+    action = experiment.load_policy(module, made).act(observation)
+    (made / "config.yaml").write_text(yaml.safe_dump(values))
+    assert np.array_equal(experiment.load_policy(module, made).act(observation), action)
+    dataset = experiment.load(module, made)[1]
+    assert dataset.horizon == 10 and dataset.make_env().action_space.shape == (1,)
+
+
 @pytest.mark.parametrize(
     ("space", "bounds"),
     [
