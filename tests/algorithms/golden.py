@@ -32,7 +32,7 @@ import own_files
 import probes
 
 from common import experiment
-from common import processor as processors
+from common import machine as processors
 
 FILE = Path(__file__).with_name("golden.json")
 TOLERANCES = Path(__file__).with_name("golden_tolerances.json")
