@@ -141,6 +141,8 @@ class Translator:
                 return self.observation, 0.0, False, False, {}
 
         self._inner = Recorded()
+        if "dict" not in facts["observation_space"]:  # without an env only the columns are known
+            keys = ()
         self._outer = spaces.flat_and_scaled(lambda _: self._inner, keys, bounds)()
 
     def flat(self, observation) -> np.ndarray:
