@@ -4,7 +4,7 @@
 Paper       https://arxiv.org/abs/2304.10573, IFQL (generator=flow) https://arxiv.org/abs/2502.02538
 Reference   https://github.com/philippe-eecs/IDQL, https://github.com/seohongpark/fql
 Run         python algorithms/idql.py --config configs/idql/antmaze.yaml
-Parent      iql.py (270 lines)
+Parent      iql.py (267 lines)
 Results     benchmarks/results
 Deviations  As in the authors' code since 7582571, each update is one step of every network on one
             batch. Only the best sample acts (the paper also draws one by its weight). All rows
@@ -379,6 +379,11 @@ def policy_params(state):
     return state.actor.target_params, state.critic.target_params
 
 
+def policy_fn(state, cfg):
+    """`policy` with the networks filled in: (params, observation, key) -> action."""
+    return partial(policy, state.actor.apply_fn, apply_critics=state.critic.apply_fn, cfg=cfg)
+
+
 # --- Training -----------------------------------------------------------------------------------
 def train(cfg, options):
     """Train every seed of `cfg` and return its final normalised scores, [S]."""
@@ -394,7 +399,7 @@ def train(cfg, options):
     state = jax.vmap(create)(init_keys)
     # Compiled once for all seeds. `update` shows which rows a step reads, for --data host.
     train_seeds = experiment.over_seeds(partial(train_chunk, cfg=cfg), update=update)
-    act = partial(policy, state.actor.apply_fn, apply_critics=state.critic.apply_fn, cfg=cfg)
+    act = policy_fn(state, cfg)
 
     with (
         experiment.Run(cfg, options, dataset) as run,
