@@ -8,6 +8,14 @@ from pathlib import Path
 import numpy as np
 
 from common import fail, one_line
+from common.datasets import unreadable
+
+
+def is_hdf5(path: Path) -> bool:
+    """Whether a file is HDF5, by its first bytes."""
+    import h5py
+
+    return bool(h5py.is_hdf5(path))
 
 
 def read(path: Path, wanted: tuple, needed: tuple) -> tuple[dict, dict]:
@@ -31,6 +39,8 @@ def read(path: Path, wanted: tuple, needed: tuple) -> tuple[dict, dict]:
             rows = {name: file[name][()] for name in wanted if name in arrays}
             facts = {name: _plain(value) for name, value in file.attrs.items()}
     except (OSError, RuntimeError, KeyError, TypeError, ValueError, MemoryError) as error:
+        if hindrance := unreadable.obstacle(error):
+            fail(f"{path}: cannot be read as HDF5: {hindrance}")
         fail(f"{path}: cannot be read as HDF5, truncated or another format ({one_line(error)})")
     for name in needed:
         if name not in rows:
