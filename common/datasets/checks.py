@@ -245,7 +245,10 @@ def _check_parts(dataset_id, space, keys, env_id):
     parts = sorted(parts) if isinstance(parts, dict) else None
     if keys and not {*keys} <= {*(parts or ())}:
         what = f"only {', '.join(parts)}" if parts else f"{space}, which is no dict"
-        fail(f"{dataset_id}: parts {', '.join(keys)} per observation, {env_id} gives {what}")
+        fail(
+            f"{dataset_id}: parts {', '.join(keys)} per observation, {env_id} gives {what}; name "
+            "an env with those parts by --env"
+        )
     if parts and not keys:
         fail(
             f"{dataset_id}: arrays as observations, {env_id} gives a dict or its parts "

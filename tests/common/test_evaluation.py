@@ -242,7 +242,7 @@ def test_beside_the_training_gives_the_same_numbers():
     same(evaluate((0, 1), beside=True)[0], evaluate((0, 1), beside=False)[0])
 
 
-def test_beside_the_training_leaves_an_error_visible():
+def test_beside_the_training_leaves_an_error_visible(capsys):
     class Broken(Fickle):
         def step(self, action):
             if len(self.seeds) > 1:  # past the measurement of its speed
@@ -253,8 +253,11 @@ def test_beside_the_training_leaves_an_error_visible():
             self.__dict__.setdefault("seeds", (None,))
             return super().reset(seed=seed)
 
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(SystemExit) as leave:
         evaluate(beside=True, make_env=Broken)
+    assert leave.value.code == 2
+    text = capsys.readouterr().err
+    assert "env Broken: its step raised ZeroDivisionError" in text and text.count("\n") == 1
 
 
 def test_no_env_no_evaluation(capsys):
