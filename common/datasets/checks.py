@@ -90,7 +90,10 @@ def actions(dataset_id, action, env, bounds, recorded=None):
         fail(f"{dataset_id}: continuous actions, but {takes}")
     action = action.astype(np.float32).reshape(len(action), -1)
     if space is not None and np.prod(space.shape, dtype=int) != action.shape[1]:
-        fail(f"{dataset_id}: {action.shape[1]} action dimensions, {name} has {space.shape}")
+        fail(
+            f"{dataset_id}: {action.shape[1]} action dimensions, {name} has {space.shape}; see "
+            "--env"
+        )
     unbounded = space is not None and not space.is_bounded()
     if space is None or (env is None and unbounded):
         low, high = _recorded_bounds(dataset_id, bounds, action.shape[1])

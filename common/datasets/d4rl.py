@@ -38,6 +38,8 @@ def read_file(path: Path, env: str | None, env_steps: int | None, row: dict) -> 
     if difference := path.is_file() and download.changed(path):
         fail(f"{path}: {difference}")
     rows, facts = hdf5.read(path, COLUMNS, _needed(row, path))
+    if env:
+        facts.pop("env_id", None)
     hdf5.check_attributes(path, facts, NUMBERS)
     chosen = env or facts.get("env_id")
     facts = _known(row, chosen, facts) | facts

@@ -58,7 +58,7 @@ def _dataset(dataset_id, source):
         print(f"{dataset_id}: no 'timeouts' in it, so episodes are cut at terminals {where}")
     transitions, ends, returns = cut(rows, horizon or limit, source.termination_ends_episode)
     if not len(ends):
-        fail(f"{dataset_id}: no row with a known next observation")
+        fail(f"{dataset_id}: no row with a known next observation; store next_observations too")
     unused = {"observation_keys_left_out": list(source.left_out)} if source.left_out else {}
     record = {
         "observation_keys": list(keys),

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from common import fail, folders, recipes
-from common.datasets import reference_scores
+from common.datasets import reference_scores, unreadable
 
 METADATA = "**/data/metadata.json"  # of each data set in Minari's local root
 MINARI_ID = re.compile(r"[\w.-]+(/[\w.-]+)+-v\d+")
@@ -73,6 +73,10 @@ def fail_unreadable(dataset_id: str, path: Path) -> NoReturn:
             f"{path}: not an HDF5 file; OGBench's files are read by a task's name: pass {task} "
             f"and OGBENCH_DATASET_DIR={folder}"
         )
+    try:
+        path.open("rb").close()
+    except OSError as error:
+        fail(f"{path}: cannot be read as HDF5: {unreadable.obstacle(error)}")
     fail(f"{dataset_id}: cannot be read as HDF5, truncated or another format")
 
 
@@ -96,13 +100,15 @@ def fail_unknown(dataset_id: str) -> NoReturn:
     minari = [row["minari_id"] for row in table.values() if row["minari_id"]]
     here = minari_ids()
     known = [*here, *recipes.IDS, *local, *table, *minari, *tasks]
-    near = difflib.get_close_matches(dataset_id, [*dict.fromkeys(known)], 3, 0.5)
-    if re.fullmatch(r"[\w.-]+(/[\w.-]+)+", dataset_id) and not MINARI_ID.fullmatch(dataset_id):
-        # Looks like an id of Minari, whose ids end in a version.
-        versions = [name for name in [*here, *minari] if name.startswith(f"{dataset_id}-v")]
-        if versions:
-            near = [*dict.fromkeys(versions)]
-        elif not dataset_id.startswith("local/"):
-            near = [f"{dataset_id}-v0"]
+    known = [*dict.fromkeys(name for name in known if name != dataset_id)]
+    near = difflib.get_close_matches(dataset_id, known, 3, 0.5)
+    versions = [name for name in known if re.fullmatch(re.escape(dataset_id) + r"-v\d+", name)]
+    like_minari = re.fullmatch(r"[\w.-]+(/[\w.-]+)+", dataset_id)
+    if versions:
+        near = versions
+    elif (
+        like_minari and not MINARI_ID.fullmatch(dataset_id) and not dataset_id.startswith("local/")
+    ):
+        near = [f"{dataset_id}-v0"]  # Minari's ids end in a version
     hint = f"did you mean {' or '.join(near)}?" if near else "docs/data.md lists the forms of an id"
     fail(f"{dataset_id!r}: no such data set; {hint}")
