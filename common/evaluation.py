@@ -70,7 +70,7 @@ def _step(env, action):
     except Exception as error:  # of the env
         _fail(env, "step", error)
     try:
-        number = float(np.asarray(reward, float).reshape(()))
+        number = float(np.asarray(reward).reshape(()))
     except (TypeError, ValueError):
         fail(f"env {_name(env)}: the reward of a step must be one number, not {reward!r}")
     return observation, number, bool(termination or truncation), info

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from common import fail, folders, recipes
-from common.datasets import reference_scores, unreadable
+from common.datasets import hdf5, reference_scores, unreadable
 
 METADATA = "**/data/metadata.json"  # of each data set in Minari's local root
 MINARI_ID = re.compile(r"[\w.-]+(/[\w.-]+)+-v\d+")
@@ -31,7 +31,16 @@ SUITES = {  # suite of configs -> how the names of its data sets begin; the firs
 def slug(dataset_id: str) -> str:
     """The name of a data set in run folders and config tables: its id, or its file's stem."""
     path = Path(os.path.expanduser(dataset_id))
-    return path.stem if path.suffix in (".hdf5", ".h5") or path.is_file() else dataset_id
+    return path.stem if is_file(path) else dataset_id
+
+
+def is_file(path: Path) -> bool:
+    """Whether an id is meant as the path of a data file.
+
+    It is by its suffix. Any other path of a file is one where the file is HDF5, so that neither a
+    folder nor a log that happens to be called like a data set stands in its way.
+    """
+    return path.suffix in (".hdf5", ".h5") or (path.is_file() and hdf5.is_hdf5(path))
 
 
 def config_name(dataset_id: str) -> str:

@@ -15,7 +15,7 @@ import os
 from pathlib import Path
 
 from common import fail, folders
-from common.datasets import d4rl, hdf5, local, minari, names, ogbench, reference_scores
+from common.datasets import d4rl, local, minari, names, ogbench, reference_scores
 from common.datasets.source import Source
 
 
@@ -33,7 +33,7 @@ def read(dataset_id: str, env: str | None, env_steps: int | None) -> Source:
     if not dataset_id.strip() or not dataset_id.isprintable():
         fail(f"{dataset_id!r} is no data set id; docs/data.md lists the forms of an id")
     path = Path(os.path.expanduser(dataset_id))
-    if is_file_name(dataset_id, path):
+    if names.is_file(path):
         return d4rl.read_file(path, env, env_steps, reference_scores.row_of(path.stem))
     if dataset_id.startswith("local/"):
         return local.read(dataset_id, env, env_steps)
@@ -48,17 +48,6 @@ def read(dataset_id: str, env: str | None, env_steps: int | None) -> Source:
     if path.exists():
         names.fail_unreadable(dataset_id, path)
     names.fail_unknown(dataset_id)
-
-
-def is_file_name(dataset_id: str, path: Path) -> bool:
-    """Whether an id is meant as the path of a data file.
-
-    It is by its suffix. Any other path of a file is one where the file is HDF5, so that neither a
-    folder nor a log that happens to be called like a data set stands in its way.
-    """
-    if path.suffix in (".hdf5", ".h5"):
-        return True
-    return path.is_file() and hdf5.is_hdf5(path)
 
 
 def only_in_minari(dataset_id: str) -> bool:

@@ -47,10 +47,14 @@ def say_result(folder, scores, best, returns, diverged):
         return
     lost = f", {left} of {len(scores)} seeds: the others diverged" if diverged else ""
     if np.isnan(scores).all():
-        what = "trained without an evaluation" if returns is None else "no score: no finite return"
+        what = "trained without an evaluation"
+        if returns is not None:
+            what = "no score, since the env gave rewards that are no finite numbers"
         print(f"{what}{lost}, in {folder}")
         return
-    spread = f" ± {np.nanstd(scores):.1f}" if left > 1 else ""
+    unscored = int(np.isnan(scores).sum()) - diverged
+    lost += f", {unscored} without a score" if unscored else ""
+    spread = f" ± {np.nanstd(scores):.1f}" if left - unscored > 1 else ""
     print(
         f"final score {np.nanmean(scores):.1f}{spread} "
         f"(best during training {np.nanmean(best):.1f}){lost}, "
