@@ -19,7 +19,7 @@ import jax
 import numpy as np
 import psutil
 
-from common import fail, one_line
+from common import fail, told
 
 EVAL_SEED = 10_000
 
@@ -73,15 +73,21 @@ def _step(env, action):
         number = float(np.asarray(reward).reshape(()))
     except (TypeError, ValueError):
         fail(f"env {_name(env)}: the reward of a step must be one number, not {reward!r}")
-    return observation, number, bool(termination or truncation), info
+    return observation, number, bool(termination or truncation), info or {}
+
+
+def _check_shape(env, observation, first):
+    """One line and exit code 2 where an observation has another shape than the first."""
+    if np.shape(observation) != np.shape(first):
+        shapes = f"{np.shape(observation)} after one of shape {np.shape(first)}"
+        fail(f"env {_name(env)}: gave an observation of shape {shapes}")
 
 
 def _fail(env, call, error):
     """One line on what an env raised, with the place in its code."""
     place = traceback.extract_tb(error.__traceback__)[-1]
     where = f"{os.path.basename(place.filename)}:{place.lineno}"
-    what = f"{type(error).__name__}: {one_line(error)}"
-    fail(f"env {_name(env)}: its {call} raised {what} ({where}); see --env")
+    fail(f"env {_name(env)}: its {call} raised {told(error)} ({where}); see --env")
 
 
 def _name(env):
@@ -143,7 +149,10 @@ class Rollouts:
     def __exit__(self, *error):
         self.pool.shutdown(wait=True, cancel_futures=True)
         for env in self.envs:
-            env.close()
+            try:
+                env.close()
+            except Exception as closing:  # of the env; the run itself is over
+                print(f"env {_name(env)}: its close raised {told(closing)}")
 
     def start(self, params, update):
         """A future of `run`'s result; an accelerator trains the next chunk meanwhile."""
@@ -191,7 +200,10 @@ class Rollouts:
         not used.
         """
         shape = (len(self.keys), self.cfg.eval_episodes)
-        first = np.stack([self._reset(i) for i in episodes.tolist()])
+        first = [self._reset(i) for i in episodes.tolist()]
+        for i, given in zip(episodes, first, strict=True):
+            _check_shape(self.envs[i % len(self.envs)], given, first[0])
+        first = np.stack(first)
         observation = np.zeros((len(played.returns), *first.shape[1:]), first.dtype)
         observation[episodes] = first
         rewards, past, env_step = np.zeros(shape, np.float32), self.memory, 0
@@ -210,8 +222,10 @@ class Rollouts:
             over = np.zeros(len(observation), bool)
             for i in live:
                 env = self.envs[i % len(self.envs)]
-                observation[i], reward, over[i], info = _step(env, action[i])
+                given, reward, over[i], info = _step(env, action[i])
+                _check_shape(env, given, first[0])
                 self._check(env, reward)
+                observation[i] = given
                 rewards.flat[i] = reward
                 played.add(i, reward, info)
             live = live[~over[live]]

@@ -8,8 +8,7 @@ import numbers
 
 import numpy as np
 
-from common import envs, fail, one_line
-from common.datasets.unreadable import told
+from common import envs, fail, one_line, told
 
 # An action at most this far outside its bounds (-1 and 1 after scaling) is clipped.
 TOLERANCE = 1e-3

@@ -8,7 +8,7 @@ import urllib.request
 
 import numpy as np
 
-from common import envs, fail, folders, one_line
+from common import envs, fail, folders, one_line, told
 from common.datasets import reference_scores, unreadable
 from common.datasets.source import Source
 from common.envs import d4rl, recorded
@@ -24,16 +24,19 @@ def read(dataset_id, env, env_steps):
     if is_missing(dataset_id):
         _download(dataset_id)
     try:
-        return _read(dataset_id, folder, env, env_steps)
+        with np.errstate(over="raise"):
+            return _read(dataset_id, folder, env, env_steps)
+    except FloatingPointError:
+        fail(f"{dataset_id}: holds numbers beyond float32, 3.4e38; store them scaled down")
     except Exception as error:  # of Minari and all that it reads with
         if hindrance := unreadable.obstacle(error):
             fail(f"{dataset_id}: {folder} cannot be read: {hindrance}")
         if unreadable.is_damage(error):
             fail(
-                f"{dataset_id}: {folder} is damaged ({unreadable.told(error)}); delete that folder "
+                f"{dataset_id}: {folder} is damaged ({told(error)}); delete that folder "
                 "and start again, which downloads it anew, or record it again"
             )
-        fail(f"{dataset_id}: {folder} cannot be read ({unreadable.told(error)})")
+        fail(f"{dataset_id}: {folder} cannot be read ({told(error)})")
 
 
 def _read(dataset_id, folder, env, env_steps):
@@ -91,9 +94,14 @@ def _check_spaces(dataset_id, source, keys):
 
 def _rows(source, keys):
     """All episodes, written one after the other into arrays of the final size."""
+    import psutil
+
     total, at = source.total_steps, 0
     columns = envs.columns(source.observation_space, keys)
     width = envs.width(source.observation_space, keys)
+    needed, free = 2 * 4 * total * width, psutil.virtual_memory().available
+    if needed > free:  # Linux would give it all the same and end the process later
+        raise MemoryError(f"{needed / 1e9:,.1f} GB for its observations, {free / 1e9:,.1f} GB free")
     action = source.action_space
     kind = np.float32 if action.dtype.kind == "f" else action.dtype
     rows = {

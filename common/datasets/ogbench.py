@@ -5,7 +5,7 @@ import warnings
 import zipfile
 from pathlib import Path
 
-from common import envs, fail, one_line
+from common import envs, fail, one_line, told
 from common.datasets import download, mirrors, unreadable
 from common.datasets.names import OGBENCH_ID
 from common.datasets.source import Source
@@ -45,9 +45,8 @@ def read(name: str, folder: Path, env: str | None, env_steps: int | None) -> Sou
         if hindrance := unreadable.obstacle(error):
             fail(f"{name}: {path} cannot be read: {hindrance}")
         if unreadable.is_damage(error):
-            told = unreadable.told(error)
-            fail(f"{name}: {path} is damaged ({told}); delete it and start again")
-        fail(f"{name}: {path} cannot be used ({unreadable.told(error)})")
+            fail(f"{name}: {path} is damaged ({told(error)}); delete it and start again")
+        fail(f"{name}: {path} cannot be used ({told(error)})")
     task_env.close()
     rows = {
         "observations": raw["observations"],

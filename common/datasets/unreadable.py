@@ -39,8 +39,3 @@ def is_damage(error: BaseException) -> bool:
         return True
     # h5py and pyarrow use Python's own types for what they find in a file.
     return "Unable to" in str(error) or type(error).__module__.startswith("pyarrow")
-
-
-def told(error: BaseException) -> str:
-    """An error with its type, which its text alone does not always tell."""
-    return f"{type(error).__name__}: {one_line(error)}"
