@@ -65,6 +65,7 @@ def _dataset(dataset_id, source):
         **unused,
         "env": spec and _env_name(spec),
         "action_box": [] if bounds is None else [np.asarray(bound).tolist() for bound in bounds],
+        **_action_facts(source.action_space if env is None else envs.action_space(env)),
         "rows_left_out": count - len(transitions.reward),  # their next observation is unknown
     }
     return Dataset(
@@ -80,6 +81,13 @@ def _dataset(dataset_id, source):
         score_is_success=source.score_is_success,
         record=record | source.facts,
     )
+
+
+def _action_facts(space):
+    """What the env adds to actions from 0 on, or the shape that it gives to flat actions."""
+    if getattr(space, "start", 0):
+        return {"first_action": int(space.start)}
+    return {} if space is None or len(space.shape) < 2 else {"action_shape": list(space.shape)}
 
 
 def _env_name(spec):

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Read a Minari data set from Minari's local root; download it first where it is not there."""
 
+import difflib
 import os
 import shutil
 import socket
@@ -9,7 +10,7 @@ import urllib.request
 import numpy as np
 
 from common import envs, fail, folders, one_line, told
-from common.datasets import reference_scores, unreadable
+from common.datasets import names, reference_scores, unreadable
 from common.datasets.source import Source
 from common.envs import d4rl, recorded
 
@@ -168,15 +169,17 @@ def _idle_parts(source, space):
     """The names of the parts that tell a policy nothing."""
     from gymnasium.spaces import Text
 
-    names = {key for key in space.spaces if envs.unusable(space[key]) is None}
+    usable = {key for key in space.spaces if envs.unusable(space[key]) is None}
     constant = {key for key in space.spaces if isinstance(space[key], Text)}
-    constant |= {"desired_goal"} if {"observation", "desired_goal"} <= names else set()
-    achieved = {"observation", "achieved_goal"} <= names
+    constant |= {"desired_goal"} if {"observation", "desired_goal"} <= usable else set()
+    achieved = {"observation", "achieved_goal"} <= usable
     first, repeated = {}, True  # the first value of a part; which numbers stand in which column
     for episode in source.iterate_episodes() if constant or achieved else ():
         count, values = len(episode.rewards) + 1, episode.observations
         for key in sorted(constant):
-            rows = values[key] if key not in names else envs.columns(space[key])(values[key], count)
+            rows = (
+                values[key] if key not in usable else envs.columns(space[key])(values[key], count)
+            )
             first.setdefault(key, rows[0])
             if not all(np.array_equal(row, first[key]) for row in rows):
                 constant.remove(key)
@@ -220,8 +223,10 @@ def _download(dataset_id):
         _reach_server()
         minari.download_dataset(dataset_id)
     except Exception as error:
+        near = difflib.get_close_matches(dataset_id, names.minari_ids(), 3, 0.6)
+        here = f" (there is {', '.join(near)})" if near else ""
         fail(
-            f"{dataset_id}: not under {folders.minari()} and the download failed "
+            f"{dataset_id}: not under {folders.minari()}{here} and the download failed "
             f"({one_line(error)}); with a network: minari download {dataset_id}"
         )
 

@@ -257,6 +257,39 @@ def test_observations_of_any_form(form):
 
 
 @pytest.mark.parametrize("call", ["reset", "step"])
+def test_an_observation_of_another_shape_is_one_line(capsys, call):
+    class Growing(Fickle):
+        def reset(self, **options):
+            observation, info = super().reset(**options)
+            grows = call == "reset" and options["seed"] == evaluation.EVAL_SEED + 2
+            return observation[: 1 + (not grows)], info
+
+        def step(self, action):
+            observation, *rest = super().step(action)
+            return np.resize(observation, 2 + (call == "step" and self.steps == 3)), *rest
+
+    with pytest.raises(SystemExit) as leave:
+        evaluate(make_env=Growing)
+    assert leave.value.code == 2
+    text = capsys.readouterr().err
+    assert "env Growing: gave an observation of shape (" in text and text.count("\n") == 1
+
+
+def test_an_env_without_info_that_does_not_close(capsys):
+    class Rough(Fickle):
+        def step(self, action):
+            *rest, _ = super().step(action)
+            return *rest, None
+
+        def close(self):
+            raise OSError("no window")
+
+    result, _ = evaluate((0,), make_env=Rough)
+    assert result["success"] is None and np.isfinite(result["return"]).all()
+    assert "env Rough: its close raised OSError: no window" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("call", ["reset", "step"])
 def test_what_an_env_raises_is_one_line_with_its_place(monkeypatch, capsys, call):
     def unstable(*args, **options):
         raise RuntimeError("simulator\nunstable")

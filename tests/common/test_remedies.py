@@ -687,7 +687,9 @@ def test_a_renderer_that_is_not_there_is_named(place, name):
 def test_an_id_that_is_meant_is_one_that_loads(place, capsys, given, there):
     record(there)
     if names.MINARI_ID.fullmatch(given):  # could be one that Minari's server has
-        assert "minari download" in error_of(capsys, datasets.load, given)
+        text = error_of(capsys, datasets.load, given)
+        assert f"(there is {there})" in text and "minari download" in text
+        assert len(datasets.load(there).transitions.reward)
         return
     text = error_of(capsys, datasets.load, given)
     meant = re.search(r"did you mean ([^ ?]+)", text)[1]

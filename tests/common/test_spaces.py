@@ -280,10 +280,13 @@ def test_actions_reach_the_env_as_recorded(root, capsys, name):
     dataset = datasets.load("lab/toy-v0", actions="any")
     if "discrete" in name:
         assert dataset.num_actions == ACTIONS[name].n
+        assert dataset.record.get("first_action", 0) == ACTIONS[name].start
         assert 0 <= dataset.transitions.action.min() <= dataset.transitions.action.max()
     else:
         assert dataset.transitions.action.shape[1] == int(np.prod(ACTIONS[name].shape))
         assert np.abs(dataset.transitions.action).max() <= 1
+        shape = list(ACTIONS[name].shape)
+        assert dataset.record.get("action_shape", shape) == shape
     replay(dataset, taken)
     play_everything(dataset)
 
@@ -456,6 +459,32 @@ class Wide(Toy):
     def __init__(self, render_mode=None):
         super().__init__()
         self.action_space = box(2, low=-2, high=2)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_numbers_beyond_float32_in_a_recording_are_told_as_such(root, capsys):
+    record("lab/huge-v0", observation="box of float64")
+    with h5py.File(root / "lab/huge-v0/data/main_data.hdf5", "a") as file:
+        file["episode_1/observations"][2] = 1e300
+    text = error_of(capsys, datasets.load, "lab/huge-v0")
+    assert "beyond float32" in text and "store them scaled down" in text
+    assert "NaN" not in text and "delete" not in text
+    with h5py.File(root / "lab/huge-v0/data/main_data.hdf5", "a") as file:
+        file["episode_1/observations"][2] = 1e-300
+    assert len(datasets.load("lab/huge-v0").transitions.reward) == 3 * STEPS
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_recording_larger_than_the_memory_is_one_line(root, monkeypatch, capsys):
+    import psutil
+
+    record(observation="image")
+    free = psutil.virtual_memory()._replace(available=1000)
+    with monkeypatch.context() as patch:
+        patch.setattr(psutil, "virtual_memory", lambda: free)
+        text = error_of(capsys, datasets.load, "lab/toy-v0")
+    assert "need more memory than is free" in text and "delete" not in text
+    assert len(datasets.load("lab/toy-v0").transitions.reward) == 3 * STEPS
 
 
 # --- Goals --------------------------------------------------------------------------------------
