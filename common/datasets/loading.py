@@ -87,7 +87,8 @@ def _action_facts(space):
     """What the env adds to actions from 0 on, or the shape that it gives to flat actions."""
     if getattr(space, "start", 0):
         return {"first_action": int(space.start)}
-    return {} if space is None or len(space.shape) < 2 else {"action_shape": list(space.shape)}
+    is_flat = space is None or space.dtype.kind != "f" or len(space.shape) == 1
+    return {} if is_flat else {"action_shape": list(space.shape)}
 
 
 def _env_name(spec):

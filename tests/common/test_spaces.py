@@ -286,7 +286,7 @@ def test_actions_reach_the_env_as_recorded(root, capsys, name):
         assert dataset.transitions.action.shape[1] == int(np.prod(ACTIONS[name].shape))
         assert np.abs(dataset.transitions.action).max() <= 1
         shape = list(ACTIONS[name].shape)
-        assert dataset.record.get("action_shape", shape) == shape
+        assert dataset.record.get("action_shape") == (None if len(shape) == 1 else shape)
     replay(dataset, taken)
     play_everything(dataset)
 
@@ -526,6 +526,24 @@ def test_a_goal_does_not_depend_on_the_name_of_the_data(root, capsys, name):
     envs.make("PointMaze_UMaze-v3").close()  # registers it
     record(name, "PointMaze_UMaze-v3")
     assert datasets.load(name).record["observation_keys"] == ["observation", "desired_goal"]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_fetch_keeps_its_goal_and_tells_success(root):
+    """A user's recording of an env with goals and `is_success`, by no name of D4RL's."""
+    pytest.importorskip("gymnasium_robotics")
+    envs.make("FetchReach-v4").close()  # registers it
+    record("team/reach-v0", "FetchReach-v4")
+    dataset = datasets.load("team/reach-v0", env_steps=5)
+    assert dataset.record["observation_keys"] == ["observation", "desired_goal"]
+    assert dataset.record["observation_keys_left_out"] == ["achieved_goal"]
+    cfg = SimpleNamespace(eval_episodes=3, eval_every=1, num_updates=1)
+    act = lambda params, observation, key: jnp.zeros((len(observation), 4))  # noqa: E731
+    key = jax.vmap(jax.random.key)(jnp.zeros(1, jnp.uint32))
+    with evaluation.Rollouts(dataset, act, key, cfg) as rollouts:
+        result = rollouts.run({"x": jnp.zeros((1, 1))}, 0)
+    near = [-5 < value <= 0 for value in result["return"]]  # a step within 5 cm pays 0, others -1
+    assert all(near) == (result["success"][0] > 0)
 
 
 # --- Clipped actions ----------------------------------------------------------------------------
