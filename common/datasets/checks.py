@@ -9,6 +9,7 @@ import numbers
 import numpy as np
 
 from common import envs, fail, one_line, told
+from common.datasets import unreadable
 
 # An action at most this far outside its bounds (-1 and 1 after scaling) is clipped.
 TOLERANCE = 1e-3
@@ -41,7 +42,7 @@ def _array(dataset_id, name, array):
         fail(f"{dataset_id}: {name} has shape {list(array.shape)}, it must have 1 axis")
     if name == "actions" and array.dtype.kind in "iu":
         return array.astype(np.int32)
-    low, high = array.min(), array.max()  # NaN where one is
+    low, high = float(array.min()), float(array.max())  # NaN where one is
     if not (low >= -LARGEST and high <= LARGEST):
         _fail_in_row(dataset_id, name, array)
     array = np.ascontiguousarray(array, np.float32)
@@ -266,7 +267,10 @@ def _mark_choices(dataset_id, rows, space, env_id):
     columns = envs.columns(space)
     for name in {"observations", "next_observations"} & {*rows}:
         try:
+            unreadable.check_memory(len(rows[name]), envs.width(space))
             rows[name] = columns(rows[name], len(rows[name]))
+        except MemoryError as error:
+            fail(f"{dataset_id}: {env_id} gives {space}, a column for each value ({error})")
         except ValueError as error:
             fail(f"{dataset_id}: {name}: {one_line(error)}: {env_id} gives {space}")
 

@@ -95,14 +95,10 @@ def _check_spaces(dataset_id, source, keys):
 
 def _rows(source, keys):
     """All episodes, written one after the other into arrays of the final size."""
-    import psutil
-
     total, at = source.total_steps, 0
     columns = envs.columns(source.observation_space, keys)
     width = envs.width(source.observation_space, keys)
-    needed, free = 2 * 4 * total * width, psutil.virtual_memory().available
-    if needed > free:  # Linux would give it all the same and end the process later
-        raise MemoryError(f"{needed / 1e9:,.1f} GB for its observations, {free / 1e9:,.1f} GB free")
+    unreadable.check_memory(total, width)
     action = source.action_space
     kind = np.float32 if action.dtype.kind == "f" else action.dtype
     rows = {

@@ -39,3 +39,15 @@ def is_damage(error: BaseException) -> bool:
         return True
     # h5py and pyarrow use Python's own types for what they find in a file.
     return "Unable to" in str(error) or type(error).__module__.startswith("pyarrow")
+
+
+def check_memory(rows: int, columns: int, arrays: int = 2) -> None:
+    """Raise MemoryError where float32 arrays of that size do not fit.
+
+    Linux would give the memory all the same, and end the process when it is used.
+    """
+    import psutil
+
+    needed, free = 4 * rows * columns * arrays, psutil.virtual_memory().available
+    if needed > free:
+        raise MemoryError(f"{needed / 1e9:,.1f} GB for observations, {free / 1e9:,.1f} GB are free")

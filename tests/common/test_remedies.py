@@ -18,13 +18,15 @@ from types import SimpleNamespace
 
 import gymnasium
 import h5py
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from gymnasium import spaces, wrappers
 from test_datasets import error_of
 from test_spaces import STEPS, Toy, box, record, write
 
-from common import datasets, recipes
+from common import datasets, evaluation, recipes
 from common.datasets import names
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -570,6 +572,17 @@ def test_the_remedy_of_a_message_works(place, capsys, monkeypatch, case):
         sys.modules.pop("users_envs", None)
         while HELD:
             closed_there()
+
+
+def test_an_evaluation_without_an_env(place, capsys):
+    cfg = SimpleNamespace(eval_episodes=1, eval_every=1, num_updates=1)
+    key = jax.vmap(jax.random.key)(jnp.zeros(1, jnp.uint32))
+    act = lambda params, observation, key: jnp.zeros((len(observation), 2))  # noqa: E731
+    file()
+    for env, said in ((None, True), ("Plain-v0", False)):
+        with evaluation.Rollouts(datasets.load("own.hdf5", env=env), act, key, cfg) as rollouts:
+            assert bool(rollouts.envs) != said
+        assert ("(set --env)" in capsys.readouterr().out) == said
 
 
 # --- Files of servers ---------------------------------------------------------------------------

@@ -413,6 +413,24 @@ def test_choices_outside_of_the_env_are_one_line(tmp_path, capsys):
     assert "observations" in text and "0 to 8" in text and "Discrete(5)" in text
 
 
+class Vast(Toy):
+    """More values than there is memory for columns."""
+
+    def __init__(self, render_mode=None):
+        super().__init__()
+        self.observation_space = spaces.Discrete(2**50)
+
+
+def test_more_choices_than_memory_are_one_line(tmp_path, capsys):
+    gymnasium.register("Spaced-v0", Vast, max_episode_steps=5)
+    try:
+        path = write(tmp_path / "x.hdf5", observations=np.arange(9), actions=np.zeros((9, 2)))
+        text = error_of(capsys, datasets.load, path, env="Spaced-v0")
+    finally:
+        del gymnasium.registry["Spaced-v0"]
+    assert "a column for each value" in text and f"Discrete({2**50})" in text
+
+
 # --- The env of another space -------------------------------------------------------------------
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
