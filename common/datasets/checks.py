@@ -78,7 +78,7 @@ def actions(dataset_id, action, env, bounds, recorded=None):
     """
     space = recorded if env is None else envs.action_space(env)
     name = dataset_id if env is None else env.spec.id
-    if why := space and envs.unusable_action(space):
+    if why := None if space is None else envs.unusable_action(space):
         fail(f"{dataset_id}: {name} takes actions of a kind that no method here can, {why}")
     if env is not None and recorded is not None:
         _same_actions(dataset_id, recorded, env)
