@@ -48,6 +48,7 @@ def _read(dataset_id, folder, env, env_steps):
     metadata = source.storage.metadata
     keys, left_out = _keys(dataset_id, source)
     _check_spaces(dataset_id, source, keys)
+    _tell_of_images(dataset_id, source, keys)
     rows = _rows(source, keys)
     options = {} if env else recorded.recovered(dataset_id, source)
     options |= {} if env_steps is None else {"max_episode_steps": env_steps}
@@ -91,6 +92,29 @@ def _check_spaces(dataset_id, source, keys):
             )
     if why := envs.unusable_action(source.action_space):
         fail(f"{dataset_id}: the action space {why}")
+
+
+def _tell_of_images(dataset_id, source, keys):
+    """Say that images of the recording are not quite those that the env gives."""
+    space = source.observation_space
+    used = [space[key] for key in keys] or [space]
+    if getattr(source.storage, "jpeg_encoding", True) and any(_has_image(part) for part in used):
+        print(
+            f"{dataset_id}: its images are stored as JPEG, so they differ a little from the env's; "
+            "Minari's DataCollector stores them as they are with jpeg_encoding=False"
+        )
+
+
+def _has_image(space):
+    """Whether a part of a space is what Minari takes for an image."""
+    from gymnasium.spaces import Dict, Tuple
+    from minari.dataset.minari_storage import is_image_space
+
+    if isinstance(space, Dict):
+        return any(_has_image(part) for part in space.spaces.values())
+    if isinstance(space, Tuple):
+        return any(_has_image(part) for part in space.spaces)
+    return is_image_space(space)
 
 
 def _rows(source, keys):

@@ -172,12 +172,19 @@ def root(tmp_path, monkeypatch):
     return tmp_path / "minari"
 
 
-def record(dataset_id="lab/toy-v0", env_id="Toy-v0", wrapper=None, episodes=3, **options):
+def record(
+    dataset_id="lab/toy-v0",
+    env_id="Toy-v0",
+    wrapper=None,
+    episodes=3,
+    jpeg_encoding=True,
+    **options,
+):
     """Record random episodes with Minari's collector, reset with seeds 0, 1, ... -> the actions."""
     import minari
 
     env = gymnasium.make(env_id, **options)
-    env = minari.DataCollector(wrapper(env) if wrapper else env)
+    env = minari.DataCollector(wrapper(env) if wrapper else env, jpeg_encoding=jpeg_encoding)
     env.action_space.seed(0)
     taken = []
     for seed in range(episodes):
@@ -271,6 +278,27 @@ def test_recorded_observations_are_those_of_the_env(root, capsys, name):
         assert f"({', '.join(keys)})" in said
     else:
         assert keys == []
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "space",
+    [
+        box(32, 40, 3, kind=np.uint8, low=0, high=255),
+        box(32, 32, kind=np.uint8, low=0, high=255),
+        spaces.Tuple((box(2), spaces.Dict({"eye": box(32, 32, kind=np.uint8, low=0, high=255)}))),
+    ],
+    ids=["colours", "grey", "far below"],
+)
+def test_images_stored_as_jpeg_are_said(root, monkeypatch, capsys, space):
+    """Minari changes images of 32 pixels and more unless told otherwise."""
+    monkeypatch.setitem(OBSERVATIONS, "camera", (space, spaces.flatdim(space)))
+    for number, said in ((0, True), (1, False)):
+        taken = record(f"lab/camera-v{number}", observation="camera", jpeg_encoding=said)
+        dataset = datasets.load(f"lab/camera-v{number}")
+        assert dataset.transitions.observation.shape[1] == spaces.flatdim(space)
+        assert ("with jpeg_encoding=False" in capsys.readouterr().out) == said
+    replay(dataset, taken)
 
 
 @pytest.mark.filterwarnings("ignore")
