@@ -41,7 +41,8 @@ def trusted(dataset_id, folder, env):
             name = str(part["entry_point"])
             if name not in known and not env_class.fullmatch(name):
                 what = f"its env is {name}, of no package of envs known here"
-                remedy = "--env NAME evaluates in one that you trust"
+                remedy = "--env NAME evaluates in one that you trust, --env MODULE:NAME in one "
+                remedy += "that a module of yours registers"
                 if env is not None:
                     remedy = "to read data without stored spaces Minari makes that env: name the "
                     remedy += "module that registers it, if you trust it, by --env MODULE:NAME"
