@@ -53,7 +53,7 @@ def plot(dataset, file: str) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    maze = "maze" in dataset.id
+    maze = "maze" in dataset.id and dataset.transitions.observation.shape[1] >= 2
     figure, axes = pyplot.subplots(1, 3 if maze else 2, figsize=(12 if maze else 8, 3.5))
     starts, ends = episodes(dataset)
     for axis, values, name in zip(

@@ -37,7 +37,8 @@ def say_result(folder, scores, best, returns, diverged):
     """Print the final score in one line.
 
     Args:
-        scores, best, returns: [S] each, NaN for seeds that diverged or were not evaluated.
+        scores, best, returns: [S] each, NaN for seeds that diverged or whose env gave rewards that
+            are no finite numbers; `returns` is None where nothing was evaluated.
         diverged: how many seeds diverged.
     """
     left = len(scores) - diverged
@@ -46,9 +47,14 @@ def say_result(folder, scores, best, returns, diverged):
         return
     lost = f", {left} of {len(scores)} seeds: the others diverged" if diverged else ""
     if np.isnan(scores).all():
-        print(f"trained without an evaluation{lost}, in {folder}")
+        what = "trained without an evaluation"
+        if returns is not None:
+            what = "no score, since the env gave rewards that are no finite numbers"
+        print(f"{what}{lost}, in {folder}")
         return
-    spread = f" ± {np.nanstd(scores):.1f}" if left > 1 else ""
+    unscored = int(np.isnan(scores).sum()) - diverged
+    lost += f", {unscored} without a score" if unscored else ""
+    spread = f" ± {np.nanstd(scores):.1f}" if left - unscored > 1 else ""
     print(
         f"final score {np.nanmean(scores):.1f}{spread} "
         f"(best during training {np.nanmean(best):.1f}){lost}, "
