@@ -19,8 +19,8 @@ import time
 import jax
 import numpy as np
 
-from common import fail, files
-from common.experiment import checkpoints, config, disk_errors, processes, signals
+from common import command_line, fail, files
+from common.experiment import checkpoints, config, disk_errors, processes, records, signals
 from common.experiment.divergence import Divergence
 from common.experiment.origin import Origin
 from common.experiment.progress import Progress, say_result
@@ -33,13 +33,14 @@ class Run:
     """The run folder and everything that is written into it; used as in every `train`."""
 
     def __init__(self, cfg, options, dataset):
+        config.check(cfg, options)
         self.cfg, self.options, self.dataset = cfg, options, dataset
         self.folder = config.run_folder(cfg, options)
-        self.algorithm = self.folder.relative_to(options.runs_dir).parts[0]
+        self.algorithm = self.folder.relative_to(config.runs_dir(options)).parts[0]
         self.origin = Origin(cfg, dataset)
         self.records = Records(self.folder, cfg.seeds)
         self.divergence = Divergence(cfg)
-        self.timing, self.progress = Timing(), Progress()
+        self.timing, self.progress = Timing(), Progress(cfg)
         self.signals = signals.Signals()
         self.scores = np.full(len(cfg.seeds), np.nan)  # [S] of the last evaluation
         self.best = np.full(len(cfg.seeds), np.nan)  # [S] over training; never called the score
@@ -72,7 +73,10 @@ class Run:
         record["reference"] = [self.dataset.ref_min_score, self.dataset.ref_max_score]
         record["digest"] = self.origin.world["data"]
         self.records.write_config(config.resolved(self.cfg, self.options) | {"record": record})
+        command_line.use_plain_letters()
         print(f"run {self.folder}")
+        if jax.config.jax_enable_x64:
+            print("JAX_ENABLE_X64 is on: the numbers are not those of a run without it")
         self.manager = checkpoints.manager(self.folder)
         self.wandb = Mirror(self, record)
         self.signals.listen()
@@ -110,17 +114,21 @@ class Run:
             "num_updates": cfg.num_updates,
             "eval_episodes": cfg.eval_episodes,
             "score": self._by_seed(self.scores),
+            **records.over_seeds("score", self.scores),
             "best_score": self._by_seed(self.best),
             **{name: self._by_seed(x) for name, x in last.items() if name != "score"},
             "diverged": {cfg.seeds[i]: step for i, step in diverged.items()},
             **self.timing.result(cfg),
             "hardware": f"{world['devices']}; {world['processor']}",
+            "x64": bool(jax.config.jax_enable_x64),
             "matmul_precision": jax.config.jax_default_matmul_precision or "default",
             "code": self.origin.code,
             "versions": self.origin.versions,
         }
         self.records.write_result(result)
-        say_result(self.folder, self.scores, self.best, last.get("return"), len(diverged))
+        evaluated = bool(self.last_evaluation)
+        returns = last.get("return")
+        say_result(self.folder, self.scores, self.best, returns, len(diverged), evaluated)
 
     def _by_seed(self, numbers):
         """{seed: number}, with None for a number that is missing."""
@@ -161,8 +169,21 @@ class Run:
         finished = (self.folder / "result.json").exists()
         self.done = start == self.cfg.num_updates and finished
         print("finished before" if self.done else f"resuming at update {start:,}")
-        if not self.done:
+        if self.done:
+            self._read_result()
+        else:
             self.origin.compare(meta)
+
+    def _read_result(self):
+        """The scores of a run that an earlier start finished, said once more."""
+        result = self.records.read_result()
+        numbers = {}
+        for name in ("score", "best_score", "return"):
+            by_seed = result.get(name, {})
+            numbers[name] = np.array([by_seed.get(str(seed)) for seed in self.cfg.seeds], float)
+        self.scores, self.best = numbers["score"], numbers["best_score"]
+        diverged, evaluated = len(result["diverged"]), "return" in result
+        say_result(self.folder, self.scores, self.best, numbers["return"], diverged, evaluated)
 
     def boundaries(self, start):
         """The chunk boundaries start, start + log_every, ..., num_updates; none if all is done."""
@@ -217,14 +238,16 @@ class Run:
             # the time spent waiting for them counts.
             waited = time.perf_counter() - began
             on_cpu = jax.default_backend() == "cpu"
-            self.timing.add_evaluation(evaluation["seconds"] if on_cpu else waited)
+            seconds = evaluation["seconds"] if on_cpu else waited
+            self.timing.add_evaluation(seconds, evaluation["preparing"])
             self.last_evaluation = {
                 name: self.divergence.blank(evaluation[name])
                 for name in SCORES
                 if evaluation[name] is not None
             }
             self.scores = np.array(self.last_evaluation["score"])
-            self.best = np.fmax(self.best, self.scores)
+            if step > 0:  # the untrained policy is not a result of training
+                self.best = np.fmax(self.best, self.scores)
             self.progress.evaluated(step, self.scores)
         written = self.records.write_metrics(
             step,
@@ -236,7 +259,7 @@ class Run:
         for update, seed, means, numbers in written:
             self.wandb.log(seed, update, means | numbers)
         self.records.write_timing(step, self.timing.row())
-        self.progress.advance(step)
+        self.progress.advance(step, self.timing)
 
 
 def _lists(metrics):
