@@ -9,10 +9,12 @@ from common import envs, fail, one_line
 from common.datasets import download
 from common.datasets.names import OGBENCH_ID
 from common.datasets.source import Source
+from common.envs import graphics
 
 
 def read(name: str, folder: Path, env: str | None, env_steps: int | None) -> Source:
     """The rows with rewards and masks computed for the task by the package's own functions."""
+    graphics.check()
     try:
         with warnings.catch_warnings(action="ignore"):  # notices about a missing display
             import ogbench
