@@ -5,7 +5,9 @@
 
 writes mine.md, mine.png (learning curves) and mine_1.png, ... (intervals, where
 there are methods to compare); --html adds mine.html with all of it in one file, --readme
-README.md rewrites what stands there between `<!-- mine -->` and `<!-- /mine -->`.
+README.md rewrites what stands there between `<!-- mine -->` and `<!-- /mine -->`. `--where
+num_updates=100000` takes only some of the runs, `--named-by alpha` names the rows of a method by
+that field alone, not by everything in which its runs differ; `name` is the run folder's name.
 
 The score is the last policy's: mean over the evaluation's episodes, then mean ± std (ddof 0) over
 seeds. The best over training stands beside it: it was selected on the evaluation itself and is not
@@ -31,7 +33,7 @@ import figures
 import intervals
 import published
 import readers
-from common import fail
+from common import command_line, fail
 from common.experiment import config, provenance
 from pages import Figure, Folded, Heading, Table, Text, markdown, page
 
@@ -66,6 +68,8 @@ class Arguments:
 
     folders: tyro.conf.Positional[tuple[Path, ...]] = ()  # run folders, or folders above them
     wandb: str | None = None  # "entity/project" to read instead of folders
+    where: tuple[str, ...] = ()  # only these runs: num_updates=100000 name=trial*
+    named_by: tuple[str, ...] = ()  # fields that name a method's rows: name, alpha, ...
     output: Path = Path("benchmarks/results/table")  # stem of the .md and .png to write
     title: str = "Results"
     note: Path | None = None  # markdown put below the title: where data come from, commands
@@ -432,6 +436,9 @@ def own_command(arguments):
     for name in ("wandb", "output", "title", "note", "readme", "reference"):
         if (value := getattr(arguments, name)) != getattr(default, name):
             words += [f"--{name}", str(value)]
+    for name in ("where", "named_by"):
+        if value := getattr(arguments, name):
+            words += [f"--{name.replace('_', '-')}", *value]
     return shlex.join([*words, *(["--html"] if arguments.html else [])])
 
 
@@ -440,7 +447,7 @@ def blocks_of(rows, notes, arguments, draw):
     """The report: note, tables of every family, figures, commands, every evaluation, versions."""
     reference = published.load(arguments.reference)
     blocks = [Heading(arguments.title, 1)]
-    blocks += [Text(arguments.note.read_text())] if arguments.note else []
+    blocks += [Text(arguments.note.read_text(encoding="utf-8"))] if arguments.note else []
     families, counts = by_family(rows), collections.Counter(row.label for row in rows)
     labels = [label for label, _ in counts.most_common()]  # the first have the plainest looks
     for family, group in families.items():
@@ -559,7 +566,7 @@ def around(path, name):
     Raises:
         SystemExit: code 2 after one line, where the file has not both marks once, in their order.
     """
-    text = path.read_text() if path.is_file() else ""
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
     marks = f"<!-- {name} -->", f"<!-- /{name} -->"
     parts = re.split("|".join(map(re.escape, marks)), text)
     if len(parts) != 3 or text.index(marks[0]) > text.index(marks[-1]):
@@ -576,10 +583,11 @@ def main(arguments):
     if arguments.readme:
         before, after = around(arguments.readme, arguments.output.name)
     if arguments.wandb:
-        rows, notes = readers.from_wandb(arguments.wandb)
+        rows, notes = readers.from_wandb(arguments.wandb, None, arguments.where, arguments.named_by)
     else:
-        rows, notes = readers.find(arguments.folders)
-    name_choices(rows)
+        rows, notes = readers.find(arguments.folders, arguments.where, arguments.named_by)
+    if not arguments.named_by:
+        name_choices(rows)
     stem, count = arguments.output, 0
     stem.parent.mkdir(parents=True, exist_ok=True)
     written = [f"{stem}.md"]
@@ -593,12 +601,15 @@ def main(arguments):
         return Figure(path.name, alt, figures.svg(figure) if arguments.html else "")
 
     blocks = blocks_of(rows, notes, arguments, draw)
-    stem.with_name(f"{stem.name}.md").write_text(markdown(blocks))
+    stem.with_name(f"{stem.name}.md").write_text(markdown(blocks), encoding="utf-8")
     if arguments.html:
-        stem.with_name(f"{stem.name}.html").write_text(page(arguments.title, blocks))
+        stem.with_name(f"{stem.name}.html").write_text(
+            page(arguments.title, blocks), encoding="utf-8"
+        )
         written.append(f"{stem}.html")
     if arguments.readme:
-        arguments.readme.write_text(before + readme(rows, notes, arguments).strip() + after)
+        text = before + readme(rows, notes, arguments).strip() + after
+        arguments.readme.write_text(text, encoding="utf-8")
         written.append(str(arguments.readme))
     said = [*notes, *outdated(rows)]
     print(*said, sep="\n", end="\n\n" if said else "")
@@ -607,4 +618,5 @@ def main(arguments):
 
 
 if __name__ == "__main__":
+    command_line.use_plain_letters()
     main(tyro.cli(Arguments, description=__doc__.split("\n\n")[0]))

@@ -19,7 +19,7 @@ def trusted(dataset_id, folder, env):
     """
     import gymnasium
 
-    metadata = json.loads((folder / "data" / "metadata.json").read_text())
+    metadata = json.loads((folder / "data" / "metadata.json").read_text(encoding="utf-8"))
     if env is not None and {"observation_space", "action_space"} <= {*metadata}:
         return  # nothing of the data set's own is made
     gymnasium.register_envs(quiet.robotics())
