@@ -44,9 +44,8 @@ def try_lock(path: Path):
     """
     import filelock
 
-    with path.open(
-        "a", encoding="utf-8"
-    ):  # the same error on every disk, where the file cannot be written
+    # The same error on every disk, where the file cannot be written.
+    with path.open("a", encoding="utf-8"):
         lock = filelock.FileLock(path)
     try:
         lock.acquire(timeout=PATIENCE)

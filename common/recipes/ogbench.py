@@ -95,9 +95,8 @@ def _make(name, folder, episodes, workers):
         _join(parts, [job for job in todo if job[0] == split], path)
         if split == "val":
             made_with = {package: version(package) for package in ("ogbench", "mujoco")}
-            about.write_text(
-                json.dumps({"episodes": episodes, **made_with}) + "\n", encoding="utf-8"
-            )
+            text = json.dumps({"episodes": episodes, **made_with}) + "\n"
+            about.write_text(text, encoding="utf-8")
     shutil.rmtree(parts, ignore_errors=True)
     print(f"made: {final}")
 
