@@ -287,7 +287,7 @@ def _printable(what, text):
 
 def read_run(folder, config_class):
     """Config and Options that a run folder's config.yaml holds."""
-    file = Path(os.path.expanduser(folder)) / "config.yaml"
+    file = Path(folder) / "config.yaml"
     if not file.exists():
         fail(f"{folder}: no config.yaml in it, so no run folder")
     values, _ = read_yaml(file, config_class)

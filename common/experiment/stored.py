@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Read a run folder back."""
 
+import os
 from pathlib import Path
 
 import jax
@@ -16,13 +17,14 @@ def load(module, folder):
         module: the algorithm's file, imported.
         folder: the run folder.
     """
+    folder = Path(os.path.expanduser(folder))
     cfg, options = config.read_run(folder, module.Config)
     dataset = datasets.load(cfg.dataset, options.env, options.env_steps, actions="any")
     example = jax.tree.map(lambda x: x[:1], dataset.transitions)
     facts = {} if dataset.num_actions is None else {"num_actions": dataset.num_actions}
     create = jax.vmap(lambda key: module.create_state(key, example, cfg, **facts))
     (keys,) = devices.streams(cfg.seeds, 1)
-    manager = checkpoints.manager(Path(folder))
+    manager = checkpoints.manager(folder)
     state, meta = checkpoints.restore(manager, create(keys), keep=True)
     if meta is None:
         fail(f"{folder}: no readable checkpoint in it")

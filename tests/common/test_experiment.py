@@ -130,7 +130,9 @@ def test_run_folder(name, tiny, reference):
     assert result["score"] == pytest.approx(last)
     for seed in ("0", "1"):
         scores = [float(row["score"]) for row in rows if row["seed"] == seed and row["score"]]
-        assert result["best_score"][seed] == pytest.approx(max(scores))
+        assert result["best_score"][seed] == pytest.approx(max(scores[1:]))  # not the untrained
+    assert result["score_mean"] == pytest.approx(np.mean([*last.values()]))
+    assert result["score_std"] == pytest.approx(np.std([*last.values()]))
     assert result["versions"]["jax"] == jax.__version__
     assert result["algorithm"] == name and result["diverged"] == {}
     assert {"hardware", "matmul_precision", "updates_per_second", "eval_share"} <= set(result)

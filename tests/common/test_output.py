@@ -2,7 +2,6 @@
 """What a run prints, to whatever reads it, and why a checkpoint was not read."""
 
 import ast
-import dataclasses
 import errno
 import io
 import json
@@ -17,7 +16,7 @@ import numpy as np
 import pytest
 
 from common import command_line, evaluation
-from common.experiment import checkpoints, config, progress, records, timing, unreadable
+from common.experiment import checkpoints, progress, records, timing, unreadable
 
 COMMON = runs.ROOT / "common"
 
@@ -30,7 +29,7 @@ class Broken(io.StringIO):
         super().__init__()
         self.number, self.target = number, target
 
-    def write(self, text):
+    def write(self, text=""):
         if not os.path.samestat(os.fstat(self.target), os.stat(os.devnull)):
             raise OSError(self.number, os.strerror(self.number))
         return len(text)
@@ -54,21 +53,17 @@ def test_an_output_that_breaks_ends_nothing(monkeypatch, tmp_path, name, number)
             print("a line", file=getattr(sys, name), flush=True)
 
 
-@pytest.mark.parametrize("streams", [("stdout",), ("stdout", "stderr")], ids=str)
-def test_a_run_outlives_its_reader(tmp_path, streams):
-    """`... | head`, `... 2>&1 | head`: nothing is read from the beginning on."""
+def test_a_run_outlives_its_reader(tmp_path):
+    """`... 2>&1 | head`: nothing is read from the beginning on."""
     runs.write_hdf5(tmp_path / "data.hdf5")
     words = runs.command("rebrac", ["--dataset", "data.hdf5", *runs.TINY, "--num-updates", "8"])
     reader, writer = os.pipe()
     os.close(reader)
-    pipes = {"stdout": writer, "stderr": subprocess.PIPE} | dict.fromkeys(streams, writer)
     environment = runs.environment(os.environ["JAX_COMPILATION_CACHE_DIR"], PYTHONUNBUFFERED="1")
-    done = subprocess.run(
-        words, cwd=tmp_path, env=environment, timeout=120, check=False, text=True, **pipes
-    )
+    pipes = {"stdout": writer, "stderr": writer}
+    done = subprocess.run(words, cwd=tmp_path, env=environment, timeout=120, check=False, **pipes)
     os.close(writer)
-    assert done.returncode == 0, done.stderr
-    assert "Traceback" not in (done.stderr or "")
+    assert done.returncode == 0
     folder = runs.only_run(tmp_path / "runs")
     assert json.loads((folder / "result.json").read_text())["num_updates"] == 8
 
@@ -146,11 +141,17 @@ def test_that_check_finds_what_it_looks_for(text, count):
 
 # --- Between evaluations ------------------------------------------------------------------------
 @pytest.fixture
-def told(monkeypatch, capsys):
-    """Go through the chunk boundaries of a run whose chunks take so long; the lines it prints."""
+def told(monkeypatch):
+    """Go through the chunk boundaries of a run whose chunks take so long.
+
+    -> {seconds since the start: the line printed then}
+    """
 
     def go(chunk_seconds, evaluation_seconds=0.0, resumed=0, **values):
-        clock = SimpleNamespace(now=0.0)
+        clock, said = SimpleNamespace(now=0.0), {}
+        monkeypatch.setattr(
+            progress, "print", lambda line, **_: said.update({clock.now: line}), raising=False
+        )
         monkeypatch.setattr(progress.time, "monotonic", lambda: clock.now)
         cfg = runs.module("rebrac").Config(**values)
         bar, spent = progress.Progress(cfg), timing.Timing()
@@ -165,28 +166,30 @@ def told(monkeypatch, capsys):
                 bar.evaluated(step, np.array([1.0]))
             bar.advance(step, spent)
         bar.close()
-        return capsys.readouterr().out.splitlines()
+        return said
 
     return go
 
 
+CHUNKS = progress.CHUNKS
 SIZE = {"num_updates": 20_000, "log_every": 1000, "eval_every": 10_000}
 
 
-@pytest.mark.parametrize(
-    ("seconds", "lines"),
-    [(1.0, 0), (5.0, 0), (20.0, 4), (30.0, 8), (60.0, 16), (600.0, 16)],
-)
-def test_a_log_file_hears_something_every_minute(told, seconds, lines):
+@pytest.mark.parametrize("evaluation", [0.0, 200.0])
+@pytest.mark.parametrize("seconds", [0.1, 1.0, 5.0, 7.0, 20.0, 30.0, 59.0, 60.0, 600.0])
+def test_a_log_file_hears_something_every_minute(told, seconds, evaluation):
     """Without a terminal: at evaluations and, where more than a minute lies between, there."""
-    said = told(seconds, **SIZE)
-    between = [line for line in said if re.search(r"^update [\d,]+: about .* left$", line)]
-    assert len(between) == lines
-    assert len([line for line in said if "score" in line]) == 3
+    said = told(seconds, evaluation, **SIZE)
+    silence = np.diff(sorted(said))
+    quiet = max(progress.QUIET + seconds, CHUNKS * seconds, evaluation + seconds)
+    assert silence.max() <= quiet
+    between = [line for line in said.values() if re.search(r"^update .*: about .* left$", line)]
+    assert len(between) <= 20 * seconds / progress.QUIET  # and not oftener
+    assert len([line for line in said.values() if "score" in line]) == 3
 
 
 def test_the_duration_is_said_once_the_speed_is_known(told):
-    said = told(30.0, 60.0, **SIZE)
+    said = [*told(30.0, 60.0, **SIZE).values()]
     (line,) = [line for line in said if line.startswith("speed")]
     # 18 chunks of 30 s and 2 evaluations of a minute are left after 2,000 updates.
     assert line == "speed: 33 updates/s, so about 11 min to go (training 9 min, evaluation 2 min)"
@@ -194,20 +197,22 @@ def test_the_duration_is_said_once_the_speed_is_known(told):
 
 
 def test_a_run_of_hours_says_what_would_take_one(told):
-    said = told(1000.0, **SIZE, seeds=(0, 1))
+    said = told(1000.0, **SIZE, seeds=(0, 1)).values()
     (line,) = [line for line in said if line.startswith("speed")]
     assert "1 updates/s of 2 seeds each, so about 5 h 0 min to go" in line
     assert "that is long on this machine" not in line  # no interval of evaluations fits an hour
-    said = told(1000.0, **SIZE | {"eval_every": 1000})
+    said = told(1000.0, 1.0, **SIZE | {"eval_every": 1000}).values()
     (line,) = [line for line in said if line.startswith("speed")]
     assert line.endswith("an hour is enough for about --num-updates 4000")
-    said = told(1000.0, **SIZE | {"eval_every": 1000}, resumed=10_000)
-    assert "an hour is enough" not in "".join(said)  # a resumed run cannot become shorter
+    said = told(1000.0, 1.0, **SIZE | {"eval_every": 1000}, resumed=10_000).values()
+    assert "speed" in "".join(said) and "an hour is enough" not in "".join(
+        said
+    )  # a resumed run cannot become shorter
 
 
 def test_a_run_of_two_chunks_says_no_duration(told):
     said = told(30.0, num_updates=2000, log_every=1000, eval_every=1000)
-    assert [line for line in said if not line.startswith("update")] == []
+    assert [line for line in said.values() if not line.startswith("update")] == []
 
 
 @pytest.mark.parametrize(
@@ -345,11 +350,3 @@ def test_deleting_is_advised_for_damage_alone(fails, capsys, kind):
     assert ("delete" in line) == (kind in DAMAGE), line
     assert len(warnings) == (0 if kind in OUTSIDE else 2)
     assert runs.tree(folder) == before
-
-
-def test_the_options_of_a_run_name_their_defaults():
-    """`--help` shows what stands behind None."""
-    text = (COMMON / "experiment" / "config.py").read_text(encoding="utf-8")
-    for field in dataclasses.fields(config.Options):
-        (line,) = re.findall(rf"^    {field.name}: .*$", text, re.M)
-        assert field.default is not None or "default" in line or "#" in line, line
