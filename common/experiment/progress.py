@@ -3,7 +3,6 @@
 
 import statistics
 import time
-import warnings
 
 import numpy as np
 
@@ -105,32 +104,30 @@ def duration(seconds):
 
 
 # --- The end ------------------------------------------------------------------------------------
-def say_result(folder, scores, best, returns, diverged, evaluated=True):
+def say_result(folder, scores, best, returns, diverged):
     """Print the final score in one line.
 
     Args:
-        scores, best, returns: [S] each, NaN for seeds that diverged or were not evaluated.
+        scores, best, returns: [S] each, NaN for seeds that diverged or whose env gave rewards that
+            are no finite numbers; `returns` is None where nothing was evaluated.
         diverged: how many seeds diverged.
-        evaluated: whether the policy was evaluated at all.
     """
     left = len(scores) - diverged
     if not left:
         print(f"all seeds diverged, in {folder}")
         return
     lost = f", {left} of {len(scores)} seeds: the others diverged" if diverged else ""
-    if not evaluated:
-        print(f"trained without an evaluation{lost}, in {folder}")
-        return
     if np.isnan(scores).all():
-        print(
-            f"no final score{lost}: the return of the last evaluation is not a number, since the "
-            f"environment gives rewards that are not, in {folder}"
-        )
+        what = "trained without an evaluation"
+        if returns is not None:
+            what = "no score, since the env gave rewards that are no finite numbers"
+        print(f"{what}{lost}, in {folder}")
         return
-    spread = f" ± {np.nanstd(scores):.1f}" if left > 1 else ""
-    with warnings.catch_warnings(action="ignore"):  # of means over nothing
-        best, returns = np.nanmean(best), np.nanmean(returns)
+    unscored = int(np.isnan(scores).sum()) - diverged
+    lost += f", {unscored} without a score" if unscored else ""
+    spread = f" ± {np.nanstd(scores):.1f}" if left - unscored > 1 else ""
     print(
         f"final score {np.nanmean(scores):.1f}{spread} "
-        f"(best during training {best:.1f}){lost}, return {returns:.1f}, in {folder}"
+        f"(best during training {np.nanmean(best):.1f}){lost}, "
+        f"return {np.nanmean(returns):.1f}, in {folder}"
     )

@@ -126,9 +126,7 @@ class Run:
             "versions": self.origin.versions,
         }
         self.records.write_result(result)
-        evaluated = bool(self.last_evaluation)
-        returns = last.get("return")
-        say_result(self.folder, self.scores, self.best, returns, len(diverged), evaluated)
+        say_result(self.folder, self.scores, self.best, last.get("return"), len(diverged))
 
     def _by_seed(self, numbers):
         """{seed: number}, with None for a number that is missing."""
@@ -176,14 +174,13 @@ class Run:
 
     def _read_result(self):
         """The scores of a run that an earlier start finished, said once more."""
-        result = self.records.read_result()
-        numbers = {}
+        result, numbers = self.records.read_result(), {}
         for name in ("score", "best_score", "return"):
             by_seed = result.get(name, {})
             numbers[name] = np.array([by_seed.get(str(seed)) for seed in self.cfg.seeds], float)
         self.scores, self.best = numbers["score"], numbers["best_score"]
-        diverged, evaluated = len(result["diverged"]), "return" in result
-        say_result(self.folder, self.scores, self.best, numbers["return"], diverged, evaluated)
+        returns = numbers["return"] if "return" in result else None
+        say_result(self.folder, self.scores, self.best, returns, len(result["diverged"]))
 
     def boundaries(self, start):
         """The chunk boundaries start, start + log_every, ..., num_updates; none if all is done."""

@@ -232,24 +232,25 @@ def test_durations(seconds, words):
 
 
 # --- The end ------------------------------------------------------------------------------------
-NAN, ONE = np.array([np.nan]), np.array([1.0])
+NAN, ONE, TWO, MIXED = map(np.array, ([np.nan], [1.0], [1.0, 3.0], [1.0, np.nan]))
 
 
 @pytest.mark.parametrize(
-    ("scores", "best", "diverged", "evaluated", "words"),
+    ("scores", "best", "diverged", "returns", "words"),
     [
-        (ONE, ONE, 0, True, "final score 1.0 (best during training 1.0)"),
-        (NAN, NAN, 0, True, "no final score: the return of the last evaluation is not a number"),
-        (NAN, ONE, 0, True, "no final score: the return of the last evaluation is not a number"),
-        (NAN, NAN, 0, False, "trained without an evaluation"),
-        (NAN, NAN, 1, True, "all seeds diverged"),
-        (np.array([1.0, np.nan]), np.array([1.0, np.nan]), 1, True, "1 of 2 seeds"),
-        (np.array([1.0, 3.0]), np.array([2.0, 4.0]), 0, True, "2.0 ± 1.0 (best during training 3"),
+        (ONE, ONE, 0, ONE, "final score 1.0 (best during training 1.0)"),
+        (NAN, NAN, 0, NAN, "no score, since the env gave rewards that are no finite numbers"),
+        (NAN, ONE, 0, NAN, "no score, since the env gave rewards that are no finite numbers"),
+        (NAN, NAN, 0, None, "trained without an evaluation"),
+        (NAN, NAN, 1, NAN, "all seeds diverged"),
+        (MIXED, MIXED, 1, MIXED, "1 of 2 seeds"),
+        (MIXED, MIXED, 0, MIXED, "1 without a score"),
+        (TWO, TWO + 1, 0, TWO, "2.0 ± 1.0 (best during training 3"),
     ],
 )
 @pytest.mark.filterwarnings("error")
-def test_the_last_line_says_what_happened(capsys, scores, best, diverged, evaluated, words):
-    progress.say_result("here", scores, best, scores, diverged, evaluated)
+def test_the_last_line_says_what_happened(capsys, scores, best, diverged, returns, words):
+    progress.say_result("here", scores, best, returns, diverged)
     (line,) = capsys.readouterr().out.splitlines()
     assert words in line and line.endswith("in here")
 
