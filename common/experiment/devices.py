@@ -6,7 +6,7 @@ from functools import partial
 import jax
 import numpy as np
 
-from common.experiment import digests, host_data, meshes, processes, ranges
+from common.experiment import digests, host_data, meshes, platforms, processes, ranges
 
 
 def streams(seeds, number):
@@ -24,6 +24,7 @@ def place(data, options):
 
     With `--data host` they stay in host memory.
     """
+    platforms.add_cpu()
     if jax.process_count() > 1:
         processes.require_same({"data with": digests.of_data(data)})
     if options.data == "host":

@@ -19,8 +19,7 @@ def prepare():
             by itself would train on the CPU without a word once the CPU is named as well.
     """
     asked = jax.config.jax_platforms
-    if asked and "cpu" not in asked.split(","):  # the policy acts on the CPU
-        jax.config.update("jax_platforms", f"{asked},cpu")
+    add_cpu()
     try:
         devices = jax.devices()
         jax.local_devices(backend="cpu")
@@ -35,6 +34,16 @@ def prepare():
             print(f"JAX_PLATFORMS={asked}: there is no {first} here, so the CPU trains")
     if not asked and devices[0].platform == "cpu" and shutil.which("nvidia-smi"):
         print("WARNING: there is an NVIDIA GPU but JAX runs on the CPU: pip install 'jax[cuda12]'")
+
+
+def add_cpu():
+    """Let JAX use the CPU beside the platforms that were asked for: the policy acts there.
+
+    JAX listens to this only until it has looked for its devices.
+    """
+    asked = jax.config.jax_platforms
+    if asked and "cpu" not in asked.split(","):
+        jax.config.update("jax_platforms", f"{asked},cpu")
 
 
 def _fail(asked, error):

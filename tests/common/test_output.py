@@ -232,7 +232,8 @@ def test_durations(seconds, words):
 
 
 # --- The end ------------------------------------------------------------------------------------
-NAN, ONE, TWO, MIXED = map(np.array, ([np.nan], [1.0], [1.0, 3.0], [1.0, np.nan]))
+NAN, ONE = np.array([np.nan]), np.array([1.0])
+TWO, MIXED = np.array([1.0, 3.0]), np.array([1.0, np.nan])
 
 
 @pytest.mark.parametrize(
