@@ -730,11 +730,8 @@ def trials(tmp_path):
     for number, (alpha, discount) in enumerate([(1.0, 0.9), (1.0, 0.99), (2.0, 0.9), (2.0, 0.99)]):
         fields = {"alpha": alpha, "discount": discount, "hidden": [8] * (number + 1)}
         fields |= {"num_updates": 20, "batch_size": 2 ** (number + 1)}
-        write_run(
-            tmp_path / "runs" / "td3_bc" / "made" / f"trial{number}", [1.0 + number], **fields
-        )
-        run = tmp_path / "runs" / "td3_bc" / "made" / f"trial{number}" / "result.json"
-        run.write_text(run.read_text().replace('"bc"', '"td3_bc"'))
+        folder = tmp_path / "runs" / "td3_bc" / "made" / f"trial{number}"
+        write_run(folder, [1.0 + number], algorithm="td3_bc", **fields)
     write_run(tmp_path / "runs" / "bc" / "made" / "main", [9.0], num_updates=20)
     return tmp_path / "runs"
 
