@@ -618,5 +618,4 @@ def main(arguments):
 
 
 if __name__ == "__main__":
-    command_line.use_plain_letters()
-    main(tyro.cli(Arguments, description=__doc__.split("\n\n")[0]))
+    command_line.run(lambda: main(tyro.cli(Arguments, description=__doc__.split("\n\n")[0])))

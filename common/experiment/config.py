@@ -15,14 +15,13 @@ import json
 import os
 import re
 import sys
-import typing
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
 from common import datasets, fail
-from common.experiment import ranges, show_config, wandb_settings
+from common.experiment import kinds, ranges, show_config, wandb_settings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,25 +87,12 @@ def check(cfg, options):
     Raises:
         SystemExit: code 2 after one line that names the value and the remedy.
     """
+    kinds.check(cfg)
+    kinds.check(options)
     ranges.check(cfg)
-    for field in dataclasses.fields(options):
-        choices = _choices(field.type)
-        if choices and (value := getattr(options, field.name)) not in choices:
-            known = ", ".join(str(choice) for choice in choices if choice is not None)
-            fail(f"{ranges.flag(field.name)} {value}: must be one of {known}")
     if not 0 <= options.save_seconds < float("inf"):
         fail(f"--save-seconds {options.save_seconds}: must be 0 or more")
     wandb_settings.check(cfg, options)
-
-
-def _choices(kind):
-    """The values that a type like Literal["a", "b"] | None allows, () for other types."""
-    if typing.get_origin(kind) is typing.Literal:
-        return typing.get_args(kind)
-    inner = [_choices(part) for part in typing.get_args(kind) if part is not type(None)]
-    if not any(inner):
-        return ()
-    return (*sum(inner, ()), None)
 
 
 def _check_copy(script):

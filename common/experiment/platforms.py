@@ -54,11 +54,12 @@ def _fail(asked, error):
 
 def cache_programs():
     """Keep every compiled program for the next start, unless a variable says otherwise."""
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    folder = jax.config.jax_compilation_cache_dir
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ:  # empty: no cache
+        folder = os.environ["JAX_COMPILATION_CACHE_DIR"] or None
+    elif folder is None:
         folder = folders.compiled_programs()
-        jax.config.update("jax_compilation_cache_dir", None if folder is None else str(folder))
-    else:
-        jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
+    jax.config.update("jax_compilation_cache_dir", None if folder is None else str(folder))
     for name, value in (("MIN_COMPILE_TIME_SECS", 0.0), ("MIN_ENTRY_SIZE_BYTES", -1)):
         if f"JAX_PERSISTENT_CACHE_{name}" not in os.environ:
             jax.config.update(f"jax_persistent_cache_{name.lower()}", value)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a run prints while it trains and when it is done."""
 
+import os
 import statistics
 import time
 
@@ -25,7 +26,9 @@ class Progress:
     def start(self, first, end):
         from tqdm import tqdm
 
-        self.bar = tqdm(total=end, initial=first, disable=None, unit=" updates")
+        # Without a terminal there is no bar. What TQDM_DISABLE says goes before that.
+        hidden = {} if "TQDM_DISABLE" in os.environ else {"disable": None}
+        self.bar = tqdm(total=end, initial=first, unit=" updates", **hidden)
 
     def advance(self, step, timing):
         """A chunk boundary: move the bar, say how long the rest takes."""

@@ -17,7 +17,7 @@ def check(cfg):
     """Check ranges, seeds and counts that must divide each other. A message names the remedy."""
     for name, value in vars(cfg).items():
         given = f"{flag(name)} {value}"
-        numbers = value if isinstance(value, tuple) else (value,)
+        numbers = value if isinstance(value, tuple | list) else (value,)
         if value is None:
             continue
         if any(isinstance(x, float) and not math.isfinite(x) for x in numbers):

@@ -188,6 +188,19 @@ def test_a_log_file_hears_something_every_minute(told, seconds, evaluation):
     assert len([line for line in said.values() if "score" in line]) == 3
 
 
+@pytest.mark.parametrize(("variable", "expected"), [(None, {"disable": None}), ("1", {})])
+def test_a_variable_of_the_progress_bar_is_left_to_it(monkeypatch, variable, expected):
+    import tqdm
+
+    made = []
+    monkeypatch.setattr(tqdm, "tqdm", lambda **options: made.append(options))
+    monkeypatch.delenv("TQDM_DISABLE", raising=False)
+    if variable is not None:
+        monkeypatch.setenv("TQDM_DISABLE", variable)
+    progress.Progress(None).start(0, 8)
+    assert {key: x for key, x in made[0].items() if key == "disable"} == expected
+
+
 def test_the_duration_is_said_once_the_speed_is_known(told):
     said = [*told(30.0, 60.0, **SIZE).values()]
     (line,) = [line for line in said if line.startswith("speed")]

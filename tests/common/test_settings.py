@@ -219,6 +219,21 @@ def test_a_run_goes_on_with_as_many_bits_as_it_began_with(rows, capsys, begun):
         assert np.array_equal(runs.start("rebrac", [*argv, "--resume"]), scores)
 
 
+def test_the_folder_of_the_compilation_cache_is_the_one_that_was_set(monkeypatch):
+    """By a variable, else by Python; an empty variable sets none."""
+    from common.experiment import platforms
+
+    updated = {}
+    monkeypatch.setattr(jax.config, "update", updated.__setitem__)
+    for value, expected in (("/mine", "/mine"), ("", None)):
+        monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", value)
+        platforms.cache_programs()
+        assert updated["jax_compilation_cache_dir"] == expected
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    platforms.cache_programs()
+    assert updated["jax_compilation_cache_dir"] == jax.config.jax_compilation_cache_dir is not None
+
+
 @pytest.mark.parametrize("name", ["MIN_COMPILE_TIME_SECS", "MIN_ENTRY_SIZE_BYTES"])
 def test_variables_of_the_compilation_cache_are_left_alone(monkeypatch, name):
     from common.experiment import platforms
@@ -351,6 +366,17 @@ BAD = [
     ("odice", {"lam": 1.2}, "from 0 to 1"),
     ("qc", {"horizon": 0}, "at least 1"),
     ("xql", {"huber_delta": -20.0}, "above 0"),
+    ("rebrac", {"num_updates": 1e6}, "a whole number, not float"),
+    ("rebrac", {"batch_size": "8"}, "a whole number, not str"),
+    ("rebrac", {"eval_episodes": True}, "a whole number, not bool"),
+    ("rebrac", {"discount": "0.9"}, "a number, not str"),
+    ("rebrac", {"discount": np.float32(0.9)}, "a number, not float32"),
+    ("rebrac", {"seeds": np.arange(2)}, "a tuple"),
+    ("rebrac", {"seeds": 3}, "a tuple"),
+    ("rebrac", {"hidden": (8.5,)}, "each part a whole number, not tuple of float"),
+    ("rebrac", {"dataset": None}, "text"),
+    ("iql", {"extraction": "sometimes"}, "one of"),
+    ("iql", {"cosine": 1}, "True or False"),
 ]
 
 
@@ -370,6 +396,9 @@ def test_a_config_made_in_python_is_checked(capsys, name, values, says, tmp_path
         ({"save_seconds": float("nan")}, "--save-seconds"),
         ({"wandb": "sometimes"}, "--wandb sometimes"),
         ({"data": "disk"}, "--data disk"),
+        ({"resume": "yes"}, "--resume yes"),
+        ({"devices": 1.0}, "--devices 1.0"),
+        ({"env_steps": "7"}, "--env-steps 7"),
         ({"name": "../x"}, "--name"),
         ({"runs_dir": "~nobody-here/x"}, "--runs-dir"),
     ],
