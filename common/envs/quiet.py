@@ -28,13 +28,13 @@ def make_quietly(env_id, make, *args, **options):
     # The first comes at every look at OGBench's spaces, the other at FrankaKitchen's first step.
     for notice in ("precision lowered by casting", "share an object"):
         warnings.filterwarnings("ignore", message=f".*{notice}")
-    graphics.check()
     if options.get("render_mode"):
         graphics.choose()
     try:
         with warnings.catch_warnings(action="ignore"):
             env = make(*args, **options)
     except Exception as error:  # of Gymnasium, or of the module that --env names
+        graphics.check()
         fail(f"env {env_id or 'of the data set'}: cannot be made ({one_line(error)}); see --env")
     _remove_model_file(env)
     if options.get("render_mode"):
