@@ -47,10 +47,11 @@ class Rollouts:
         policy_keys: [S]; the key of a step depends on (seed, update, env step) alone.
         cfg: read are `eval_episodes`, `eval_every` and `num_updates`.
         memory: arrays with which the policy of one seed begins its E episodes, None if it has none.
+        first_start: the seed of the first episode's reset; the next one has the next number.
     """
 
-    def __init__(self, dataset, act, policy_keys, cfg, memory=None):
-        self.dataset, self.cfg = dataset, cfg
+    def __init__(self, dataset, act, policy_keys, cfg, memory=None, first_start=EVAL_SEED):
+        self.dataset, self.cfg, self.first_start = dataset, cfg, first_start
         self.cpu = jax.local_devices(backend="cpu")[0]
         self.keys = jax.device_put(policy_keys, self.cpu)
         # On an accelerator a thread rolls out while the device trains. Where the CPU is the
@@ -177,7 +178,7 @@ class Rollouts:
             env_step += 1
 
     def _reset(self, i):
-        seed = EVAL_SEED + i % self.cfg.eval_episodes
+        seed = self.first_start + i % self.cfg.eval_episodes
         np.random.seed(seed)  # noqa: NPY002 - ogbench envs draw from NumPy's global generator
         observation, _ = self.envs[i % len(self.envs)].reset(seed=seed)
         return observation

@@ -64,6 +64,7 @@ def _dataset(dataset_id, source):
         "env": spec and _env_name(spec),
         "action_box": [] if bounds is None else [np.asarray(bound).tolist() for bound in bounds],
         "rows_left_out": count - len(transitions.reward),  # their next observation is unknown
+        "env_facts": envs.remembered(env, width, num_actions, bounds),
     }
     return Dataset(
         id=dataset_id,

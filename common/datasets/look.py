@@ -35,7 +35,7 @@ def describe(dataset) -> str:
         ("constant", f"{int((std == 0).sum())} of them never change"),
         ("evaluated in", f"{env}, {dataset.horizon} steps" if env else "nothing: no env is known"),
     ]
-    shown = {"env", "action_box"}
+    shown = {"env", "env_facts", "action_box"}
     lines += [(k, str(value)) for k, value in (dataset.record or {}).items() if k not in shown]
     return "\n".join(f"  {name:16} {text}" for name, text in lines)
 

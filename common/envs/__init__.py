@@ -5,8 +5,10 @@
 become flat float32 arrays and actions lie in [-1, 1]. Behind these names are the point maze that
 this project registers (pointmaze.py), the wrappers that give Gymnasium's environments D4RL's
 behaviour (d4rl.py), and the checks of the environment that a Minari data set names (recorded.py).
+What a run records of its env is in again.py.
 """
 
+from common.envs.again import Translator, make_remembered, remembered
 from common.envs.making import make
 from common.envs.pointmaze import MAZES, point_maze, register
 from common.envs.quiet import make_quietly
@@ -14,10 +16,13 @@ from common.envs.spaces import flat_and_scaled, flatten
 
 __all__ = [
     "MAZES",
+    "Translator",
     "flat_and_scaled",
     "flatten",
     "make",
     "make_quietly",
+    "make_remembered",
     "point_maze",
     "register",
+    "remembered",
 ]

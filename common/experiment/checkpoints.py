@@ -17,25 +17,28 @@ from common import fail, files, one_line
 from common.experiment import digests, disk_errors, unreadable
 
 
-def manager(folder):
-    """Orbax's manager of a run folder's `checkpoints/`. It keeps the newest two."""
+def manager(folder, name="checkpoints", kept=2):
+    """Orbax's manager of a run folder's `checkpoints/`. It keeps the newest two.
+
+    `name` is another folder beside it, where the newest `kept` are kept.
+    """
     import orbax.checkpoint as ocp
 
     disk_errors.silence_closed_loops()
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax raises what it logs as well
-    options = {"max_to_keep": 2, "enable_async_checkpointing": False}
+    options = {"max_to_keep": kept, "enable_async_checkpointing": False}
     handlers = {"state": ocp.StandardCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()}
     if jax.process_count() > 1:  # every process has a folder of its own
         index = jax.process_index()
         alone = ocp.options.MultiprocessingOptions(index, {index}, f"process_{index}")
         options |= {"multiprocessing_options": alone, "create": False}
-        (folder / "checkpoints").mkdir(exist_ok=True)
+        (folder / name).mkdir(exist_ok=True)
         handlers = {
             "state": ocp.StandardCheckpointHandler(multiprocessing_options=alone),
             "meta": ocp.JsonCheckpointHandler(multiprocessing_options=alone),
         }
     return ocp.CheckpointManager(
-        (folder / "checkpoints").resolve(),
+        (folder / name).resolve(),
         options=ocp.CheckpointManagerOptions(**options),
         item_handlers=handlers,
     )
@@ -53,11 +56,12 @@ def save(manager, step, state, meta):
     files.sync_folder(Path(manager.directory, str(step)))  # orbax syncs the arrays only
 
 
-def restore(checkpoints, target, keep=False):
+def restore(checkpoints, target, keep=False, only=None):
     """(state, meta) of the newest checkpoint that can be read, (None, None) where there is none.
 
-    Newer ones that are damaged are moved to `damaged/`, since new checkpoints will have their
-    numbers; `keep` leaves them where they are. If all are damaged, nothing is changed.
+    With `only` it is that one or none. Newer ones that are damaged are moved to `damaged/`, since
+    new checkpoints will have their numbers; `keep` leaves them where they are. If all are damaged,
+    nothing is changed.
 
     Raises:
         SystemExit: code 2 after one line, where no checkpoint can be read.
@@ -65,7 +69,8 @@ def restore(checkpoints, target, keep=False):
     import orbax.checkpoint as ocp
 
     damaged, proven = [], True
-    for step in sorted(checkpoints.all_steps(), reverse=True):
+    steps = [only] if only is not None else sorted(checkpoints.all_steps(), reverse=True)
+    for step in steps:
         try:
             wanted = _as_saved(checkpoints, step, target) if keep else target
             items = {"state": ocp.args.StandardRestore(wanted), "meta": ocp.args.JsonRestore()}
@@ -117,15 +122,29 @@ def _meta(checkpoints, step):
 
 def _as_saved(checkpoints, step, target):
     """Arrays like those of `target` in the types that were saved, which x64 mode changes."""
-    saved = jax.tree.leaves_with_path(checkpoints.item_metadata(step)["state"].tree)
-    types = {jax.tree_util.keystr(k, simple=True): x.dtype for k, x in saved}
+    saved = names(checkpoints.item_metadata(step)["state"].tree)
 
     def empty(path, x):
-        return np.empty(np.shape(x), types.get(jax.tree_util.keystr(path, simple=True)))
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        return np.empty(np.shape(x), saved[name].dtype if name in saved else None)
 
     return jax.tree_util.tree_map_with_path(empty, target)
 
 
-def _shapes(tree):
+def read(checkpoints, step):
+    """({name: array}, meta) of a checkpoint, whatever its State is; see `names`."""
+    import orbax.checkpoint as ocp
+
+    items = {"state": ocp.args.StandardRestore(), "meta": ocp.args.JsonRestore()}
+    saved = checkpoints.restore(step, args=ocp.args.Composite(**items))
+    return names(saved["state"]), saved["meta"]
+
+
+def names(tree):
+    """{name: leaf} of a tree, as in "actor.params.params.Dense_0.kernel"."""
     leaves = jax.tree.leaves_with_path(tree)
-    return {jax.tree_util.keystr(k, simple=True, separator="."): x.shape for k, x in leaves}
+    return {jax.tree_util.keystr(k, simple=True, separator="."): x for k, x in leaves}
+
+
+def _shapes(tree):
+    return {name: x.shape for name, x in names(tree).items()}

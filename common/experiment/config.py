@@ -21,7 +21,7 @@ from typing import Annotated, Literal
 import tyro
 
 from common import datasets, fail
-from common.experiment import kinds, ranges, show_config, wandb_settings
+from common.experiment import beginning, growth, kinds, ranges, show_config, wandb_settings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +36,9 @@ class Options:
     wandb: Literal["offline", "online", "disabled"] | None = None  # default: WANDB_MODE or offline
     wandb_project: str | None = None  # default: WANDB_PROJECT or atoll
     wandb_entity: str | None = None  # wandb's user or team (default: WANDB_ENTITY or your own)
+    start_from: str | None = None  # run folder whose parameters are the beginning of this run
+    start_optimizer: bool = False  # with --start-from: the states of its optimisers as well
+    keep: Literal["last", "best"] = "last"  # best: each seed's policy of its best evaluation, too
     save_seconds: float = 10.0  # least time between checkpoints; 0: one at every chunk boundary
     data: Literal["device", "host"] = "device"  # host: the device holds the rows of two chunks only
     devices: int = 1  # devices that share the batches of one seed; several seeds always share all
@@ -44,7 +47,8 @@ class Options:
     env_steps: int | None = None  # step limit of that env
 
 
-IN_YAML = ("env", "env_steps")  # options that change results, so a YAML may set them
+# Options that change results, so a YAML may set them.
+IN_YAML = ("env", "env_steps", "start_from", "start_optimizer")
 COMMON = Path(__file__).resolve().parents[1]
 
 
@@ -93,6 +97,7 @@ def check(cfg, options):
     if not 0 <= options.save_seconds < float("inf"):
         fail(f"--save-seconds {options.save_seconds}: must be 0 or more")
     wandb_settings.check(cfg, options)
+    beginning.check(options, cfg, Path(inspect.getfile(type(cfg))))
 
 
 def _check_copy(script):
@@ -307,6 +312,7 @@ def run_folder(cfg, options):
 
     Raises:
         SystemExit: code 2 where the folder holds a run and --resume is missing, or another config.
+            Only what growth.py lists may change.
     """
     values = resolved(cfg, options)
     # The name does not depend on how a path is spelled, nor on whether a field was renamed.
@@ -317,19 +323,24 @@ def run_folder(cfg, options):
     name = digest if options.name is None else options.name
     if not re.fullmatch(r"\w[\w.-]*", name):
         fail(f"--name {name!r}: letters, digits, '_', '-' and, inside, '.' only")
-    algorithm, slug = Path(inspect.getfile(type(cfg))).stem, datasets.slug(cfg.dataset)
+    script = Path(inspect.getfile(type(cfg)))
+    algorithm, slug = script.stem, datasets.slug(cfg.dataset)
     if {"", ".", ".."} & {*slug.split("/")}:
         what = "a directory, or no data set's name; pass an HDF5 file or an id"
         fail(f"--dataset {cfg.dataset}: {what}")
     folder = runs_dir(options) / algorithm / slug / name
+    if options.resume and options.name is None and not (folder / "config.yaml").exists():
+        folder = growth.find(folder, values, cfg, script)
     if (folder / "config.yaml").exists():
         if not options.resume:
             fail(f"{folder} exists; continue it with --resume or start another run with --name")
         before = resolved(*read_run(folder, type(cfg)))
-        for key in sorted({*before, *values}):
+        for key in sorted({*before, *values} - {*growth.MAY_CHANGE}):
             was, now = before.get(key), values.get(key)
-            if was != now and not (key == "dataset" and _same_file(was, now)):
+            is_path = key in ("dataset", "start_from") and was and now
+            if was != now and not (is_path and _same_file(was, now)):
                 fail(f"{folder} has {key} {was}, not {now}; resume with that or choose a --name")
+        growth.check(folder, before["num_updates"], cfg, script)
     return folder
 
 
@@ -357,6 +368,8 @@ def _tokens(values):
         flag = ranges.flag(name)
         if isinstance(value, list):
             yield from (flag, *map(str, value))
+        elif name in IN_YAML and isinstance(value, bool):  # a flag without a word behind it
+            yield from [flag] * value
         else:
             yield f"{flag}={value}"
 

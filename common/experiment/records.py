@@ -6,6 +6,7 @@ import json
 import numpy as np
 
 from common import fail, files
+from common.experiment import growth
 
 SCORES = ("score", "return", "success", "length")  # the last columns of metrics.csv
 
@@ -22,13 +23,34 @@ class Records:
         self.waiting = []
 
     def write_config(self, values):
-        """config.yaml, where there is none yet."""
+        """config.yaml. Where there is one, only what may change at a resumption is written.
+
+        The record's `history` keeps the former values and the update up to which they held.
+        """
+        import yaml
+
+        file = self.folder / "config.yaml"
+        if file.exists():
+            now = {key: values[key] for key in growth.MAY_CHANGE if key in values}
+            values = yaml.safe_load(file.read_text(encoding="utf-8"))
+            changed = {key: values[key] for key, x in now.items() if values.get(key, x) != x}
+            if not changed:
+                return
+            stage = {"until_update": growth.reached(self.folder)} | changed
+            values["record"].setdefault("history", []).append(stage)
+            values.update(now)
+            words = ", ".join(f"{key} {now[key]} (was {x})" for key, x in changed.items())
+            print(f"config.yaml: {words}")
+        files.write(file, yaml.safe_dump(values, sort_keys=False, default_flow_style=None))
+
+    def started_from(self):
+        """What config.yaml records of another run's parameters, None if it does not."""
         import yaml
 
         file = self.folder / "config.yaml"
         if not file.exists():
-            text = yaml.safe_dump(values, sort_keys=False, default_flow_style=None)
-            files.write(file, text)
+            return None
+        return yaml.safe_load(file.read_text(encoding="utf-8"))["record"].get("started_from")
 
     def write_result(self, values):
         files.write(self.folder / "result.json", json.dumps(values, indent=2) + "\n")
