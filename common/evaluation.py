@@ -118,8 +118,8 @@ class Rollouts:
 
         `score` is normalised (0 to 100), `return` is undiscounted, `success` is the share of
         episodes with a successful step (None where the env does not report success), `length` is in
-        steps, `seconds` is the time taken, and
-        `preparing` that of making the environments, at the first evaluation.
+        steps, `seconds` is the time taken, and `preparing` that of making the environments, at the
+        first evaluation.
         """
         if not self.asked:
             self._make_envs()

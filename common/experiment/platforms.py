@@ -8,7 +8,7 @@ import jax
 
 from common import fail, folders, one_line
 
-FALLBACK = "or JAX_PLATFORMS=cpu to train on the CPU"
+FALLBACK = "JAX_PLATFORMS=cpu trains on the CPU"
 
 
 def prepare():
@@ -48,7 +48,7 @@ def add_cpu():
 
 def _fail(asked, error):
     setting = f"JAX_PLATFORMS={asked}" if asked else "JAX"
-    cuda = "install jax[cuda12], " if asked and "cuda" in asked else ""
+    cuda = "install jax[cuda12] or take the CPU: " if asked and "cuda" in asked else ""
     fail(f"{setting}: JAX finds no such device here ({one_line(error)}); {cuda}{FALLBACK}")
 
 

@@ -83,8 +83,9 @@ def speed_line(cfg, step, timing):
     total = training + evaluation
     speed = (cfg.num_updates - step) / max(training, 1e-9)
     seeds = f" of {len(cfg.seeds)} seeds each" if len(cfg.seeds) > 1 else ""
+    digits = 1 if speed < 10 else 0
     line = (
-        f"speed: {speed:,.0f} updates/s{seeds}, so about {duration(total)} to go "
+        f"speed: {speed:,.{digits}f} updates/s{seeds}, so about {duration(total)} to go "
         f"(training {duration(training)}, evaluation {duration(evaluation)})"
     )
     fewer = int(LONG / max(total, LONG) * cfg.num_updates // cfg.eval_every) * cfg.eval_every
@@ -96,7 +97,7 @@ def speed_line(cfg, step, timing):
 
 
 def duration(seconds):
-    """ "45 s", "12 min", "3 h 20 min": as exact as an estimate is."""
+    """Like "45 s", "12 min" or "3 h 20 min": as exact as an estimate is."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)

@@ -212,7 +212,7 @@ def test_the_duration_is_said_once_the_speed_is_known(told):
 def test_a_run_of_hours_says_what_would_take_one(told):
     said = told(1000.0, **SIZE, seeds=(0, 1)).values()
     (line,) = [line for line in said if line.startswith("speed")]
-    assert "1 updates/s of 2 seeds each, so about 5 h 0 min to go" in line
+    assert "speed: 1.0 updates/s of 2 seeds each, so about 5 h 0 min to go" in line
     assert "that is long on this machine" not in line  # no interval of evaluations fits an hour
     said = told(1000.0, 1.0, **SIZE | {"eval_every": 1000}).values()
     (line,) = [line for line in said if line.startswith("speed")]
