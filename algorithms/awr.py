@@ -32,7 +32,7 @@ from common import datasets, evaluation, experiment, fail
 # --- Config -------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Config:
-    dataset: str = "local/pointmaze/umaze-v0"  # data set id or path, see common/datasets.py
+    dataset: str = "local/pointmaze/umaze-v0"  # data set id or path, see docs/data.md
     seeds: tuple[int, ...] = (0,)  # trained in parallel
     num_updates: int = 1_000_000  # gradient steps of the actor
     log_every: int = 10_000  # updates per compiled chunk, the unit of logging and saving
@@ -292,7 +292,7 @@ def policy_fn(state, cfg):
 def train(cfg, options):
     """Train every seed of `cfg` and return its final normalised scores, [S]."""
     if cfg.discount == 1:
-        fail("--discount 1.0: below 1 is wanted, since the network learns (1 - discount) V")
+        fail("--discount 1.0: must be below 1, since the network learns (1 - discount) V")
     if options.data == "host" or options.devices > 1:
         fail("--data host, --devices: AWR supports neither, since an iteration needs V of all rows")
     dataset = datasets.load(cfg.dataset, options.env, options.env_steps)

@@ -30,7 +30,7 @@ from common import datasets, evaluation, experiment
 # --- Config -------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Config:
-    dataset: str = "local/pointmaze/umaze-v0"  # data set id or path, see common/datasets.py
+    dataset: str = "local/pointmaze/umaze-v0"  # data set id or path, see docs/data.md
     seeds: tuple[int, ...] = (0,)  # trained in parallel
     num_updates: int = 1_000_000  # critic gradient steps
     log_every: int = 1_000  # updates per compiled chunk, the unit of logging and saving

@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The edge of the circle: how IQL's two ways to extract a policy use one Q function.
+"""Draw how IQL's two ways to extract a policy use the same Q function.
 
-    python benchmarks/circle.py                       # trains both if need be, then draws
+    python benchmarks/circle.py                       # trains both if needed, then draws
     python benchmarks/circle.py --runs-dir short --output short.png -- --num-updates 4000
 
-The flags after -- are for both trainings.
+Flags after -- go to both trainings.
 
-On a point maze the best action is full speed in one direction. At three states of
-local/pointmaze/umaze-v0, before the bend, in it and after it, a panel shows the two components of
-the action with the box and the unit circle: grey what the data did in states nearby, blue 500
-samples of the policy by advantage-weighted regression (awr), orange of the one by DDPG+BC, and an
-arrow to the next waypoint. To see: AWR averages good actions of the data, DDPG+BC climbs Q. The
-legend has the returns of both.
+In a point maze the best action is full speed in one direction. The figure has a panel for each of
+three states of local/pointmaze/umaze-v0: before the bend, in it and after it. A panel shows the two
+components of the action, with the box of allowed actions and the unit circle. Grey dots are the
+data's actions in nearby states, blue ones 500 samples of the policy by advantage-weighted
+regression (awr), orange ones 500 samples by DDPG+BC. An arrow points to the next waypoint. AWR
+averages good actions of the data, while DDPG+BC climbs Q. The legend has the returns of both.
 """
 
 import argparse
@@ -38,14 +38,14 @@ STATES = {
     "after the bend": ((0.0, 1.0), (-1.0, 1.0)),
 }
 COLOURS = {"awr": figures.COLOURS[0], "ddpg_bc": figures.COLOURS[4]}  # blue, orange
-# Scores of one seed each: with an expectile of 0.7 AWR has 9.1 and DDPG+BC with alpha 0.1 9.6; with
-# 0.9 AWR has 15.5, DDPG+BC 5.1 with alpha 0.1 and 23.2 with 0.03.
+# What else was tried, one seed each: with an expectile of 0.7 AWR scores 9.1 and DDPG+BC with alpha
+# 0.1 scores 9.6. With 0.9 AWR scores 15.5, DDPG+BC 5.1 with alpha 0.1 and 23.2 with alpha 0.03.
 SETTINGS = {"awr": ["--expectile", "0.9"], "ddpg_bc": ["--expectile", "0.9", "--alpha", "0.03"]}
 LABELS = {"awr": "IQL, AWR", "ddpg_bc": "IQL, DDPG+BC"}
 
 
 def train(extraction, runs_dir, more):
-    """Run folder of one extraction; trained, or gone on with, where it is not finished."""
+    """Run folder of one extraction. A run that is not finished is trained or resumed first."""
     folder = Path(runs_dir, "iql", datasets.slug(DATASET), f"circle-{extraction}")
     config = ROOT / "configs" / "iql" / "pointmaze.yaml"
     words = [sys.executable, str(ROOT / "algorithms" / "iql.py"), "--config", str(config)]

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What loads, how fast and in how much memory: the tables of benchmarks/results/data.md.
+"""Write the tables of benchmarks/results/data.md: what loads, how fast, with how much memory.
 
     python benchmarks/data_table.py [--episodes N] [--out benchmarks/results/data.md]
 
-Every id is loaded in a process of its own. Recorded files are read from $ATOLL_DATA (skipped where
-it is not set); recipes not made yet are made small, with N episodes, in a temporary folder.
-Ids that need a server show the line a user without a network gets, if there is none here.
+Every id is loaded in a process of its own. Recorded files are read from $ATOLL_DATA and skipped if
+it is not set. Recipes that were not made before are made with N episodes in a temporary folder. For
+ids that need a server, the table shows the message that a user without a network gets, if this
+machine has none.
 """
 
 import argparse
@@ -79,7 +80,7 @@ def cpu_of_children():
 
 
 def shown(text):
-    """Without the paths of this machine."""
+    """The text without the paths of this machine."""
     for path, name in ((os.environ.get("ATOLL_DATA"), "$ATOLL_DATA"), (str(Path.home()), "~")):
         text = text.replace(path, name) if path else text
     return text
@@ -249,8 +250,10 @@ def speed_table(folder):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--episodes", type=int, default=2, help="of a recipe not made yet")
-    parser.add_argument("--out", help="print the page and write it there, too")
+    parser.add_argument(
+        "--episodes", type=int, default=2, help="episodes of a recipe that was not made"
+    )
+    parser.add_argument("--out", help="also write the page to this file")
     args = parser.parse_args()
     lines = []
 
@@ -258,14 +261,12 @@ def main():
         print(text, flush=True)
         lines.append(text)
 
-    say(
-        "# Data sets\n\nWritten by `python benchmarks/data_table.py`. What the envs of D4RL's names"
-    )
-    say("differ in from D4RL's own: docs/data.md.\n")
+    say("# Data sets\n\nWritten by `python benchmarks/data_table.py`. How the environments behind")
+    say("D4RL's names differ from D4RL's own is in [docs/data.md](../../docs/data.md).\n")
     say(
         f"Machine: {os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}"
     )
-    say("Beside other work read the seconds of CPU: a quiet machine needs no more.\n")
+    say("If other work ran beside it, read the CPU seconds: a quiet machine needs no more.\n")
     for part in (speed_table, served, lambda folder: families(args.episodes, folder)):
         with tempfile.TemporaryDirectory() as folder:
             for text in part(Path(folder)):

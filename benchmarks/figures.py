@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The figures of a report, for a page (PNG) and inline in HTML (SVG that follows its colours)."""
+"""Figures of a report: PNG for a Markdown page, inline SVG with the page's colours for HTML."""
 
 import collections
 import contextlib
@@ -10,13 +10,13 @@ import numpy as np
 
 import intervals
 
-# Okabe and Ito's colours that are readable on white and on near-black; then the line's style tells.
+# Okabe and Ito's colours that are readable on white and on near-black. Line styles tell more apart.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 STYLES = ("-", "--", "-.", ":")
 INK = "#1b1c1d"  # becomes the text colour of an HTML page
-BAND_SEEDS = 3  # with fewer the seeds themselves are drawn
-LEVELS = 81  # of a performance profile
+BAND_SEEDS = 3  # with fewer, every seed is drawn as a line
+LEVELS = 81  # points of a performance profile
 STYLE = {
     **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "grid.color"), INK),
     **dict.fromkeys(("xtick.color", "ytick.color"), INK),
@@ -53,7 +53,7 @@ def look(labels, label):
 
 
 def legend(figure, axes):
-    """One for all panels, below them."""
+    """One legend for all panels, below them."""
     handles = {}
     for axis in axes:
         handles |= dict(zip(*axis.get_legend_handles_labels()[::-1], strict=True))
@@ -61,13 +61,13 @@ def legend(figure, axes):
     width = 0.6 + 0.075 * max(map(len, handles), default=0)  # inches of the longest label
     columns = max(1, int(figure.get_figwidth() // width))
     lines = -(-len(handles) // columns)
-    figure.set_figheight(figure.get_figheight() + 0.22 * max(0, lines - 2))  # two fit as it is
+    figure.set_figheight(figure.get_figheight() + 0.22 * max(0, lines - 2))  # two lines fit already
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns)
 
 
 @contextlib.contextmanager
 def curves(rows, labels):
-    """A panel per data set: the mean over seeds, its 95 % interval or the seeds; data as lines."""
+    """A panel per data set: mean over seeds with a 95 % interval, or every seed; data levels."""
     names = list(dict.fromkeys((row.family, row.dataset) for row in rows))
     with panels(len(names)) as (figure, axes):
         for axis, (family, name) in zip(axes, names, strict=True):
@@ -109,7 +109,7 @@ def _curve(axis, row, style):
 
 @contextlib.contextmanager
 def aggregates(family, summary, labels, unit):
-    """IQM with intervals, performance profiles, probability of improvement of one family."""
+    """IQM with intervals, performance profiles and probability of improvement of one family."""
     names = list(summary.scores)
     with panels(3, size=(4.4, max(2.9, 0.32 * len(names) + 1.2))) as (figure, axes):
         for i, name in enumerate(names):
@@ -153,7 +153,7 @@ def png(figure, path):
 
 
 def svg(figure):
-    """The figure as text for an HTML page: its ink is the page's, its background none."""
+    """The figure as text for an HTML page, in the page's text colour, without a background."""
     out = io.StringIO()
     figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
     text = out.getvalue()[out.getvalue().index("<svg") :]

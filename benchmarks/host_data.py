@@ -1,16 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `--data host` costs and saves: one run each way on a large synthetic data set.
+"""Measure what `--data host` costs in speed and saves in device memory, on a large data set.
 
     python benchmarks/host_data.py --output benchmarks/results/host_data
 
-makes a file of random transitions in D4RL's layout, trains on it with `--data device` and with
-`--data host`, each in a process of its own, and writes per run
-    updates/s    the median chunk without the first, as in result.json
-    device, GB   the most in JAX's arrays at once (on an accelerator: what its allocator says)
-    rows, GB     transitions among them: the data set, or the chunks' rows on the device at once
-    process, GB  the most that the process took (on a CPU the device's memory is the process's)
-    training, GB the same from the second chunk on, after loading and compiling
-and whether all losses of both runs are the same. There is no env, so nothing is evaluated.
+makes a file of random transitions in D4RL's layout and trains on it with `--data device` and with
+`--data host`, each in its own process. The page explains its columns. The script also checks that
+all losses of both runs are the same. There is no env, so nothing is evaluated.
 """
 
 import dataclasses
@@ -37,6 +32,13 @@ from common.experiment import host_data, provenance
 ROOT = Path(__file__).resolve().parents[1]
 OBSERVATION, ACTION, LENGTH, BLOCK = 17, 6, 1000, 100_000
 ROW = 4 * (2 * (OBSERVATION + ACTION) + 3)  # bytes of a transition, see datasets.Transitions
+COLUMNS = """
+- updates/s: the median chunk without the first, as in result.json
+- device: the most memory in JAX's arrays at once (on an accelerator: as its allocator reports)
+- rows: the transitions among them: the data set, or the rows of the chunks on the device
+- process: the most memory of the process (on a CPU it includes the device's memory)
+- training: the same from the second chunk on, after loading and compiling
+"""
 RUN = "import sys; from benchmarks import host_data; host_data.watched(*sys.argv[1:])"
 
 
@@ -46,7 +48,7 @@ class Arguments:
     transitions: int = 10_000_000  # of the data set, in episodes of 1000 steps
     seeds: tuple[int, ...] = (0,)
     num_updates: int = 5_000
-    log_every: int = 1_000  # updates per chunk
+    log_every: int = 1_000  # updates per compiled chunk
     batch_size: int = 256
     output: Path | None = None  # stem of the record to write, .md and .json
 
@@ -69,7 +71,7 @@ def make(path, count):
 
 # --- A run, watched -----------------------------------------------------------------------------
 class Watch:
-    """The most bytes so far; to be asked for when they grow: when rows are put, at borders."""
+    """The most bytes so far. It looks when rows are put on the device and after every chunk."""
 
     def __init__(self):
         self.device = self.rows = self.process = 0
@@ -81,7 +83,7 @@ class Watch:
         self.look()
 
     def runs(self, rows, metrics):
-        """Until a chunk has run the runtime holds its rows, Python would not."""
+        """Keep a chunk's rows until it has run: the runtime holds them, but Python would not."""
         next(chunk for chunk in self.chunks if chunk[0] is rows)[1] = metrics
 
     def look(self):
@@ -90,9 +92,9 @@ class Watch:
             self.rows = max(self.rows, sum(size(rows) for rows, _ in self.chunks))
             self.device = max(self.device, size(jax.live_arrays()))
 
-    def border(self, number):
+    def saved(self, number):
         self.look()
-        if number == 1:  # the first chunk is over
+        if number == 1:  # the first chunk has run
             self.process = most_of_process(forget=True)
 
 
@@ -105,7 +107,7 @@ def size(tree):
 
 
 def most_of_process(forget=False):
-    """Bytes since the start or since it was told to forget them; Linux only."""
+    """Most bytes of the process since its start or the last `forget`; Linux only."""
     lines = dict(x.split(":") for x in Path("/proc/self/status").read_text().splitlines())
     if forget:
         Path("/proc/self/clear_refs").write_text("5")
@@ -115,7 +117,7 @@ def most_of_process(forget=False):
 def watched(name, *argv):
     """Train, then print the bytes."""
     watch, save, place = Watch(), experiment.Run.save, experiment.place
-    gather, fed, borders = host_data.Feed._rows, host_data.fed, iter(range(1 << 30))
+    gather, fed, saves = host_data.Feed._rows, host_data.fed, iter(range(1 << 30))
 
     def placed(data, options):
         found = place(data, options)
@@ -124,7 +126,7 @@ def watched(name, *argv):
 
     def saved(*args):
         save(*args)  # waits for the chunk
-        watch.border(next(borders))
+        watch.saved(next(saves))
 
     def gathered(feed, start):
         rows = gather(feed, start)
@@ -183,10 +185,12 @@ def train(where, path, folder, arguments):
 
 # --- Record -------------------------------------------------------------------------------------
 def page(record):
-    """The text of the page that tells a record."""
-    lines = ["# Data in host memory", "", f"What the columns are: {Path(__file__).name}.", ""]
+    """The page of a record."""
+    lines = ["# Data in host memory", ""]
+    lines += ["What `--data host` costs and saves: one run each way on a large data set.", ""]
     lines += [f"- {name}: {value}" for name, value in record.items() if name != "rows"]
     rows = record["rows"]
+    lines += ["", "The columns, memory in GB:", COLUMNS.rstrip()]
     lines += ["", f"| {' | '.join(rows[0])} |", "|" + " --- |" * len(rows[0])]
     lines += [f"| {' | '.join(map(str, row.values()))} |" for row in rows]
     return "\n".join(lines) + "\n"
@@ -203,7 +207,7 @@ def main(arguments):
             losses.add(found)
             print(json.dumps(row), flush=True)
     batches = (arguments.log_every, arguments.batch_size, len(arguments.seeds))
-    two_chunks = 2 * np.prod(batches, dtype=int) * (ROW + 4)  # four bytes are the row's number
+    two_chunks = 2 * np.prod(batches, dtype=int) * (ROW + 4)  # four bytes for the row's number
     ratio = rows[1]["updates/s"] / rows[0]["updates/s"]
     record = {
         "command": shlex.join(["python", "benchmarks/host_data.py", *sys.argv[1:]]),
@@ -217,7 +221,7 @@ def main(arguments):
         "two chunks of one row per transition of a batch, GB": round(two_chunks / 1e9, 3),
         "metrics.csv of both": "the same, byte for byte" if len(losses) == 1 else "NOT the same",
         "updates/s, host to device": f"{ratio:.2f}, the ratio of one run each; other work on the "
-        "machine moves it, and both numbers",
+        "machine affects it",
         "rows": rows,
     }
     print(page(record))

@@ -2,8 +2,8 @@
 """Statistics over seeds and data sets, after Agarwal et al., 2021, arXiv:2108.13264.
 
 Scores are matrices [R seeds, T data sets]. Every interval is the percentile interval of a
-stratified bootstrap: the seeds of each data set are drawn anew with replacement, data sets stay as
-they are. The draws come from a fixed seed, so that a page made twice is the same.
+stratified bootstrap: the seeds of each data set are resampled with replacement, the data sets are
+kept. The draws come from a fixed seed, so that a page that is made twice is the same.
 """
 
 import numpy as np
@@ -11,11 +11,11 @@ from scipy import stats
 
 LEVEL = 0.95
 DRAWS = 10_000
-AT_ONCE = 2_000_000  # numbers held at a time while drawing
+AT_ONCE = 2_000_000  # numbers held in memory at a time while drawing
 
 
 def iqm(scores):
-    """Interquartile mean over the last two axes: of seeds and data sets taken together."""
+    """Interquartile mean over the last two axes, seeds and data sets together."""
     flat = scores.reshape(*scores.shape[:-2], -1)
     return stats.trim_mean(flat, 0.25, axis=-1)
 
@@ -29,9 +29,9 @@ def profile(scores, levels):
 
 
 def improvement(x, y):
-    """Probability that a seed of x beats one of y on the same data set, ties half, mean over T.
+    """Probability that a seed of x beats one of y on the same data set, averaged over data sets.
 
-    On each data set this is Mann and Whitney's U over its largest value.
+    Ties count half. On each data set this is the Mann-Whitney U divided by its largest value.
     """
     x, y = x[..., :, None, :], y[..., None, :, :]
     return ((x > y) + 0.5 * (x == y)).mean(axis=(-3, -2, -1))
@@ -42,16 +42,16 @@ def mean(scores):
 
 
 def resample(scores, draws, generator):
-    """[draws, R, T]: the seeds of every data set drawn with replacement, each on its own."""
+    """[draws, R, T]: the seeds of every data set, resampled with replacement independently."""
     index = generator.integers(len(scores), size=(draws, *scores.shape))
     return np.take_along_axis(scores[None], index, axis=1)
 
 
 def interval(statistic, *scores, draws=DRAWS, level=LEVEL, seed=0):
-    """(low, high) of `statistic(*scores)`, arrays where it is one; the matrices independent.
+    """(low, high) of `statistic(*scores)`, as arrays if it is one. Matrices are independent.
 
     Raises:
-        ValueError: where a matrix has one seed, which says nothing about the others.
+        ValueError: if a matrix has a single seed, which says nothing about variation.
     """
     if any(len(x) < 2 for x in scores):
         raise ValueError("an interval needs at least two seeds")

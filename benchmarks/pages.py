@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A report as a list of blocks -> Markdown, or one HTML file that needs no other."""
+"""Turn a list of blocks into Markdown, or into one self-contained HTML file."""
 
 import html
 import re
@@ -114,7 +114,7 @@ document.querySelectorAll("table").forEach(table => {
 
 
 def page(title, blocks):
-    """A whole HTML file: style, script and figures are in it."""
+    """A complete HTML file with style, script and figures."""
     body = "\n".join(_html(block) for block in blocks)
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -157,7 +157,7 @@ def table(head, rows, caption=""):
 
 
 def text(source):
-    """The Markdown that notes use: headings, paragraphs, lists, tables, fenced and inline code."""
+    """Convert the Markdown of notes: headings, paragraphs, lists, tables and code."""
     out = []
     for part in re.split(r"(^```.*?^```$)", source, flags=re.M | re.S):
         if part.startswith("```"):

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Updates/s of d3rlpy's algorithms at our sizes: `throughput.py --peer PYTHON` runs this file.
+"""Measure the updates/s of d3rlpy with our sizes; `throughput.py --peer PYTHON` runs this file.
 
-PYTHON is that of a virtual environment with d3rlpy (`pip install d3rlpy`); it imports nothing of
-ours. One argument: JSON with algorithm, hidden, critic_hidden, batch_size, updates, repeats, rows,
-observation, action. The last line printed is JSON too: updates/s, the best of the repeats, and the
-versions. What is timed is `fit`, as a user calls it, without evaluation, log files and progress
-bar; the first call, which builds the networks, is not timed.
+PYTHON belongs to a virtual environment with d3rlpy (`pip install d3rlpy`). This file imports
+nothing of this project. Its argument is JSON with algorithm, hidden, critic_hidden, batch_size,
+updates, repeats, rows, observation and action. The last line that it prints is JSON with updates/s,
+the best of the repeats, and the versions. It times `fit` as a user calls it, without evaluation,
+log files and progress bar. The first call, which builds the networks, is not timed.
 """
 
 import json

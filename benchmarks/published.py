@@ -1,19 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Published scores beside ours: benchmarks/reference/scores.csv, one row per number.
+"""Find published scores to show beside ours, in benchmarks/reference/scores.csv.
 
-Columns: `algorithm` is our file and `config` the values its run must have; `column` the heading
-here; `updates`, `episodes` and `selection` ("last", or the mean of the last 3 evaluations so far
-apart) the protocol, episodes as in the source's own configurations (d3rlpy's are not stated);
-`ddof` that of the std, empty where the source does not say; `source` where the number is printed.
-Only rows whose source states seeds, updates and selection are in the file, none that a source
-quotes from elsewhere, and none selected by looking at the scores. Left out, too, is JAX-CORL's
-AWAC, whose weights its code broadcasts into plain cloning.
+The file has one row per number. Its columns: `algorithm` is our file, `config` the values that its
+run must have, `column` the heading in a report. `updates`, `episodes` and `selection` are the
+protocol; selection is "last", or the mean of the last 3 evaluations and their distance. Episodes
+are those of the source's own configurations (d3rlpy does not state them). `ddof` is that of the
+std, empty if the source does not say. `source` is where the number is printed.
 
-A number is shown only where the protocol is the same: the data set has D4RL's or OGBench's own name
-(a file, a recipe, Minari's data are others, whatever their name) and is evaluated in its env's
-counterpart (docs/data.md), the run made as many updates, was evaluated in as many episodes where
-the source states them, and our score is taken in the same way. Hyperparameters beyond `config` are
-the source's own.
+The file has only rows whose source states seeds, updates and selection. It has no numbers that a
+source quotes from elsewhere and none that were selected by looking at scores. JAX-CORL's AWAC is
+left out, because its code broadcasts the weights into plain cloning.
+
+A number is shown only if the protocol is the same: the data set has D4RL's or OGBench's own name
+(files, recipes and Minari's data are different data, whatever their name), it is evaluated in the
+counterpart env of docs/data.md, the updates and (if stated) the episodes are equal, and our score
+is selected in the same way. Hyperparameters beyond `config` are the source's own.
 """
 
 import csv
@@ -26,7 +27,7 @@ import numpy as np
 from common.datasets import names, reference_scores
 
 FILE = Path(__file__).parent / "reference" / "scores.csv"
-DEFAULT_TASK = (  # of OGBench's envs, by their names' beginning; its tables number all tasks
+DEFAULT_TASK = (  # default task by the beginning of an OGBench env's name; papers number tasks
     ("antsoccer", 4),
     ("puzzle-4x[56]", 2),
     ("puzzle", 4),
@@ -39,8 +40,8 @@ class Beside(NamedTuple):
     """Our scores and published ones under one protocol."""
 
     selection: str
-    ours: np.ndarray  # [S] taken as the selection says
-    rows: list  # of the file, as dicts
+    ours: np.ndarray  # [S] our scores under that selection
+    rows: list  # rows of the file, as dicts
 
 
 def load(path=FILE):
@@ -49,7 +50,7 @@ def load(path=FILE):
 
 
 def name_of(run):
-    """The name under which papers know a run's data set, None where they do not."""
+    """The name that papers use for a run's data set, None if they do not know it."""
     name = run.config["dataset"]
     if run.config.get("env") or run.config.get("env_steps") or run.copy:
         return None
@@ -63,7 +64,7 @@ def name_of(run):
 
 
 def beside(run, table):
-    """(list of Beside, list of words on rows that were published under another protocol)."""
+    """(list of Beside, list of notes on rows that were published under another protocol)."""
     name, groups, words = name_of(run), {}, []
     for row in table:
         wanted = [x.split("=") for x in row["config"].split(";") if x]

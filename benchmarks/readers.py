@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run folders, or the runs of a wandb project -> the rows of a report.
+"""Read run folders, or the runs of a wandb project, into the rows of a report.
 
-A row is what one method scored on one data set. Runs that differ in nothing but their seeds are one
-row; anything else that differs tells rows apart and is named: a config value, the version of the
-code, the data under one name. What cannot be a row (unfinished, damaged, a seed twice) is left out,
-and a note says so.
+A row is the score of one method on one data set. Runs that differ only in their seeds are joined
+into one row. Any other difference makes separate rows and is named: a config value, the version of
+the code, other data under the same name. Runs that cannot be rows (unfinished, damaged, a seed
+twice) are left out, and a note says so.
 """
 
 import collections
@@ -26,9 +26,9 @@ from common.datasets.names import OGBENCH_ID
 from common.experiment.config import current_names
 
 PER_SEED = ("score", "best_score", "return", "success", "length", "diverged")
-# Named only where nothing else tells rows apart, or one name had several of them.
+# Named only if nothing else tells rows apart, or if one name has several of them.
 BUDGET = ("num_updates", "log_every", "eval_every", "eval_episodes")
-NO_CONFIG = ("record", "seeds", "dataset")  # keys that do not tell two rows of a data set apart
+NO_CONFIG = ("record", "seeds", "dataset")  # keys that do not distinguish rows
 
 
 @dataclass
@@ -38,11 +38,11 @@ class Result:
     folder: Path
     config: dict
     result: dict
-    curves: dict  # seed -> ([T] updates, [T] scores) where the policy was evaluated
-    variant: str = ""  # where methods of one algorithm are compared: what sets this one apart
+    curves: dict  # seed -> ([T] updates, [T] scores) of the evaluations
+    variant: str = ""  # what distinguishes this row from others of the same algorithm
     others: list = field(default_factory=list)  # folders of runs with further seeds
-    copy: str = ""  # which data, where two data sets have one name
-    joined: list = field(default_factory=list)  # the result.json of every run of the row
+    copy: str = ""  # which data, if two data sets have one name
+    joined: list = field(default_factory=list)  # the result.json of every run in the row
 
     @property
     def algorithm(self):
@@ -63,7 +63,7 @@ class Result:
 
     @property
     def made(self):
-        """What else than config and algorithm a run is made of, where result.json says it."""
+        """What a run depends on besides its config and algorithm, if result.json records it."""
         common = (self.result.get("code") or {}).get("common", "")
         precision = self.result.get("matmul_precision", "")
         precision += " with 64 bits" if self.result.get("x64") else ""
@@ -79,19 +79,19 @@ class Result:
 
     @property
     def scores(self):
-        """[S] of the last policy; NaN where a seed diverged or nothing was evaluated."""
+        """[S] of the last policy; NaN if a seed diverged or was not evaluated."""
         return numbers(self.result["score"])
 
     @property
     def best(self):
-        """[S] highest evaluation during training; NaN where a seed diverged."""
+        """[S] highest evaluation during training; NaN if a seed diverged."""
         gone = self.result["diverged"]
         each = self.result["best_score"].items()
         return numbers({seed: None if seed in gone else score for seed, score in each})
 
     @property
     def scale(self):
-        """What the score is: "normalised" by reference scores, the "success" rate, a "return"."""
+        """Scale of the score: normalised by reference scores, success rate or plain return."""
         name = self.config["dataset"]
         if OGBENCH_ID.fullmatch(name) or name.startswith("local/ogbench/"):
             return "success"
@@ -99,7 +99,7 @@ class Result:
 
     @property
     def family(self):
-        """Where the data come from: no table, mean or published score mixes two of them."""
+        """Where the data come from. No table, mean or published score mixes two families."""
         name, known = self.config["dataset"], reference_scores.table()
         suite = datasets.suite(name) or "other"
         if name in known:
@@ -116,7 +116,7 @@ class Result:
         return f"{where}, evaluated in {env}" if env else where
 
     def level(self, key):
-        """Mean or max return of the data on the score's scale; NaN where that is not known."""
+        """Mean or max return of the data on the scale of the score; NaN if not known."""
         value = self.config.get("record", {}).get("data_return", {}).get(key)
         if value is None or self.scale == "success":
             return math.nan
@@ -138,7 +138,7 @@ def find(folders, where=(), named_by=()):
         named_by: fields that name the rows, see `name_by`.
 
     Raises:
-        SystemExit: code 2 after one line, where no finished run is there.
+        SystemExit: code 2 after one line, if there is no finished run.
     """
     for folder in folders:
         if not folder.is_dir():
@@ -217,12 +217,12 @@ def name_by(rows, keys):
 
 
 def _of_a_run(folder):
-    """Whether it is the folder of wandb's own files in a run folder."""
+    """Whether this is the folder of wandb's own files in a run folder."""
     return folder.name == "wandb" and (folder.parent / "config.yaml").exists()
 
 
 def read(folder, notes):
-    """The run in a folder, or None with a note where it is not finished or not whole."""
+    """The run in a folder, or None and a note if it is unfinished or damaged."""
     try:
         config = current_names(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")))
         result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
@@ -238,9 +238,7 @@ def read(folder, notes):
         check(run)
         return run
     except FileNotFoundError as error:
-        notes.append(
-            f"left out: {folder} has no {Path(error.filename).name}, so it is not finished"
-        )
+        notes.append(f"left out: {folder} is not finished (it has no {Path(error.filename).name})")
     except (ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
         reason = f"no {error}" if isinstance(error, KeyError) else str(error).splitlines()[0]
         notes.append(f"left out: {folder} is damaged ({reason})")
@@ -248,7 +246,7 @@ def read(folder, notes):
 
 
 def check(run):
-    """Raises ValueError or KeyError where the three files of a run do not fit together."""
+    """Raises ValueError or KeyError if the three files of a run do not fit together."""
     result, updates = run.result, run.result["num_updates"]
     record = run.config["record"]
     if len(record["reference"]) != 2 or {"mean", "max"} - {*record["data_return"]}:
@@ -279,7 +277,7 @@ def from_wandb(project, api=None, where=(), named_by=()):
     """(rows, notes) of the finished runs of a project ("entity/project"), one wandb run per seed.
 
     Raises:
-        SystemExit: code 2 after one line, where the project cannot be read or has no such run.
+        SystemExit: code 2 after one line, if the project cannot be read or has no such run.
     """
     try:
         if api is None:
@@ -293,7 +291,7 @@ def from_wandb(project, api=None, where=(), named_by=()):
             except (KeyError, TypeError, ValueError) as error:
                 reason = f"no {error} in it" if isinstance(error, KeyError) else str(error)
                 notes.append(f"left out: wandb run {entry.name} ({reason})")
-    except Exception as error:  # no wandb, no key, no network, no such project: wandb has many
+    except Exception as error:  # wandb raises many kinds: no key, no network, no such project
         fail(f"wandb project {project}: {one_line(error)}; give run folders instead, or log in")
     if not runs:
         fail(f"wandb project {project}: no finished run of these algorithms in it")
@@ -316,7 +314,7 @@ def _of_wandb(entry):
         last = row["_step"]
     if entry.state != "finished" or last != updates:
         raise ValueError(f"{entry.state} at update {last} of {updates}")
-    over = not points or points[-1][0] != updates  # diverged, or never evaluated
+    over = not points or points[-1][0] != updates  # diverged or never evaluated
     best = max((score for step, score in points if step > 0), default=None)
     result = {"algorithm": algorithm, "num_updates": updates, "code": code}
     result |= {"eval_episodes": config["eval_episodes"], "best_score": {str(seed): best}}
@@ -329,7 +327,7 @@ def _of_wandb(entry):
 
 # --- Rows ---------------------------------------------------------------------------------------
 def tell_apart(runs, notes):
-    """Runs -> rows: further seeds joined, whatever else differs named; notes say what and why."""
+    """Turn runs into rows: join further seeds, name all other differences, note what and why."""
     by_name = collections.defaultdict(list)
     for run in runs:
         by_name[run.family, run.dataset].append(run)
@@ -342,7 +340,7 @@ def tell_apart(runs, notes):
                 for text, digest in zip(texts, digests, strict=True)
             ]
         if len({*texts}) > 1:
-            notes.append(f"{family}: {name} is the name of different data, told apart below")
+            notes.append(f"{family}: different data are called {name}; their rows say which")
             for run, text in zip(group, texts, strict=True):
                 run.copy = f" ({text})"
     rows = _join(runs, notes)
@@ -367,13 +365,13 @@ def tell_apart(runs, notes):
             names = ", ".join(sorted(version or "not recorded" for version in versions))
             notes.append(
                 f"{family}: {algorithm} ran in {len(versions)} versions of its code ({names}); "
-                "they stand apart and no mean goes over both"
+                "they are separate rows, and no mean mixes them"
             )
         for run in group:
             words = [f"{key}={run.config[key]}" for key in run.config if key in keys]
             words += [f"code={run.code or 'unrecorded'}"] if len(versions) > 1 else []
             run.variant = " ".join([*words, *([run.variant] if run.variant else [])])
-        for key in ("common", "precision"):  # named only where nothing else tells rows apart
+        for key in ("common", "precision"):  # named only if nothing else tells rows apart
             names = collections.Counter((run.dataset, run.variant) for run in group)
             if max(names.values()) > 1 and len({run.made[key] for run in group}) > 1:
                 for run in group:
@@ -386,7 +384,7 @@ def _values(run, keys):
 
 
 def _data(run):
-    """What tells two data sets of one name apart."""
+    """What distinguishes two data sets of one name."""
     returns = run.config.get("record", {}).get("data_return")
     if returns is None:
         return "data not recorded"
@@ -396,7 +394,7 @@ def _data(run):
 
 
 def _join(runs, notes):
-    """One row from runs that differ in their seeds only."""
+    """Join runs that differ only in their seeds into one row."""
     groups = collections.defaultdict(list)
     for run in runs:
         config = {key: x for key, x in run.config.items() if key not in NO_CONFIG}
@@ -411,7 +409,7 @@ def _join(runs, notes):
                 kept.append(run)
             else:
                 notes.append(
-                    f"left out: {run.folder} has the config and the numbers of {twin.folder}"
+                    f"left out: {run.folder} is a copy of {twin.folder} (same config and numbers)"
                 )
         seeds = [seed for run in kept for seed in run.result["score"]]
         if len(kept) == 1:
@@ -419,9 +417,9 @@ def _join(runs, notes):
         elif len({*seeds}) == len(seeds) and kept[0].code:
             rows.append(_union(kept))
         else:
-            why = "have a seed twice" if kept[0].code else "do not say which code made them"
+            why = "share a seed" if kept[0].code else "do not record the version of their code"
             names = ", ".join(str(run.folder) for run in kept)
-            notes.append(f"not joined, each is a row of its own: {names} {why}")
+            notes.append(f"not joined, because they {why}: {names}")
             for run in kept:
                 run.variant = f"run={run.folder.name}"
             if len({run.variant for run in kept}) < len(kept):
@@ -438,7 +436,7 @@ def _equal(one, other):
 
 
 def _union(runs):
-    """The seeds of all; seconds are sums, the speed is that of a process in the mean."""
+    """All seeds in one result. Seconds are summed; the speed is the mean over the processes."""
     first, result = runs[0], dict(runs[0].result)
     for name in PER_SEED:
         if any(name in run.result for run in runs):

@@ -1,18 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run folders -> tables, learning curves, intervals: a Markdown page, an HTML page, README's part.
+"""Run folders -> tables, learning curves and intervals, as a Markdown page and an HTML page.
 
     python benchmarks/report.py runs/rebrac --output benchmarks/results/mine
 
-writes mine.md, mine.png (learning curves) and mine_1.png, ... (intervals, where
-there are methods to compare); --html adds mine.html with all of it in one file, --readme
-README.md rewrites what stands there between `<!-- mine -->` and `<!-- /mine -->`. `--where
-num_updates=100000` takes only some of the runs, `--named-by alpha` names the rows of a method by
+writes mine.md, mine.png (learning curves) and, if there are methods to compare, mine_1.png, ...
+(intervals). --html adds mine.html, one file with everything in it. --index docs/results.md rewrites
+the part of that page between `<!-- mine -->` and `<!-- /mine -->`: the scores by data set. `--where
+num_updates=100000` takes only some of the runs. `--named-by alpha` names the rows of a method by
 that field alone, not by everything in which its runs differ; `name` is the run folder's name.
 
-The score is the last policy's: mean over the evaluation's episodes, then mean ± std (ddof 0) over
-seeds. The best over training stands beside it: it was selected on the evaluation itself and is not
-a score. Data of different origin are never in one table, and what is not finished, not whole or
-not comparable is named and left out of every mean.
+The score is that of the last policy: the mean over the evaluation's episodes, then mean ± std
+(ddof 0) over seeds. The best score during training stands beside it. It was selected on the
+evaluation itself, so it is not a score. Data of different origin are never in one table. Runs that
+are unfinished, damaged or not comparable are named and left out of every mean.
 """
 
 import collections
@@ -21,6 +21,7 @@ import dataclasses
 import importlib
 import io
 import json
+import os
 import re
 import shlex
 from dataclasses import dataclass, field
@@ -40,25 +41,27 @@ from pages import Figure, Folded, Heading, Table, Text, markdown, page
 ROOT = Path(__file__).resolve().parents[1]
 UNITS = {"normalised": "score", "success": "success", "return": "return"}
 WORDS = {"normalised": "normalised score", "success": "success in %", "return": "plain return"}
-PUBLISHED = "Published scores: same data, updates, episodes and selection, evaluated here "
-PUBLISHED += (
-    "in the counterpart env of docs/data.md where D4RL's; the source's own settings (seeds)"
+PUBLISHED = (
+    "Published scores with the same data, updates, episodes and selection, and the source's own "
+    "settings; seeds in brackets. D4RL's data are evaluated here in the counterpart env that "
+    "docs/data.md names."
 )
-FEW = 10  # seeds below which an interval is said to be too narrow
-MANY = 5  # seeds from which every evaluation is printed as mean ± std
-METHODS = ("fraction",)  # numbers that papers have as methods of their own: 10%BC
-NARROW = "its 95 % interval is too narrow: the true one is wider"
+FEW = 10  # below this number of seeds the page warns that an interval is too narrow
+MANY = 5  # from this number of seeds on, every evaluation is printed as mean ± std
+METHODS = ("fraction",)  # numeric fields that papers treat as a method of its own: 10%BC
+NARROW = "a 95 % bootstrap interval is too narrow"
 EXPLAINED = """
-Score: last policy, mean ± std over seeds (ddof 0): normalised (0 to 100 by the reference pair),
-success rate in percent for OGBench, plain return where there is no pair. Best: highest evaluation
-during training, selected after the fact. Data mean and best: returns of the recorded episodes on
-the same scale. Updates/s: of all seeds of a process together. Wall-clock: training and evaluation.
+Score: the last policy, mean ± std over seeds (ddof 0). It is normalised so that 0 and 100 are
+the data set's reference scores, the success rate in percent for OGBench, and the plain return for
+data without reference scores. Best: the highest evaluation during training, selected after the
+fact. Data mean, data best: returns of the recorded episodes on the same scale. Updates/s:
+all seeds of a process together. Wall-clock: training and evaluation.
 """
 INTERVALS = """
-IQM: interquartile mean over seeds and data sets. In brackets: 95 % intervals of a bootstrap
-stratified by data set. Probability: that a seed of the row scores higher than one of the column on
-the same data set, mean over data sets. All seeds and methods meet the same evaluation starts, so
-what other starts would change is in no interval and no std.
+IQM is the interquartile mean over seeds and data sets. Brackets hold 95 % intervals of a bootstrap
+stratified by data set. "Row beats column" is the probability that a seed of the row scores higher
+than a seed of the column on the same data set, averaged over data sets. All methods and seeds share
+the same start states, so intervals and standard deviations exclude variation from other starts.
 """
 
 
@@ -71,17 +74,17 @@ class Arguments:
     where: tuple[str, ...] = ()  # only these runs: num_updates=100000 name=trial*
     named_by: tuple[str, ...] = ()  # fields that name a method's rows: name, alpha, ...
     output: Path = Path("benchmarks/results/table")  # stem of the .md and .png to write
-    title: str = "Results"
-    note: Path | None = None  # markdown put below the title: where data come from, commands
-    html: bool = False  # also one self-contained page, the stem with .html
-    readme: Path | None = None  # file whose part between the marks is rewritten
-    reference: Path = published.FILE  # published scores
-    command: str | None = None  # said to make the page, where this one alone does not
+    title: str = "Results"  # heading of the page
+    note: Path | None = None  # Markdown file put below the title: data, commands, findings
+    html: bool = False  # also write one self-contained page, the stem with .html
+    index: Path | None = None  # page whose part between the marks of this report is rewritten
+    reference: Path = published.FILE  # CSV file of published scores
+    command: str | None = None  # named on the page as its command, if this call alone is not
 
 
 # --- Cells --------------------------------------------------------------------------------------
 def spread(x):
-    """Mean ± std (ddof 0) over the seeds that have the number; empty where none has."""
+    """Mean ± std (ddof 0) over the seeds that have the number; empty if none has it."""
     x = x[~np.isnan(x)]
     if not len(x):
         return ""
@@ -89,7 +92,7 @@ def spread(x):
 
 
 def lost(row):
-    """Marks seeds that diverged: the means are over the others only."""
+    """Names seeds that diverged: the means are over the other seeds only."""
     gone = " ".join(row.result["diverged"])
     return f" (diverged, not in the means: {gone})" if gone else ""
 
@@ -99,7 +102,7 @@ def clock(seconds):
 
 
 def within(point, low, high, digits=1):
-    """A number and its interval, which is missing where there is one seed."""
+    """A number and its interval; a single seed has no interval."""
     if np.isnan(low):
         return f"{point:.{digits}f}"
     return f"{point:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
@@ -115,7 +118,7 @@ HEAD += ["updates", "episodes", "updates/s", "wall-clock, h:mm", "evaluation"]
 
 
 def table(rows):
-    """Every row of the report: score, best beside it, cost."""
+    """Every row of the report: its score, the best during training, its cost."""
     return Table(HEAD, [_cells(row) for row in rows])
 
 
@@ -158,7 +161,7 @@ def by_method(rows):
 
 
 def why_no_mean(found, names):
-    """Why a method has no mean over the data sets of its family; empty where it has one."""
+    """Why a method has no mean over the data sets of its family; empty if it has one."""
     if len({row.scale for row in found.values()}) > 1 or next(iter(found.values())).scale == (
         "return"
     ):
@@ -172,7 +175,7 @@ def why_no_mean(found, names):
 
 
 def name_choices(rows):
-    """Say in a row's name what its config chose other than its file's default, among words."""
+    """Add to a row's name the choices (fields with words as values) that are not the default."""
     for row in rows:
         try:
             default = importlib.import_module(f"algorithms.{row.algorithm}").Config
@@ -189,7 +192,7 @@ def name_choices(rows):
 
 
 def settings(rows):
-    """What the runs' configs have other than their files' defaults, a line per field."""
+    """Config values of the runs that differ from their file's defaults, one line per field."""
     names, lines = list(dict.fromkeys(row.dataset for row in rows)), []
     for label, found in by_method(rows).items():
         try:
@@ -209,12 +212,12 @@ def settings(rows):
 
 
 def plain(value):
-    """A value of a Config as it is typed on a command line."""
+    """A Config value as it is typed on a command line."""
     return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
 def usual_sizes(rows):
-    """data set -> (updates, seeds, episodes) of most of its rows, of the larger where as many."""
+    """data set -> (updates, seeds, episodes) of most of its rows; in a tie the larger ones."""
     sizes = collections.defaultdict(collections.Counter)
     for row in rows:
         sizes[row.dataset][_size(row)] += 1
@@ -228,7 +231,7 @@ def _size(row):
 def matrix(rows, best=False):
     """Methods by data sets, as papers print them, and the mean over the data sets.
 
-    A cell of other updates or another number of seeds than most of its data set says so.
+    A score says in brackets where its updates, seeds or episodes differ from most of its column.
     """
     names, methods = list(dict.fromkeys(row.dataset for row in rows)), by_method(rows)
     usual = usual_sizes(rows)
@@ -274,10 +277,10 @@ def evaluations(row):
 # --- Statistics over data sets ------------------------------------------------------------------
 @dataclass
 class Summary:
-    """What can be said of several methods over all data sets of a family."""
+    """Statistics of several methods over all data sets of a family."""
 
     scores: dict = field(default_factory=dict)  # label -> [R, T]
-    words: list = field(default_factory=list)  # on methods that are not in it
+    words: list = field(default_factory=list)  # which methods are left out, and why
     iqm: dict = field(default_factory=dict)  # label -> point, low, high
     improvement: dict = field(default_factory=dict)  # (label, label) -> point, low, high
     profile: dict = field(default_factory=dict)  # label -> [L], [L], [L]
@@ -285,7 +288,7 @@ class Summary:
 
 
 def estimate(statistic, *scores, draws=intervals.DRAWS):
-    """Point, low, high; low and high NaN where there is one seed."""
+    """Point, low, high; low and high are NaN for a single seed."""
     point = statistic(*scores)
     if min(map(len, scores)) < 2:
         return point, *(np.full(np.shape(point), np.nan) for _ in range(2))
@@ -293,7 +296,7 @@ def estimate(statistic, *scores, draws=intervals.DRAWS):
 
 
 def summarise(rows):
-    """Statistics of the methods that have every data set, every score and as many seeds on each."""
+    """Statistics of the methods with a score on every data set and equally many seeds on each."""
     names, summary = list(dict.fromkeys(row.dataset for row in rows)), Summary()
     if len(names) < 2:
         return summary
@@ -327,7 +330,7 @@ def summarise(rows):
 
 
 def statistics(rows, summary):
-    """Blocks on the methods that can be compared over the data sets of a family."""
+    """Blocks that compare methods over the data sets of a family."""
     if not summary.scores:
         return []
     methods, lines = by_method(rows), []
@@ -345,13 +348,13 @@ def statistics(rows, summary):
         blocks.append(Table(["row beats column", *summary.scores], lines))
     words = INTERVALS.strip()
     counts = {*map(len, summary.scores.values())}
-    words += "\nOne seed has no interval." if 1 in counts else ""
+    words += "\nA single seed has no interval." if 1 in counts else ""
     if few := [count for count in sorted(counts) if 1 < count < FEW]:
-        words += f"\nOf {joined(few)} seeds {NARROW}."
+        words += f"\nWith {joined(few)} seeds {NARROW}."
     usual = usual_sizes(row for x in summary.scores for row in methods[x].values())
     odd = [x for x in summary.scores if any(_size(y) != usual[z] for z, y in methods[x].items())]
     if odd:
-        what = "Of other updates, seeds or episodes than most, but compared all the same"
+        what = "Compared although their updates, seeds or episodes differ from most"
         words += f"\n{what}: {joined(odd)}."
     if summary.words:
         words += f"\nNot compared here: {'; '.join(summary.words)}."
@@ -387,17 +390,17 @@ def beside(rows, reference):
         blocks.append(Text(text + (f"; {notes}" if notes and len(notes) < 120 else "")))
     if other:
         each = [f"{word} ({count})" for word, count in other.items()]
-        words = "Published under another protocol, so not shown (on how many data sets)"
+        words = "Published under another protocol, so not shown (number of data sets in brackets)"
         blocks.append(Text(f"{words}: {'; '.join(each)}."))
     return blocks
 
 
 # --- Commands -----------------------------------------------------------------------------------
 def command(row):
-    """The command line of a row: what differs from today's defaults and suite file.
+    """The command line of a row: the values that differ from today's defaults and suite file.
 
-    Where that does not lead to the row's config, its own file is named, with the reason where
-    today's code does not take it either.
+    If that does not give the row's config, the command names the run's own config file. If today's
+    code does not accept that file either, a comment says why.
     """
     start = f"python algorithms/{row.algorithm}.py"
     values = {key: x for key, x in row.config.items() if key != "record"}
@@ -428,12 +431,12 @@ def commands(rows):
 
 
 def own_command(arguments):
-    """The command that makes the page again."""
+    """The command that writes the page again."""
     if arguments.command:
         return arguments.command
     words = ["python", "benchmarks/report.py", *map(str, arguments.folders)]
     default = Arguments()
-    for name in ("wandb", "output", "title", "note", "readme", "reference"):
+    for name in ("wandb", "output", "title", "note", "index", "reference"):
         if (value := getattr(arguments, name)) != getattr(default, name):
             words += [f"--{name}", str(value)]
     for name in ("where", "named_by"):
@@ -444,12 +447,12 @@ def own_command(arguments):
 
 # --- Page ---------------------------------------------------------------------------------------
 def blocks_of(rows, notes, arguments, draw):
-    """The report: note, tables of every family, figures, commands, every evaluation, versions."""
+    """The page: note, tables of every family, figures, commands, every evaluation, versions."""
     reference = published.load(arguments.reference)
     blocks = [Heading(arguments.title, 1)]
     blocks += [Text(arguments.note.read_text(encoding="utf-8"))] if arguments.note else []
     families, counts = by_family(rows), collections.Counter(row.label for row in rows)
-    labels = [label for label, _ in counts.most_common()]  # the first have the plainest looks
+    labels = [label for label, _ in counts.most_common()]  # the first get the plainest lines
     for family, group in families.items():
         summary = summarise(group)
         blocks += [Heading(family)] if len(families) > 1 else []
@@ -464,12 +467,12 @@ def blocks_of(rows, notes, arguments, draw):
                 blocks.append(draw(figure, f"{family}: intervals, profiles, improvement"))
         blocks += beside(group, reference)
         if (chosen := settings(group)).rows:
-            blocks.append(Folded("Settings other than the file defaults", [chosen]))
+            blocks.append(Folded("Settings that differ from the file's defaults", [chosen]))
     blocks += [Text(EXPLAINED), Heading("Learning curves")] if len(families) > 1 else []
     with figures.curves(rows, labels) as figure:
         blocks.append(draw(figure, "learning curves", main=True))
-    words = f"Line: mean over seeds. Band: 95 % bootstrap interval, from {figures.BAND_SEEDS} seeds"
-    words += f" on (of fewer than {FEW} {NARROW}); with fewer, thin lines are the seeds."
+    words = f"Line: mean over seeds. With {figures.BAND_SEEDS} or more seeds the band is a 95 % "
+    words += f"bootstrap interval (too narrow with fewer than {FEW}). Thin lines are single seeds."
     blocks.append(Text(words))
     blocks += [Text(EXPLAINED)] if len(families) == 1 else []
     blocks += problems(rows, notes)
@@ -484,29 +487,29 @@ def blocks_of(rows, notes, arguments, draw):
 
 
 def problems(rows, notes):
-    """Blocks: what a reader must know before comparing rows."""
+    """Blocks with what a reader must know before comparing rows."""
     notes = list(notes)
     old = [row for row in rows if not row.code]
     if old:
-        notes.append(f"version of the code not recorded: {len(old)} of {len(rows)} rows")
+        notes.append(f"{len(old)} of {len(rows)} rows do not record the version of the code")
     mixed = [f"{row.label} on {row.dataset}" for row in rows if "+" in row.code]
     if mixed:
-        notes.append(f"resumed by another version of the code: {joined(mixed)}")
+        notes.append(f"resumed with another version of the code: {joined(mixed)}")
     shared = {(row.result.get("code") or {}).get("common") for row in rows} - {None}
     if len(shared) > 1:
-        notes.append(f"the code in common/ was not the same for all rows: {joined(sorted(shared))}")
+        notes.append(f"rows were made with different code in common/: {joined(sorted(shared))}")
     lines = "\n".join(f"- {note}" for note in notes)
-    return [Heading("To know"), Text(lines)] if notes else []
+    return [Heading("Before comparing rows"), Text(lines)] if notes else []
 
 
 def outdated(rows):
-    """Lines for the terminal alone: which rows today's files did not make."""
+    """Lines for the terminal only: which rows were made by other versions of the files."""
     found = collections.Counter()
     for row in rows:
         script = ROOT / "algorithms" / f"{row.algorithm}.py"
         found[row.algorithm] += script.exists() and row.code != provenance.code([script])
     return [
-        f"made by another version of {name}.py: {n} row{'s' * (n > 1)}"
+        f"{n} row{'s' * (n > 1)} made by another version of {name}.py"
         for name, n in found.items()
         if n
     ]
@@ -514,74 +517,64 @@ def outdated(rows):
 
 def environment(rows):
     """Blocks: hardware and versions."""
-    blocks = [Heading("Made with")]
+    blocks = [Heading("Hardware and versions")]
     results = [result for row in rows for result in row.results]
     hardware = joined(result["hardware"] for result in results if "hardware" in result)
     blocks += [Text(f"Hardware: {hardware}.")] if hardware else []
     code = joined(sorted(f"{row.algorithm} {row.code}" for row in rows if row.code))
-    blocks += [Text(f"Code (digest of the file, recorded with the run): {code}.")] if code else []
+    blocks += [Text(f"Code (digest of each file, recorded with the run): {code}.")] if code else []
     found = [result["versions"] for result in results if "versions" in result]
     versions = sorted({json.dumps(x, sort_keys=True) for x in found})
     for record in versions:
         each = joined(f"{name} {version}" for name, version in json.loads(record).items())
         blocks.append(Text(f"Versions: {each}"))
     if len(versions) > 1:
-        words = "The runs above were made with different versions, listed one after another."
+        words = "The runs were made with different versions, all of which are listed above."
         blocks.append(Text(words))
     return blocks
 
 
-def readme(rows, notes, arguments):
-    """README's part: scores by data set, published ones, commands, curves, what is to be known."""
-    reference = published.load(arguments.reference)
-    blocks = [Text("Last policy's score, mean ± std over seeds (ddof 0).")]
+def index(rows, notes, arguments):
+    """The part of an index page: scores by data set, published ones, a link to the full page."""
+    reference, blocks = published.load(arguments.reference), []
     for family, group in by_family(rows).items():
         usual, scale = usual_sizes(group), joined(WORDS[row.scale] for row in group)
         updates, seeds, _ = (dict.fromkeys(sizes) for sizes in zip(*usual.values(), strict=True))
         size = f"{' / '.join(f'{x:,}' for x in updates)} updates, {joined(seeds)} seeds"
         size = size.removesuffix("s") if [*seeds] == [1] else size
         mixed = any(_size(row) != usual[row.dataset] for row in group)
-        size += ", where a cell does not say others" if mixed else ""
-        blocks.append(Text(f"**{family}** ({scale}; {size}):"))
+        size += ", unless a score says otherwise" if mixed else ""
+        blocks.append(Text(f"**{family}**: {scale}, mean ± std over seeds; {size}."))
         blocks += [matrix(group), *beside(group, reference)]
-        blocks.append(Folded("commands of this table", [commands(group)]))
-    blocks.append(Figure(arguments.output.with_suffix(".png").as_posix(), "learning curves"))
     blocks += problems(rows, notes)[1:]
-    blocks.append(
-        Text(
-            f"Made by `{own_command(arguments)}`, which also writes [{_page(arguments)}]"
-            f"({_page(arguments)}) with best scores, intervals, curves and speed."
-        )
-    )
-    return markdown(blocks)
-
-
-def _page(arguments):
-    return arguments.output.with_suffix(".md").as_posix()
+    page = arguments.output.with_suffix(".md")
+    link = Path(os.path.relpath(page, arguments.index.parent)).as_posix()
+    words = f"Commands, best scores, intervals, curves and every evaluation: [{page.name}]({link})."
+    return markdown([*blocks, Text(words)])
 
 
 def around(path, name):
-    """What a file has before and after the part of a name.
+    """The text of a file before and after its part of this name, marks included.
 
     Raises:
-        SystemExit: code 2 after one line, where the file has not both marks once, in their order.
+        SystemExit: code 2 after one line if the file does not have both marks once, in order.
     """
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
     marks = f"<!-- {name} -->", f"<!-- /{name} -->"
     parts = re.split("|".join(map(re.escape, marks)), text)
     if len(parts) != 3 or text.index(marks[0]) > text.index(marks[-1]):
-        fail(f"{path}: {marks[0]} and {marks[1]} are wanted in it, once each and in this order")
+        fail(f"{path}: must contain {marks[0]} and {marks[1]}, once each and in this order")
     return f"{parts[0]}{marks[0]}\n", f"\n{marks[1]}{parts[2]}"
 
 
 def main(arguments):
     if bool(arguments.folders) == bool(arguments.wandb):
-        fail("give run folders or --wandb entity/project, one of the two")
+        fail("give either run folders or --wandb entity/project")
     for path in (arguments.note, arguments.reference):
         if path is not None and not path.is_file():
             fail(f"{path}: no such file")
-    if arguments.readme:
-        before, after = around(arguments.readme, arguments.output.name)
+    if arguments.index:
+        before, after = around(arguments.index, arguments.output.name)
     if arguments.wandb:
         rows, notes = readers.from_wandb(arguments.wandb, None, arguments.where, arguments.named_by)
     else:
@@ -607,10 +600,10 @@ def main(arguments):
             page(arguments.title, blocks), encoding="utf-8"
         )
         written.append(f"{stem}.html")
-    if arguments.readme:
-        text = before + readme(rows, notes, arguments).strip() + after
-        arguments.readme.write_text(text, encoding="utf-8")
-        written.append(str(arguments.readme))
+    if arguments.index:
+        text = before + index(rows, notes, arguments).strip() + after
+        arguments.index.write_text(text, encoding="utf-8")
+        written.append(str(arguments.index))
     said = [*notes, *outdated(rows)]
     print(*said, sep="\n", end="\n\n" if said else "")
     print(markdown([table(rows)]))

@@ -1,22 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A matrix of runs, algorithms x data sets of a suite x seeds, and its table.
+"""Run a matrix of methods and data sets, and write its table.
 
     python benchmarks/reproduce.py --suite pointmaze --algorithms bc td3_bc --seeds 0 1 2
     python benchmarks/reproduce.py ... --dry-run                  # only print the commands
     python benchmarks/reproduce.py ... -- --num-updates 1000      # flags for every run
 
-A cell is one command, `python algorithms/ALGORITHM.py --config configs/ALGORITHM/SUITE.yaml
---dataset D --seeds ... --resume`, all its seeds in one process. The data sets are those of the
-suite's files: the rows of `datasets:`, or `dataset:`; where that is a file, all files of the suite
-in $ATOLL_DATA. A cell whose run folder has a result is not run again, one without goes on from its
-newest checkpoint: the same call again finishes a matrix that anything broke off. A cell's output
-is in `<run folder>.log`. A failed cell does not stop the others.
+A cell of the matrix is one run, `python algorithms/ALGORITHM.py --config
+configs/ALGORITHM/SUITE.yaml --dataset D --seeds ... --resume`, with all its seeds in one process.
+The data sets come from the suite's YAML files: the rows of `datasets:`, or else `dataset:`. If that
+is an HDF5 file, they are all files of the suite in $ATOLL_DATA.
 
-Each of `--workers` processes at a time has its own equal share of this machine's cores, so that
-XLA's threads do not fight over them (XLA counts the cores that its process may use). With
-`--slurm` the cells are jobs of one SLURM array, see docs/slurm.md.
+Finished runs are skipped and others continue from their newest checkpoint, so the same call again
+completes a matrix that was interrupted. The output of a run is in `<run folder>.log`. A failed run
+does not stop the others.
 
-Exit code: 0 all cells finished, 1 some failed, 2 bad input, 128 + N after signal N.
+Each of the `--workers` processes gets an equal share of the machine's cores, so that XLA's threads
+do not compete (XLA counts the cores that its process may use). With `--slurm` the runs are jobs of
+one SLURM array, see docs/scale.md.
+
+Exit code: 0 all runs finished, 1 some failed, 2 bad input, 128 + N after signal N.
 """
 
 import contextlib
@@ -46,11 +48,11 @@ from common import datasets, fail, one_line
 from common.experiment import config, provenance
 
 ROOT = Path(__file__).resolve().parents[1]
-OURS = ("config", "dataset", "seeds", "name", "resume", "runs-dir")  # flags set for every cell
+OURS = ("config", "dataset", "seeds", "name", "resume", "runs-dir")  # flags set for every run
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 AFTER = "flags of the runs stand after --"
-LATE = 90  # seconds that files of a job may be late on a shared disk
-FREED = 60  # seconds of the 90 that SLURM leaves a job to save before its time is up
+LATE = 90  # seconds that a job's files may take to appear on a shared disk
+FREED = 60  # seconds for saving, of the 90 between SLURM's signal and the time limit
 
 
 @dataclass(frozen=True)
@@ -59,21 +61,21 @@ class Arguments:
 
     suite: str  # configs/ALGORITHM/SUITE.yaml
     algorithms: tuple[str, ...]  # files of algorithms/, without .py
-    seeds: tuple[int, ...] = (0,)  # all in one process per cell
-    datasets: tuple[str, ...] = ()  # instead of those that the suite's files list
-    name: str | None = None  # run name of every cell (default: a hash of its resolved config)
+    seeds: tuple[int, ...] = (0,)  # all seeds of a run share one process
+    datasets: tuple[str, ...] = ()  # instead of those in the suite's YAML files
+    name: str | None = None  # name of every run (default: a hash of its resolved config)
     runs_dir: str = "runs"  # where run folders go
     output: Path | None = None  # stem of table and pictures (default: benchmarks/results/SUITE)
     workers: int | None = None  # runs at a time (default: one per core, or per GPU)
     dry_run: bool = False  # print the commands and stop
-    slurm: bool = False  # submit the cells as an array, one job each, and wait for them
-    slurm_cluster: Literal["slurm", "local"] = "slurm"  # local: the same path without SLURM
+    slurm: bool = False  # submit the runs as a job array, one job each, and wait for them
+    slurm_cluster: Literal["slurm", "local"] = "slurm"  # local: jobs on this machine, no SLURM
     slurm_partition: str | None = None
-    slurm_minutes: int = 240  # of a job; at its end it saves, is requeued and goes on
-    slurm_cpus: int = 4  # of a job
-    slurm_gpus: int = 0  # of a job
-    slurm_mem_gb: float | None = None  # of a job
-    slurm_jobs: int = 64  # of the array at a time
+    slurm_minutes: int = 240  # time limit of a job; then it saves, is requeued and continues
+    slurm_cpus: int = 4  # per job
+    slurm_gpus: int = 0  # per job
+    slurm_mem_gb: float | None = None  # per job
+    slurm_jobs: int = 64  # jobs of the array at a time
     slurm_options: tuple[str, ...] = ()  # more for sbatch: account=lab constraint=a100
     slurm_setup: tuple[str, ...] = ()  # shell lines before the command: "module load cuda"
 
@@ -92,12 +94,12 @@ class Cell:
         return f"{self.algorithm} {datasets.slug(self.dataset)}"
 
     def beside(self, suffix):
-        """A file in the run folder's neighbourhood: the folder may not exist yet."""
+        """A file beside the run folder, which may not exist yet."""
         return self.folder.with_name(f"{self.folder.name}{suffix}")
 
     @property
     def result(self):
-        """What result.json says, None for a cell that is not finished."""
+        """The content of result.json, None for a run that is not finished."""
         try:
             return json.loads((self.folder / "result.json").read_text())
         except (OSError, ValueError):
@@ -106,7 +108,7 @@ class Cell:
 
 # --- The matrix ---------------------------------------------------------------------------------
 def parse(argv):
-    """Arguments and the words after `--`, every value checked that can be before a run starts."""
+    """Arguments and the words after `--`, checked as far as possible before a run starts."""
     split = argv.index("--") if "--" in argv else len(argv)
     printed = io.StringIO()
     try:
@@ -138,24 +140,24 @@ def parse(argv):
     for flag in ("algorithms", "datasets"):
         values = getattr(arguments, flag)
         if len(set(values)) < len(values):
-            fail(f"--{flag} {' '.join(values)}: one of them is there twice; leave it out")
+            fail(f"--{flag} {' '.join(values)}: one of them appears twice; remove one")
     if not arguments.algorithms:
-        fail(f"--algorithms: at least one is wanted, of {', '.join(known)}")
+        fail(f"--algorithms: name at least one of {', '.join(known)}")
     for flag in ("workers", "slurm_minutes", "slurm_cpus", "slurm_jobs"):
         if getattr(arguments, flag) is not None and getattr(arguments, flag) < 1:
             flag, value = flag.replace("_", "-"), getattr(arguments, flag)
-            fail(f"--{flag} {value}: at least 1 is wanted")
+            fail(f"--{flag} {value}: must be at least 1")
     for word in arguments.slurm_options:
         if "=" not in word:
-            fail(f"--slurm-options {word}: KEY=VALUE is wanted, as in account=lab")
+            fail(f"--slurm-options {word}: must be KEY=VALUE, as in account=lab")
     for word in overrides:
         if word.startswith("--") and word[2:].split("=")[0].replace("_", "-") in OURS:
-            fail(f"{word} after '--': set for every cell here; give it before '--' or leave it out")
+            fail(f"{word} after '--': this script sets it for every run; give it before '--'")
     return arguments, overrides
 
 
 def names(arguments, modules):
-    """The data sets of the suite: of its YAML files, in their order."""
+    """The data sets of the suite, in the order of its YAML files."""
     if arguments.datasets:
         return [found(dataset) for dataset in arguments.datasets]
     listed = {}  # in order, none twice
@@ -168,29 +170,27 @@ def names(arguments, modules):
             continue
         folder = os.environ.get("ATOLL_DATA")
         if folder is None:
-            fail(f"suite {arguments.suite}: its files are in $ATOLL_DATA, which is not set; set it "
-                 "to their folder, or name them with --datasets")  # fmt: skip
+            fail(f"suite {arguments.suite}: set $ATOLL_DATA to the folder of its files, or name "
+                 "them with --datasets")  # fmt: skip
         files = [str(file) for file in sorted(Path(folder).expanduser().glob("*.h*5"))]
         listed |= dict.fromkeys(x for x in files if datasets.suite(x) == arguments.suite)
         if not listed:
-            fail(
-                f"ATOLL_DATA={folder}: no file of suite {arguments.suite} in it, such as {default}"
-            )
+            fail(f"ATOLL_DATA={folder}: has no file of suite {arguments.suite}, such as {default}")
     return list(listed)
 
 
 def found(dataset):
-    """A data set's id as it is; a file where it lies, here or in $ATOLL_DATA."""
+    """A data set's id, or the path of a file here or in $ATOLL_DATA."""
     if Path(dataset).suffix not in (".hdf5", ".h5") or Path(dataset).expanduser().is_file():
         return dataset
     file = Path(os.environ.get("ATOLL_DATA", ".")).expanduser() / dataset
     if not file.is_file():
-        fail(f"--datasets {dataset}: no such file, neither here nor in $ATOLL_DATA")
+        fail(f"--datasets {dataset}: no such file here or in $ATOLL_DATA")
     return str(file)
 
 
 def matrix(arguments, overrides):
-    """All cells, data set by data set, each with its command parsed as its run will parse it."""
+    """All cells, by data set. Each command is parsed here in the same way as in its run."""
     modules = {name: importlib.import_module(f"algorithms.{name}") for name in arguments.algorithms}
     cells = []
     for dataset, (name, module) in itertools.product(names(arguments, modules), modules.items()):
@@ -206,12 +206,12 @@ def matrix(arguments, overrides):
     folders = [cell.folder for cell in cells]
     for cell in cells:
         if folders.count(cell.folder) > 1:
-            fail(f"--datasets {cell.dataset}: two of one name share {cell.folder}; rename the file")
+            fail(f"--datasets {cell.dataset}: two files would share {cell.folder}; rename one")
     return cells
 
 
 def short(path):
-    """The path from here where it lies below, so that commands stay readable."""
+    """The path relative to this folder if it is inside it, so that commands stay readable."""
     with contextlib.suppress(ValueError):
         return str(path.relative_to(Path.cwd()))
     return str(path)
@@ -219,7 +219,7 @@ def short(path):
 
 # --- Progress -----------------------------------------------------------------------------------
 class Progress:
-    """One line per cell once its end is known; on a terminal a last line for those at work."""
+    """One line per run when it ends; on a terminal also a last line with the runs under way."""
 
     def __init__(self, cells):
         self.cells, self.failed, self.count, self.last = cells, [], 0, ""
@@ -232,7 +232,7 @@ class Progress:
         print(f"{clear}[{place}] {cell.title}: {text}", flush=True)
 
     def end(self, cell, how, seconds=None):
-        """The line of a cell that has ended; `how` it ended where it is not finished."""
+        """The line of a run that has ended; `how` says how, if it has not finished."""
         took = "" if seconds is None else f", {seconds / 60:.1f} min"
         if (result := cell.result) is None:
             self.failed.append(cell)
@@ -260,14 +260,14 @@ class Progress:
 
 
 def updates(cell):
-    """How far a cell is, by the last line of its timings; they are empty at a new start."""
+    """Updates of a run so far, from the last line of its timing.csv; 0 at a new start."""
     with contextlib.suppress(OSError, ValueError, IndexError):
         return f"{int((cell.folder / 'timing.csv').read_text().split()[-1].split(',')[0]):,}"
     return "0"
 
 
 def last_words(log):
-    """The last line of a cell's output that says something."""
+    """The last line of a run's output that is not empty."""
     with contextlib.suppress(OSError):
         lines = [line.strip() for line in log.read_text(errors="replace").splitlines()]
         said = [line for line in lines if line and not line.startswith("$ ")]
@@ -285,7 +285,7 @@ def ending(code):
 def work(cells, arguments, progress):
     """Run the cells, `workers` at a time. -> the number of the signal that stopped them, or None
 
-    A cell has as many cores in a later call as in the first: their number changes how sums round.
+    Every run gets the same number of cores in every call, because that number affects rounding.
     """
     devices = gpus()
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
@@ -301,7 +301,7 @@ def work(cells, arguments, progress):
                 cell = next((cell for cell in waiting if not locked(cell)), None)
                 if cell is None:
                     if waiting and not told:
-                        print(f"waiting for {len(waiting)} cells that other processes train")
+                        print(f"waiting for {len(waiting)} runs that other processes train")
                     told = told or bool(waiting)
                     break
                 waiting.remove(cell)
@@ -319,7 +319,7 @@ def work(cells, arguments, progress):
                         waiting.append(cell)
                         continue
                     progress.end(cell, ending(process.returncode), time.monotonic() - began)
-                elif sent < len(stops):  # one signal: save at the next border; two: leave at once
+                elif sent < len(stops):  # one signal: save at the next chunk boundary; two: leave
                     process.terminate()  # not SIGINT, which a process may inherit as ignored
                     running[worker][-1] += 1
             progress.working([cell for cell, *_ in running.values()])
@@ -330,7 +330,7 @@ def work(cells, arguments, progress):
 
 
 def start(cell, cores=(), share=(), device=None):
-    """The cell's process, in a group of its own: Ctrl-C reaches it through `work` only."""
+    """Start the run in its own process group: Ctrl-C reaches it only through `work`."""
     env = dict(os.environ, PYTHONUNBUFFERED="1")
     if share:
         env.setdefault("OMP_NUM_THREADS", str(len(share)))
@@ -359,7 +359,7 @@ def start(cell, cores=(), share=(), device=None):
 
 
 def gpus():
-    """The GPUs that JAX would take, as CUDA_VISIBLE_DEVICES names them."""
+    """The GPUs that JAX would use, in the form of CUDA_VISIBLE_DEVICES."""
     platforms = os.environ.get("JAX_PLATFORMS", "cuda")
     if "cuda" not in platforms and "gpu" not in platforms:
         return []
@@ -373,7 +373,7 @@ def gpus():
 
 
 def locked(cell):
-    """Whether some process trains in the cell's run folder."""
+    """Whether a process trains in the cell's run folder."""
     with contextlib.suppress(OSError), (cell.folder / ".lock").open() as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -384,7 +384,7 @@ def locked(cell):
 
 # --- SLURM --------------------------------------------------------------------------------------
 class Job:
-    """A cell as a job. submitit pickles it, and after a time limit or a preemption again."""
+    """A run as a job. submitit pickles it, and again after a time limit or a preemption."""
 
     def __init__(self, cell):
         self.cell = cell
@@ -394,7 +394,7 @@ class Job:
             time.sleep(5)
         if self.cell.result is not None:
             return
-        # SLURM may signal every process of a job: the run is told by `checkpoint` alone, once.
+        # SLURM may signal every process of a job. Only `checkpoint` tells the run, and only once.
         signals = {signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2}
         before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
         self.process = start(self.cell)
@@ -408,13 +408,13 @@ class Job:
             raise RuntimeError(ending(self.process.returncode))
 
     def stop(self, seconds):
-        """Ask the run to save at its next border; after so many seconds leave it to its end."""
+        """Ask the run to save at its next chunk boundary; kill it if that takes too long."""
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGINT)
             end = time.monotonic() + seconds
             while self.process.poll() is None and time.monotonic() < end:
                 time.sleep(0.1)
-        if seconds and self.process.poll() is None:  # the newest checkpoint will do
+        if seconds and self.process.poll() is None:  # the newest checkpoint has to do
             self.process.kill()
 
     def checkpoint(self):
@@ -425,14 +425,14 @@ class Job:
 
 
 def submit(cells, arguments, progress):
-    """Submit the cells that are not in the queue yet, wait for all. -> as `work`"""
+    """Submit the runs that are not in the queue yet, and wait for all. Returns as `work` does."""
     try:
         import submitit
     except ImportError:
         fail("--slurm: submitit is not installed; pip install submitit")
     cluster = arguments.slurm_cluster
     if cluster == "slurm" and not (shutil.which("sbatch") and shutil.which("squeue")):
-        fail("--slurm: no sbatch and squeue here; start it on a login node, or use --workers")
+        fail("--slurm: sbatch or squeue not found; start it on a login node, or use --workers")
     folder = Path(arguments.runs_dir).resolve() / "slurm"
     jobs = {cell: job for cell in cells if (job := queued(cell, cluster)) is not None}
     new = [cell for cell in cells if cell not in jobs]
@@ -447,8 +447,9 @@ def submit(cells, arguments, progress):
         cell.folder.parent.mkdir(parents=True, exist_ok=True)
         cell.beside(".job").write_text(f"{cluster} {job.job_id}\n")
     jobs |= {cell: job.job_id for cell, job in zip(new, sent, strict=True)}
-    print(f"{len(new)} jobs submitted, {len(cells) - len(new)} in the queue before. Ctrl-C leaves")
-    print(f"them there, the same call waits for them again. SLURM's output: {short(folder)}")
+    print(f"{len(new)} jobs submitted, {len(cells) - len(new)} were in the queue before. Ctrl-C")
+    print("leaves them in the queue, and the same call waits for them again.")
+    print(f"SLURM's output: {short(folder)}")
     try:
         await_jobs(jobs, {job.job_id: job for job in sent}, cluster, progress)
     except KeyboardInterrupt:
@@ -457,7 +458,7 @@ def submit(cells, arguments, progress):
 
 
 def parameters(arguments):
-    """What a job asks for, in submitit's words."""
+    """What a job asks for, in submitit's terms."""
     wanted = {
         "name": f"atoll-{arguments.suite}",
         "timeout_min": arguments.slurm_minutes,
@@ -469,27 +470,27 @@ def parameters(arguments):
         "slurm_setup": list(arguments.slurm_setup) or None,
         "slurm_additional_parameters": {"requeue": True}
         | dict(word.split("=", 1) for word in arguments.slurm_options),
-        # Its CPUs are the job's; without this srun of SLURM 22.05 and later gives a step one.
+        # Without this, srun of SLURM 22.05 and later gives a step only one of the job's CPUs.
         "slurm_srun_args": [f"--cpus-per-task={arguments.slurm_cpus}"],
     }
     return {key: value for key, value in wanted.items() if value is not None}
 
 
 def queued(cell, cluster):
-    """The job of an earlier call that still waits or runs, else None."""
+    """The job of an earlier call that still waits or runs, or None."""
     with contextlib.suppress(OSError, ValueError):
         kind, job = cell.beside(".job").read_text().split()
         there = in_queue(cluster, [job]) if kind == cluster else ()
         if there is None:
-            fail("--slurm: squeue does not answer, so what is in the queue is not known; try later")
+            fail("--slurm: squeue does not answer, so the queue is not known; try again later")
         return job if job in there else None
     return None
 
 
 def in_queue(cluster, ids, own=None):
-    """Those of the jobs that wait or run. None where SLURM does not answer.
+    """The jobs among `ids` that wait or run. None if SLURM does not answer.
 
-    squeue, since sacct, which submitit asks, needs an accounting data base.
+    It asks squeue, because sacct, which submitit asks, needs an accounting database.
     """
     if cluster == "local":
         return {x for x in ids if not own[x].done()} if own else {x for x in ids if process(x)}
@@ -510,7 +511,7 @@ def process(number):
 
 
 def await_jobs(jobs, own, cluster, progress):
-    """Report every job's end; `own` are those that this call submitted, by id."""
+    """Report the end of every job; `own` are the jobs that this call submitted, by id."""
     began, gone = time.monotonic(), {}
     while jobs:
         time.sleep(5 if cluster == "slurm" else 0.5)
@@ -528,11 +529,11 @@ def await_jobs(jobs, own, cluster, progress):
 
 
 # --- The call -----------------------------------------------------------------------------------
-MATRIX = ("algorithms", "seeds", "datasets", "name", "output")  # what makes a matrix another one
+MATRIX = ("algorithms", "seeds", "datasets", "name", "output")  # what tells matrices apart
 
 
 def is_whole(arguments, overrides, note):
-    """Whether this call makes the matrix whose command the suite's note has."""
+    """Whether this call is the command in the suite's note, so that it makes the whole matrix."""
     text = note.read_text() if note.exists() else ""
     commands = re.findall(r"^python benchmarks/reproduce\.py (.*)$", text, re.MULTILINE)
     for named, extra in (parse(shlex.split(command)) for command in commands):
@@ -542,7 +543,7 @@ def is_whole(arguments, overrides, note):
 
 
 def report(cells, arguments, overrides, argv, failed=False):
-    """The command that makes the table; only a suite's whole matrix goes to benchmarks/results."""
+    """The command that makes the table. Only a suite's whole matrix goes to benchmarks/results."""
     note = ROOT / "benchmarks" / "notes" / f"{arguments.suite}.md"
     whole = is_whole(arguments, overrides, note) and not failed
     place = ROOT / "benchmarks" / "results" if whole else Path(arguments.runs_dir)
@@ -553,9 +554,9 @@ def report(cells, arguments, overrides, argv, failed=False):
     words += ["--command", shlex.join(["python", "benchmarks/reproduce.py", *argv])]
     words += ["--output", short(output), "--title", arguments.suite]
     words += ["--note", short(note)] if whole else []
-    readme = ROOT / "README.md"
-    if whole and f"<!-- {output.name} -->" in readme.read_text():
-        words += ["--readme", short(readme)]
+    index = ROOT / "docs" / "results.md"
+    if whole and f"<!-- {output.name} -->" in index.read_text():
+        words += ["--index", short(index)]
     return words
 
 
@@ -568,7 +569,7 @@ def main(argv):
             print(("" if cell in left else "# finished: ") + shlex.join(cell.words))
         print(shlex.join(report(cells, arguments, overrides, argv)))
         return 0
-    print(f"{len(cells)} cells, {len(cells) - len(left)} of them finished before")
+    print(f"{len(cells)} runs, {len(cells) - len(left)} of them finished before")
     progress, stopped = Progress(cells), None
     for cell in cells:
         if cell not in left:
@@ -578,13 +579,11 @@ def main(argv):
     finished = [cell for cell in cells if cell.result is not None]
     if stopped is not None:
         name, share = signal.Signals(stopped).name, f"{len(finished)} of {len(cells)}"
-        print(f"{name}: {share} cells are finished; the same call does the rest")
+        print(f"{name}: {share} runs are finished; the same call does the rest")
         return 128 + stopped
     if progress.failed:
-        print(
-            f"{len(progress.failed)} of {len(cells)} cells failed; the same call tries them again"
-        )
-    if finished:  # the page names those that were begun and are not finished
+        print(f"{len(progress.failed)} of {len(cells)} runs failed; the same call tries them again")
+    if finished:  # the page names runs that were begun but are not finished
         begun = [cell for cell in cells if cell.folder.is_dir()]
         words = report(begun, arguments, overrides, argv, failed=len(finished) < len(cells))
         code = subprocess.run(words, check=False).returncode

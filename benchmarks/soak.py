@@ -3,26 +3,26 @@
 
     python benchmarks/soak.py --times 50 --algorithms rebrac iql bc --output benchmarks/results/soak
 
-A trial trains on a small synthetic data set until a fault at a random moment, resumes with the same
-command and `--resume`, and compares metrics.csv, scores and final parameters with the run that
-nothing happened to. A third of the trials mirror to wandb offline, the others have none. Faults:
+A trial trains on a small synthetic data set until a fault at a random moment. It then resumes with
+the same command and `--resume`, and compares metrics.csv, scores and final parameters with those of
+an undisturbed run. A third of the trials mirror to wandb offline, the others do not use it. Faults:
 
     kill       SIGKILL
-    term       SIGTERM, in half of the trials to wandb's process as well, as SLURM does: the run
-               saves at the next border and leaves with 143 (-15 where it does not listen yet)
-    full       the disk is filled up: one line and exit code 2; then it is emptied
-    limit      no file may grow over a size (as under a quota): the same
-    read-only  the file system gives up as after an I/O error, for open files too: the same
-    damage     SIGKILL, then one bit of the newest checkpoint flips or one file is emptied,
-               overwritten or deleted: resume says so and takes the older one. Bytes that
-               nothing reads may pass unsaid, other numbers may not
-    second     a second process on the run's folder: refused with exit code 2, the first goes on
+    term       SIGTERM, in half of the trials to wandb's process too, as SLURM does: the run saves
+               at the next chunk boundary and leaves with 143 (-15 if it does not listen yet)
+    full       the disk is filled: one line and exit code 2; then the disk is emptied
+    limit      no file may grow beyond a size, as with a quota: the same
+    read-only  the file system turns read-only as after an I/O error, for open files too: the same
+    damage     SIGKILL, then one bit of the newest checkpoint flips, or one file is emptied,
+               overwritten or deleted: resuming says so and takes the older checkpoint. It need not
+               notice damage to bytes that nothing reads, but numbers must never change
+    second     a second process in the run's folder: refused with exit code 2; the first continues
 
-A fault that came too late or too early to take effect is drawn again. Checkpoints are written at
-every border here (--save-seconds 0), so only the chunk under way may be lost: resume starts no
-earlier than the newest checkpoint that is not damaged and, but for that one, than the last border
+A fault that comes too late or too early to take effect is drawn again. Checkpoints are written at
+every chunk boundary here (--save-seconds 0), so only the current chunk may be lost: a resumed run
+starts no earlier than the newest undamaged checkpoint and, without damage, than the last boundary
 in timing.csv. Needs Linux, and root for `full` and `read-only`, which mount a loop device; without
-it they are left out. The record is written after every trial.
+root they are left out. The record is written after every trial.
 """
 
 import contextlib
@@ -54,9 +54,20 @@ from common.experiment import provenance
 ROOT = Path(__file__).resolve().parents[1]
 CODES = {"kill": -9, "term": 143, "full": 2, "limit": 2, "read-only": 2, "damage": -9, "second": 0}
 SAYS = {"full": errno.ENOSPC, "limit": errno.EFBIG, "read-only": errno.EROFS}
-MOUNTED = ("full", "read-only")
+MOUNTED = ("full", "read-only")  # faults that need root
+STARTUP = "seconds to the first chunk boundary, and per chunk"
+RENAMED = {"to the first border and between borders": STARTUP}  # what older records call it
+INTRO = """Runs that were broken at a random moment, resumed, and compared byte for byte with an
+undisturbed run.
+
+- trials: faults made; took effect: the run was still training
+- before a save: the fault came before the first checkpoint, so the run started anew
+- as undisturbed: metrics.csv, scores and final parameters are the same
+- `benchmarks/soak.py` describes the faults.
+
+"""
 DAMAGES = ("a bit flipped", "a bit flipped", "emptied", "overwritten", "deleted")
-TRIES = 6  # moments that are drawn for a trial at most
+TRIES = 6  # moments drawn for a trial at most
 UPDATES, LOG_EVERY = 2500, 50
 SIZES = ["--num-updates", str(UPDATES), "--log-every", str(LOG_EVERY), "--eval-every", "250"]
 SIZES += ["--eval-episodes", "2", "--batch-size", "32", "--hidden", "32", "32", "--seeds", "0", "1"]
@@ -67,9 +78,9 @@ SIZES += ["--save-seconds", "0"]
 class Arguments:
     algorithms: tuple[str, ...] = ("rebrac", "iql", "bc")  # files of algorithms/, without .py
     faults: tuple[str, ...] = tuple(CODES)
-    times: int = 50  # trials, dealt to algorithms and faults in turn
-    seed: int = 0  # of the moments
-    output: Path | None = None  # record to write, .md and .json
+    times: int = 50  # trials, spread over algorithms and faults in turn
+    seed: int = 0  # for drawing the moments
+    output: Path | None = None  # stem of the record to write, .md and .json
 
 
 class Case(NamedTuple):
@@ -81,12 +92,12 @@ class Case(NamedTuple):
 
 class Whole(NamedTuple):
     result: tuple  # of an undisturbed run
-    startup: float  # seconds to the first border
-    chunk: float  # seconds from border to border
+    startup: float  # seconds to the first chunk boundary
+    chunk: float  # seconds per chunk
 
 
 class Failed(Exception):
-    """A fault could not be made: nothing is known about the run."""
+    """The fault could not be made, so nothing is known about the run."""
 
 
 def write_data(path, rows=2000):
@@ -102,7 +113,7 @@ def write_data(path, rows=2000):
 
 
 class Run:
-    """A run of one algorithm in its own folder of runs, in a process that can be broken."""
+    """A run of one algorithm in its own runs folder and process, which can be broken."""
 
     def __init__(self, algorithm, data, folder, wandb="disabled", log="log"):
         self.algorithm, self.data, self.folder, self.wandb = algorithm, data, folder, wandb
@@ -126,12 +137,12 @@ class Run:
         return tuple(file.read_text(errors="replace") for file in self.files)
 
     def saved(self):
-        """The updates of the checkpoints that are complete, in order."""
+        """The updates of the complete checkpoints, in order."""
         names = [path.name for path in (self.place / "checkpoints").glob("[0-9]*")]
         return sorted(int(name) for name in names if name.isdigit())
 
     def logged(self):
-        """The last border in timing.csv, or None."""
+        """The last chunk boundary in timing.csv, or None."""
         if not (file := self.place / "timing.csv").exists():
             return None
         lines = file.read_text().splitlines(keepends=True)[1:]
@@ -161,7 +172,7 @@ def updates(words, text):
 
 
 def end(process, seconds=120):
-    """Its exit code."""
+    """Wait for the process. -> its exit code"""
     try:
         return process.wait(seconds)
     except subprocess.TimeoutExpired:
@@ -178,7 +189,7 @@ def call(*words):
 
 
 def family(pid):
-    """A process and all that it started; wandb's has a session of its own."""
+    """A process and everything that it started; wandb's process has a session of its own."""
     pairs = [tuple(map(int, line.split())) for line in call("ps", "-Ao", "pid=,ppid=").splitlines()]
     found = [pid]
     for parent in found:  # grows
@@ -209,7 +220,7 @@ class Disk:
         call("mount", "-o", "loop,errors=remount-ro", self.image, self.folder)
 
     def unmount(self):
-        """Wait for wandb's process, which leaves by itself once the run has ended."""
+        """Unmount once wandb's process has left, which it does after the run has ended."""
         words, until = ["umount", self.folder], time.monotonic() + 60
         while subprocess.run(words, capture_output=True, check=False).returncode:
             if time.monotonic() > until:
@@ -221,7 +232,7 @@ class Disk:
         self.image.unlink()
 
     def fill(self, process):
-        """Leave no byte, nor any that the process gives back, until it ends. -> exit code"""
+        """Keep the disk full until the process ends. -> its exit code"""
         filler, until = self.folder / "filler", time.monotonic() + 120
         while process.poll() is None and time.monotonic() < until:
             with filler.open("ab", buffering=0) as file:
@@ -234,9 +245,9 @@ class Disk:
         return end(process, 1)
 
     def give_up(self, process):
-        """What an ext4 does after an I/O error, then mount it anew. -> exit code
+        """Do what ext4 does after an I/O error, then mount it again. -> the process's exit code
 
-        All processes stand still meanwhile, so that nothing of what they wrote is lost.
+        All processes are stopped meanwhile, so that nothing they wrote is lost.
         """
         pids = family(process.pid)
         tell(pids, signal.SIGSTOP)
@@ -253,26 +264,26 @@ class Disk:
 
 # --- Faults -------------------------------------------------------------------------------------
 def moment(fault, whole, draw):
-    """(border, seconds after it); None is the start of the process."""
+    """(chunk boundary, seconds after it); None stands for the start of the process."""
     needs = fault in ("damage", "second")
     if not needs and draw.random() < 1 / 6:
         return None, draw.uniform(0, whole.startup)
     last = UPDATES // 5 if fault == "second" else UPDATES  # a second one takes seconds to start
-    border = draw.choice(range(LOG_EVERY if needs else 0, last, LOG_EVERY))
-    return border, draw.uniform(0, 2 * whole.chunk)
+    boundary = draw.choice(range(LOG_EVERY if needs else 0, last, LOG_EVERY))
+    return boundary, draw.uniform(0, 2 * whole.chunk)
 
 
-def wait_for(run, process, border, seconds):
+def wait_for(run, process, boundary, seconds):
     until = time.monotonic() + 120
-    while border is not None and process.poll() is None and time.monotonic() < until:
-        if (logged := run.logged()) is not None and logged >= border:
+    while boundary is not None and process.poll() is None and time.monotonic() < until:
+        if (logged := run.logged()) is not None and logged >= boundary:
             break
         time.sleep(0.005)
     time.sleep(seconds)
 
 
 def strike(case, run, process, disk, draw):
-    """One fault on a run under way. Facts, with the exit code of its process."""
+    """Make one fault while a run trains. -> facts, with the exit code of its process"""
     if process.poll() is not None:
         return {"when": "late", "exit code": process.returncode}
     seen = {"when": "in time", "at": run.logged() or 0}
@@ -300,7 +311,7 @@ def strike(case, run, process, disk, draw):
 
 
 def damage(run, draw):
-    """Damage the newest checkpoint, where there is an older one."""
+    """Damage the newest checkpoint, if there is an older one."""
     if len(saved := run.saved()) < 2:
         return {"when": "early"}
     newest, how = run.place / "checkpoints" / str(saved[-1]), draw.choice(DAMAGES)
@@ -333,7 +344,7 @@ def judge(seen):
     ended = good or (code == 0 and seen["at"] >= UPDATES - 2 * LOG_EVERY)
     if fault != "second" and seen["finished"] and ended:
         return False, []
-    if fault == "term" and saved in (None, UPDATES):  # does not listen yet, or no more
+    if fault == "term" and saved in (None, UPDATES):  # not listening yet, or no longer
         good |= code == -signal.SIGTERM
     problems = [] if good else [f"exit code {code}"]
     problems += ["a traceback"] if "Traceback" in seen["stderr"] else []
@@ -346,16 +357,16 @@ def judge(seen):
 
 
 def refusal(err, words):
-    """Problems of what should be one line that says so; warnings may come before."""
+    """Problems of a message that should be one line with these words; warnings may precede it."""
     lines = [x for x in err.splitlines() if not x.startswith("WARNING")]
     good = len(lines) == 1 and lines[0].startswith("error: ") and words in lines[0]
     return [] if good else [f"not one line with {words!r}"]
 
 
 def lost_updates(seen):
-    """Updates that the resumed run made again, but for the chunk under way and announced damage.
+    """Updates that the resumed run repeated, beyond the current chunk and announced damage.
 
-    What was saved and what was logged both count: a run that stopped saving has lost updates.
+    Both saved and logged updates count, so a run that stopped saving has lost updates.
     """
     reached = max(seen["saved at"] or 0, seen["logged at"] or 0)
     noticed = "cannot be read" in seen["resumed stderr"]
@@ -373,7 +384,7 @@ def differences(run, whole):
 
 
 def resume(run, seen):
-    """The same command again. Facts of it, and problems."""
+    """Run the same command again. -> facts and problems"""
     code = end(run.start("--resume"))
     out, err = run.said
     resumed = max(updates("resuming at update", out), default=0)
@@ -393,11 +404,11 @@ def attempt(case, data, folder, whole, draw):
     folder.mkdir()
     run = Run(case.algorithm, data, folder, case.wandb)
     with Disk(folder) if case.fault in MOUNTED else contextlib.nullcontext() as disk:
-        border, seconds = moment(case.fault, whole, draw)
-        after = f"{'start' if border is None else border} + {seconds:.2f} s"
+        boundary, seconds = moment(case.fault, whole, draw)
+        after = f"{'start' if boundary is None else boundary} + {seconds:.2f} s"
         seen, process = case._asdict() | {"after": after}, run.start()
         try:
-            wait_for(run, process, border, seconds)
+            wait_for(run, process, boundary, seconds)
             seen |= strike(case, run, process, disk, draw)
         finally:
             process.kill()
@@ -435,7 +446,7 @@ def trial(case, data, folder, whole, draw):
 
 
 def undisturbed(algorithm, data, folder):
-    """The second of two runs, which has the compiled programs, as the trials do."""
+    """The second of two runs. As in the trials, its programs are compiled already."""
     run = Run(algorithm, data, folder)
     for _ in range(2):
         shutil.rmtree(folder, ignore_errors=True)
@@ -450,7 +461,8 @@ def undisturbed(algorithm, data, folder):
 
 
 def markdown(facts, rows):
-    lines = [f"- {key}: {value}" for key, value in facts.items()]
+    lines = [INTRO + "The record:\n"]
+    lines += [f"- {RENAMED.get(key, key)}: {value}" for key, value in facts.items()]
     lines.append(f"- moments drawn again: {sum(row['tries'] - 1 for row in rows)}\n")
     lines.append("| fault | trials | took effect | before a save | as undisturbed | problems |")
     lines.append("|---|---|---|---|---|---|")
@@ -466,7 +478,7 @@ def markdown(facts, rows):
 
 
 def write(output, facts, rows):
-    """The record of the trials so far; a whole file or the one before."""
+    """Write the record of the trials so far; a file is replaced as a whole."""
     output.parent.mkdir(parents=True, exist_ok=True)
     record = json.dumps(facts | {"rows": rows}, indent=1) + "\n"
     for suffix, text in ((".md", f"# Soak\n\n{markdown(facts, rows)}"), (".json", record)):
@@ -481,7 +493,7 @@ def main(arguments):
         if unknown := sorted({*getattr(arguments, flag)} - {*known}):
             fail(f"--{flag} {unknown[0]}: choose from {', '.join(known)}")
     if arguments.times < 1:
-        fail(f"--times {arguments.times}: at least 1 is wanted")
+        fail(f"--times {arguments.times}: must be at least 1")
     faults = [x for x in arguments.faults if x not in MOUNTED or os.geteuid() == 0]
     if not faults:
         fail("--faults: these need root, to mount a file system")
@@ -500,7 +512,7 @@ def main(arguments):
             "versions": ", ".join(f"{name} {x}" for name, x in provenance.versions()),
             "code of common/ and the algorithms": provenance.code(code),
             "run": f"{UPDATES:,} updates, two seeds, a checkpoint every {LOG_EVERY}",
-            "to the first border and between borders": ", ".join(seconds),
+            STARTUP: ", ".join(seconds),
             "left out": ", ".join(sorted({*arguments.faults} - {*faults})) or "nothing",
         }
         offline = draw.sample(range(arguments.times), -(-arguments.times // 3))

@@ -1,30 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training speed of the files of algorithms/, beside the time of their matrix products alone.
+"""Measure the training speed of algorithm files, and how long their matrix products alone take.
 
 Run       python benchmarks/throughput.py --algorithms rebrac --seeds 1 2 --output throughput.md
-Updates/s Critic updates, summed over seeds, by the very chunk that the file's `train` compiles and
-          calls; synthetic data, the file's own Config but for the batch size.
-Floor     The floating point operations of that chunk's matrix products over the machine's matrix
-          product rate, measured on a chain x <- x w of the layers' shape, [batch, width] times
-          [width, width], each result the next one's operand, as in training. On a CPU only:
-          on a GPU such a chain waits for launches.
-Bound     Stricter: the matrix products of that chunk and nothing else: every dot_general of the
-          traced chunk (dead code removed, loops with their trip counts) as [b, m, k] x [b, k, n],
-          stored and ordered as they are there, in one jitted loop. Each product takes in an
-          element of the one before it, so that none can be dropped, hoisted or overlapped. Operands
-          of one shape are one array, so that they stay in the cache, as they do not in training.
-          On a CPU batched products are also run one by one, and the faster way counts.
+Updates/s Critic updates, summed over seeds, of the chunk that the file's own `train` compiles and
+          calls. The data are synthetic; all settings but the batch size are the file's defaults.
+Floor     The time that the matrix products alone take, as an estimate: their floating-point
+          operations divided by the rate of a chain x <- x w with the layers' shape, [batch, width]
+          times [width, width]. Each result is an operand of the next, as in training. Measured on
+          CPUs only, because on a GPU such a chain waits for kernel launches.
+Bound     The same, measured more closely: a program that runs exactly the matrix products of the
+          chunk and nothing else. These are all dot_generals of the traced chunk (dead code removed,
+          loops with their trip counts) as [b, m, k] x [b, k, n], with the same storage and order,
+          in one jitted loop. Each product uses an element of the one before it, so that none can be
+          dropped, hoisted or overlapped. Operands of one shape share an array, so that they stay in
+          the cache, which they do not in training. On a CPU batched products are also run one by
+          one, and the faster way counts.
 Peak      The rate of a chain of large square products, in GFLOP/s.
-Peer      With --peer PYTHON, the python of a virtual environment with d3rlpy (python -m venv peer,
-          peer/bin/pip install d3rlpy, then --peer peer/bin/python): its updates/s at the same
-          widths, batch size and data sizes, measured right after each row of one seed.
+Peer      With --peer PYTHON, the updates/s of d3rlpy with the same widths, batch size and data
+          sizes, measured right after each row of one seed. PYTHON belongs to a virtual environment
+          with d3rlpy: python -m venv peer; peer/bin/pip install d3rlpy; --peer peer/bin/python.
 Loading   With --loading, seconds to load a million transitions of each layout, see data_table.py.
-Rollouts  With --rollouts ENV, steps/s of evaluations there: 10 episodes per seed, ReBRAC's actor.
+Rollouts  With --rollouts ENV, evaluation steps/s in ENV: 10 episodes per seed of ReBRAC's actor.
 
-A figure is the best of `repeats`; measured, floor and bound take turns in one process. GFLOP are
-those of the matrix products, 2 b m k n each. Compile is what the first two calls of the chunk take
-longer than later ones (tracing included, no persistent cache); dispatch is the time until a call
-returns.
+Every figure is the best of `repeats`; chunk, floor and bound alternate in one process. GFLOP count
+the matrix products, 2 b m k n each. "compile s" is the extra time of the first two calls of the
+chunk (with tracing, without the persistent cache); "dispatch ms" is the time until a call returns.
 """
 
 import dataclasses
@@ -55,21 +55,21 @@ from jax.interpreters import partial_eval
 from common import datasets, evaluation, experiment, fail
 
 ROWS, OBSERVATION, ACTION = 100_000, 17, 6  # of the synthetic data
-CHAIN = 200  # products in the chain that measures the floor's rate
-PEERS = ("td3_bc", "rebrac", "iql", "awac", "cql")  # what d3rlpy has too
+CHAIN = 200  # products in the chain that measures the rate for the floor
+PEERS = ("td3_bc", "rebrac", "iql", "awac", "cql")  # methods that d3rlpy also has
 
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
     algorithms: tuple[str, ...] = ("rebrac",)  # files of algorithms/, without .py
-    seeds: tuple[int, ...] = (1, 2)  # numbers of seeds to train side by side, one row each
+    seeds: tuple[int, ...] = (1, 2)  # numbers of seeds to train in parallel, one row each
     batch_size: int = 256  # transitions per update
     updates: int = 500  # per timed chunk
-    repeats: int = 5  # of every timing, the best counts
+    repeats: int = 5  # of every timing; the best counts
     output: str | None = None  # file to write, .md or .json; without a suffix both
-    peer: str | None = None  # python of an environment with d3rlpy, to compare with
-    loading: bool = False  # also how long a million transitions take to load
-    rollouts: tuple[str, ...] = ()  # also evaluation steps/s in these Gymnasium envs
+    peer: str | None = None  # python of an environment with d3rlpy to compare with
+    loading: bool = False  # also measure how long a million transitions take to load
+    rollouts: tuple[str, ...] = ()  # also measure evaluation steps/s in these Gymnasium envs
 
 
 # --- Chunk --------------------------------------------------------------------------------------
@@ -91,7 +91,7 @@ def synthetic(dataset_id, env=None, env_steps=None, actions="continuous"):
 
 
 def first_chunk(module, cfg):
-    """What `module.train` gets from `over_seeds`, and the arguments it first calls it with."""
+    """The function that `module.train` gets from `over_seeds`, and its first arguments."""
 
     class Reached(Exception):
         pass
@@ -138,7 +138,7 @@ class Matmul(NamedTuple):
 class Loop(NamedTuple):
     body: tuple[Any, ...]  # Matmuls and Loops
     trips: int = 1
-    devices: int = 1  # that run it at the same time, each on its share
+    devices: int = 1  # that run the loop at the same time, each on its share
 
     @property
     def flops(self):
@@ -159,7 +159,7 @@ def matmuls(jaxpr):
         devices = params["mesh"].size if name == "shard_map" else 1
         loops = [Loop(body, trips, devices) for body in bodies if body]
         if loops and name in ("while", "cond"):
-            print(f"note: a {name} is counted as one trip through its costliest branch")
+            print(f"note: a {name} counts as one trip through its costliest branch")
             loops = [max(loops, key=lambda loop: loop.flops)]
         found += loops
     return tuple(found)
@@ -171,7 +171,7 @@ def matmul(eqn):
         shape = variable.aval.shape
         b, k = (math.prod(shape[i] for i in chosen) for chosen in (batch, inner))
         rest = math.prod(shape) // (b * k)
-        # The last axis that is no batch axis is the contiguous one: is it part of k?
+        # The last axis that is not a batch axis is the contiguous one. Is it part of k?
         last = max(set(range(len(shape))) - set(batch), default=None)
         stored = (rest, k) if last in inner else (k, rest)
         stored = (b, *stored) if b > 1 else stored
@@ -182,7 +182,7 @@ def matmul(eqn):
 
 
 def unbatched(node):
-    """The same products, those with a batch axis one after the other."""
+    """The same products, with those that have a batch axis run one after the other."""
     if isinstance(node, Loop):
         return node._replace(body=tuple(map(unbatched, node.body)))
     left, right = (jax.ShapeDtypeStruct(x.shape[-2:], x.dtype) for x in (node.left, node.right))
@@ -199,7 +199,7 @@ def program(node):
         if isinstance(node, Matmul):
             k = node.left.shape[node.k_axes[0]]
             for pool, x, scale in ((lefts, node.left, 1), (rights, node.right, k)):
-                # Every product is a mean over k, so that their chain neither grows nor vanishes.
+                # Every product is a mean over k, so that the chain neither grows nor vanishes.
                 pool.setdefault(x, jnp.asarray(generator.uniform(0.5, 1, x.shape) / scale, x.dtype))
 
     def run(carry, node):
@@ -210,7 +210,7 @@ def program(node):
         i, j = list(lefts).index(node.left), list(rights).index(node.right)
         x, y, rank = left[i], right[j], len(node.left.shape)
         axes, batch = tuple((rank + axis,) for axis in node.k_axes), tuple(range(rank - 2))
-        # The barriers keep XLA from copying x, and from computing no more than the element read.
+        # The barriers keep XLA from copying x and from computing only the element that is read.
         element = element.astype(x.dtype).reshape((1,) * rank)
         x = jax.lax.dynamic_update_slice(x, element, (0,) * rank)
         x = jax.lax.optimization_barrier(x)
@@ -224,7 +224,7 @@ def program(node):
 
 
 def chain(batch_size, width):
-    """x <- x w, `CHAIN` times: the whole result of a product is an operand of the next."""
+    """x <- x w, `CHAIN` times: the result of a product is an operand of the next."""
     w = jax.random.normal(jax.random.key(0), (width, width)) / math.sqrt(width)
     x = jax.random.normal(jax.random.key(1), (batch_size, width))
     scan = jax.jit(lambda x, w: jax.lax.scan(lambda x, _: (x @ w, None), x, length=CHAIN)[0])
@@ -233,7 +233,7 @@ def chain(batch_size, width):
 
 # --- Record -------------------------------------------------------------------------------------
 def seconds(function, *arguments):
-    """(result, seconds until it was there, seconds until the call returned)."""
+    """(result, seconds until it was ready, seconds until the call returned)."""
     start = time.perf_counter()
     result = function(*arguments)
     returned = time.perf_counter() - start
@@ -242,19 +242,19 @@ def seconds(function, *arguments):
 
 
 def measure(name, seeds, arguments):
-    """One row of the record: an algorithm that trains `seeds` seeds side by side."""
+    """One row of the record: an algorithm that trains `seeds` seeds in parallel."""
     module, updates = importlib.import_module(f"algorithms.{name}"), arguments.updates
-    borders = dict.fromkeys(("num_updates", "log_every", "eval_every"), updates)
+    sizes = dict.fromkeys(("num_updates", "log_every", "eval_every"), updates)
     fields = {field.name for field in dataclasses.fields(module.Config)}
-    if "actor_updates" in fields:  # a chunk is whole iterations
+    if "actor_updates" in fields:  # a chunk consists of whole iterations
         updates = math.ceil(updates / module.Config.actor_updates) * module.Config.actor_updates
-        borders = dict.fromkeys(borders, updates)
-    cfg = module.Config(seeds=tuple(range(seeds)), batch_size=arguments.batch_size, **borders)
+        sizes = dict.fromkeys(sizes, updates)
+    cfg = module.Config(seeds=tuple(range(seeds)), batch_size=arguments.batch_size, **sizes)
     if updates % getattr(cfg, "policy_delay", 1):
-        fail(f"--updates {updates}: no multiple of the policy delay {cfg.policy_delay} of {name}")
+        fail(f"--updates {updates}: not a multiple of {name}'s policy delay {cfg.policy_delay}")
     chunk, (state, *rest) = first_chunk(module, cfg)
     calls = []
-    for _ in range(2):  # over several devices the second call compiles too
+    for _ in range(2):  # with several devices the second call compiles too
         (state, _), call, _ = seconds(chunk, state, *rest)
         calls.append(call)
     products = Loop(matmuls(jax.make_jaxpr(chunk)(state, *rest).jaxpr))
@@ -296,7 +296,7 @@ def measure(name, seeds, arguments):
 
 
 def peer(name, arguments):
-    """Updates/s of d3rlpy's algorithm and its versions, see peer_d3rlpy.py."""
+    """Updates/s and versions of d3rlpy, see peer_d3rlpy.py."""
     cfg = importlib.import_module(f"algorithms.{name}").Config()
     ask = {
         "algorithm": name,
@@ -354,7 +354,7 @@ def roll_out(env_id, seeds):
 
 
 def command(arguments):
-    """The command line that measures the same again; defaults are left out."""
+    """The command line that repeats this measurement; defaults are left out."""
     words = ["python benchmarks/throughput.py"]
     for field in dataclasses.fields(arguments):
         value = getattr(arguments, field.name)
@@ -366,7 +366,7 @@ def command(arguments):
 
 
 def conditions(arguments):
-    """When, where and on what the rows of a record were measured."""
+    """When, where and with which data the rows of a record were measured."""
     cpuinfo, packages = Path("/proc/cpuinfo"), ("jax", "jaxlib", "flax", "optax", "numpy")
     model = re.search(r"model name\s*: (.*)", cpuinfo.read_text() if cpuinfo.exists() else "")
     cores = f"{os.cpu_count()} cores of {model[1] if model else platform.machine()}"
@@ -402,13 +402,15 @@ def main(arguments):
         fail(f"--algorithms {' '.join(unknown)}: choose from {', '.join(sorted(files))}")
     for flag in ("seeds", "batch_size", "updates", "repeats"):
         if np.min(getattr(arguments, flag) or 0) < 1:
-            fail(f"--{flag.replace('_', '-')}: 1 is the least, not {getattr(arguments, flag)}")
+            fail(f"--{flag.replace('_', '-')} {getattr(arguments, flag)}: must be at least 1")
     output = Path(arguments.output or "")
     if output.suffix not in ("", ".md", ".json"):
-        fail(f"--output {output}: .md or .json, or no suffix for both")
+        fail(f"--output {output}: must end in .md or .json, or have no suffix for both")
     facts = conditions(arguments)
     if arguments.peer is not None and not Path(arguments.peer).exists():
-        fail(f"--peer {arguments.peer}: no such file; the python of an environment with d3rlpy")
+        fail(
+            f"--peer {arguments.peer}: no such file; name the python of an environment with d3rlpy"
+        )
     rows = []
     for name, seeds in product(arguments.algorithms, arguments.seeds):
         row = measure(name, seeds, arguments)

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The report as a page on wandb: the table, and curves of a project's runs by data set and method.
+"""Write the report as a page on wandb: the table, and curves by data set and method.
 
     pip install wandb-workspaces
     python benchmarks/wandb_report.py ENTITY/PROJECT --folders runs
 
-The table is that of report.py (from the folders, else from the project). Every data set has a set
-of finished runs filtered by their config and grouped by algorithm, and by the config values that
-tell methods apart, so that no curve is a mean over two methods. The page is saved as a draft.
+The table is that of report.py, from the folders or else from the project. Every data set gets a
+panel of finished runs, filtered by their config and grouped by algorithm and by the config values
+that distinguish methods, so that no curve averages two methods. The page is saved as a draft.
 """
 
 from dataclasses import dataclass
@@ -22,15 +22,15 @@ from pages import markdown
 
 @dataclass
 class Arguments:
-    """Where to read and what to call the page."""
+    """Where to read, and the title of the page."""
 
     project: tyro.conf.Positional[str]  # "entity/project" on wandb
     folders: tuple[Path, ...] = ()  # run folders of the table (default: the project's runs)
-    title: str = "Results"
+    title: str = "Results"  # heading of the page
 
 
 def build(rows, notes, entity, project, title):
-    """The report's object; needs neither an account nor a network."""
+    """Build the report object, which needs neither an account nor a network."""
     import wandb_workspaces.reports.v2 as wr
 
     blocks = [wr.TableOfContents(), wr.P(report.EXPLAINED.strip())]

@@ -27,6 +27,8 @@ ALGORITHMS = ["rebrac"]  # every test of runs goes through these files
 CONTINUOUS = ["rebrac", "td3_bc", "iql", "awr", "awac", "cql"]  # these refuse integer actions
 CONTINUOUS += ["dt", "bcq", "atac", "odice", "ivr", "xql", "idql", "fql", "qc"]
 DISCRETE = ["cql_discrete"]  # these refuse others
+EITHER = ["bc"]  # takes both
+HANGS = 900  # seconds after which a test gives up; no machine is so slow
 SHORT = ["--num-updates", "24", "--log-every", "4", "--eval-every", "8", "--eval-episodes", "2"]
 SHORT += ["--batch-size", "4", "--wandb", "disabled", "--save-seconds", "0"]
 NARROW = ["--hidden", "8"]
@@ -154,7 +156,7 @@ def call(words, cwd, environment):
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=HANGS,
         check=False,
     )
     return done.returncode, done.stdout, done.stderr
@@ -187,8 +189,8 @@ def tree(folder):
     }
 
 
-def wait_for(what, seconds=60):
-    end = time.monotonic() + seconds
+def wait_for(what):
+    end = time.monotonic() + HANGS
     while not what():
         assert time.monotonic() < end, "waited in vain"
         time.sleep(0.01)

@@ -58,10 +58,13 @@ def definitions(path):
     return {name: "\n".join(parts) for name, parts in bodies.items()}
 
 
-def drift(folder=ALGORITHMS):
-    """{name: [[file names with one body], [with another], ...]} of what should be equal."""
+def drift(folder=ALGORITHMS, files=None):
+    """{name: [[file names with one body], [with another], ...]} of what should be equal.
+
+    Over all files of the folder, or over `files`.
+    """
     bodies = collections.defaultdict(lambda: collections.defaultdict(list))
-    for path in sorted(Path(folder).glob("*.py")):
+    for path in files or sorted(Path(folder).glob("*.py")):
         for name, body in definitions(path).items():
             if not is_own(name):
                 bodies[name][body].append(path.name)

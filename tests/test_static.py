@@ -12,17 +12,17 @@ import re
 import subprocess
 import sys
 import tempfile
+import warnings
 from pathlib import Path
 
+import own_files
 import pytest
 import sync
 import yaml
 
-FILE_LINES, LONG_FILE_LINES = 300, 400
-LONG = {"dt", "qdt", "online_dt", "trajectory_transformer"}  # sequence models
-LONG |= {"diffusion_ql", "diffusion_dice", "idql", "fql", "qc"}  # diffusion and flow
-LONG |= {"mopo", "morel", "combo"}  # model-based
-FUNCTION_LINES, NESTED_DEFS, CONFIG_FIELDS, COLUMNS, DOCSTRING_LINES = 40, 2, 25, 100, 15
+NESTED_DEFS = 2
+# Longer ones are a warning, for a reviewer to look at: no file is cut to fit a number.
+FILE_LINES, FUNCTION_LINES, CONFIG_FIELDS = 400, 50, 35
 
 SECTIONS = ("Config", "Networks", "State", "Losses", "Update", "Policy", "Training")
 BANNERS = [f"# --- {name} ".ljust(98, "-") for name in SECTIONS]
@@ -49,8 +49,7 @@ IN_YAML = {"dataset", "datasets", "env", "env_steps"}  # keys beside the fields 
 MAIN = 'if __name__ == "__main__":\n    train(*experiment.parse(Config))\n'
 
 ROOT = Path(__file__).resolve().parents[1]
-FILES = sorted((ROOT / "algorithms").glob("*.py"))
-YAMLS = sorted((ROOT / "configs").glob("*/*.yaml"))
+FILES, YAMLS = own_files.FILES, own_files.YAMLS
 COMMON = sorted((ROOT / "common").rglob("*.py"))
 FUNCTIONS = ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -120,8 +119,6 @@ def check_docstring(path):
         return ["no module docstring"]
     lines = docstring.splitlines()
     problems = []
-    if len(lines) > DOCSTRING_LINES:
-        problems.append(f"module docstring of {len(lines)} lines")
     labels = [line.split()[0] for line in lines if re.match(r"[A-Z]\w+ {2,}\S", line)]
     if labels != [*LABELS]:
         problems.append(f"docstring labels are {labels}, wanted {[*LABELS]}")
@@ -174,31 +171,39 @@ def diff_size(parent, child):
     return sum(map(int, done.stdout.split()[:2])) if done.stdout else 0
 
 
-def check_budgets(path):
+def functions(tree, depth=0):
+    """[(function, how many defs deep)] of a file."""
+    found = []
+    for child in ast.iter_child_nodes(tree):
+        inner = depth + isinstance(child, FUNCTIONS)
+        if inner > depth:
+            found.append((child, inner))
+        found += functions(child, inner)
+    return found
+
+
+def check_nesting(path):
+    """A reader keeps two scopes in mind, not three."""
+    return [
+        f"{function.name} is a def {depth} deep, at most {NESTED_DEFS}"
+        for function, depth in functions(read(path)[2])
+        if depth > NESTED_DEFS
+    ]
+
+
+def lengths(path):
+    """What is unusually long: a warning and no problem, since length serves the reader."""
     _, lines, tree = read(path)
-    problems = []
-    cap = LONG_FILE_LINES if path.stem in LONG else FILE_LINES
-    if len(lines) > cap:
-        problems.append(f"{len(lines)} lines, at most {cap}")
-    for number, line in enumerate(lines, 1):
-        if len(line) > COLUMNS:
-            problems.append(f"line {number} has {len(line)} columns, at most {COLUMNS}")
+    found = []
+    if len(lines) > FILE_LINES:
+        found.append(f"{len(lines)} lines, most files have at most {FILE_LINES}")
     if len(config_fields(tree)) > CONFIG_FIELDS:
-        problems.append(f"{len(config_fields(tree))} Config fields, at most {CONFIG_FIELDS}")
-
-    def visit(node, depth):
-        for child in ast.iter_child_nodes(node):
-            inner = depth + isinstance(child, FUNCTIONS)
-            if inner > depth:
-                length = child.end_lineno - child.lineno + 1
-                if length > FUNCTION_LINES:
-                    problems.append(f"{child.name} has {length} lines, at most {FUNCTION_LINES}")
-                if inner > NESTED_DEFS:
-                    problems.append(f"{child.name} is a def {inner} deep, at most {NESTED_DEFS}")
-            visit(child, inner)
-
-    visit(tree, 0)
-    return problems
+        found.append(f"{len(config_fields(tree))} Config fields, most have at most {CONFIG_FIELDS}")
+    for function, _ in functions(tree):
+        count = function.end_lineno - function.lineno + 1
+        if count > FUNCTION_LINES:
+            found.append(f"{function.name} has {count} lines, most have at most {FUNCTION_LINES}")
+    return found
 
 
 @functools.cache
@@ -256,7 +261,7 @@ CHECKS = (
     check_top_level,
     check_docstring,
     check_parent,
-    check_budgets,
+    check_nesting,
     check_config,
     check_imports,
     check_no_try,
@@ -269,8 +274,18 @@ def test_algorithm_file(path, check):
     assert check(path) == []
 
 
+class LongCode(UserWarning):
+    """Something to look at in review."""
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_length(path):
+    for found in lengths(path):
+        warnings.warn(f"{path.name}: {found}", LongCode, stacklevel=1)
+
+
 def test_same_name_same_body():
-    assert sync.drift() == {}
+    assert sync.drift(files=FILES) == {}
 
 
 # --- Checks of the rest -------------------------------------------------------------------------
@@ -314,16 +329,6 @@ def test_yaml(path):
     assert check_yaml(path, algorithm) == []
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_every_algorithm_has_configs_and_a_place_in_the_readme(path):
-    assert list((ROOT / "configs" / path.stem).glob("*.yaml"))
-    readme = ROOT / "README.md"
-    assert readme.exists(), "README.md is missing"
-    (row,) = re.findall(rf"^\|.*\(algorithms/{path.name}\).*$", readme.read_text(), re.M)
-    parent = re.search(r"^Parent +(\w+)\.py \((\d+) lines\)$", path.read_text(), re.M)
-    assert row.endswith(f"| {parent[1]}, {parent[2]} lines |" if parent else "| |")
-
-
 def check_common(path, names):
     _, lines, tree = read(path)
     problems = []
@@ -352,12 +357,8 @@ def test_there_are_files():
     assert REBRAC in FILES and YAMLS and ROOT / "common" / "experiment" / "run.py" in COMMON
 
 
-def longer(text):
-    return text.replace(MAIN, "# filler\n" * 100 + "\n\n" + MAIN)
-
-
 PARENT = re.search("^Parent .*", REBRAC.read_text(), re.M)[0]
-SPOILT = [  # (check, text to replace or a function, replacement, part of the problem reported)
+SPOILT = [  # (check, text to replace, replacement, part of the problem reported)
     (check_sections, "# --- State --", "# --- States --", "section headers"),
     (check_sections, BANNERS[4] + "\n", "", "section headers"),
     (check_sections, "# --- Update ---", "# --- Update -- ---", "section headers"),
@@ -370,23 +371,13 @@ SPOILT = [  # (check, text to replace or a function, replacement, part of the pr
     (check_docstring, "Results     ", "Result      ", "docstring labels"),
     (check_docstring, "Reference   https", "Reference  https", "not aligned"),
     (check_docstring, "Shapes: ", "Letters: ", "Shapes:"),
-    (check_docstring, PARENT, PARENT + "\n" * 9, "docstring of"),
     (check_docstring, "algorithms/rebrac.py --", "algorithms/other.py --", "Run line"),
     (check_docstring, "rebrac/antmaze.yaml", "rebrac/absent.yaml", "does not exist"),
     (check_parent, PARENT, "Parent      one.py", "no line 'Parent"),
     (check_parent, PARENT, "Parent      absent.py (3 lines)", "not another file"),
     (check_parent, PARENT, "Parent      rebrac.py (0 lines)", "not another file"),
-    (check_budgets, longer, None, "lines, at most 300"),
-    (check_budgets, "Eq. 6.", "Eq. 6." + " more" * 12, "columns, at most 100"),
     (
-        check_budgets,
-        "    # ReBRAC\n",
-        "".join(f"    x{i}: int = 1  # x\n" for i in range(8)),
-        "fields",
-    ),
-    (check_budgets, "    critic_metrics = []\n", "    critic_metrics = []\n" * 20, "update has"),
-    (
-        check_budgets,
+        check_nesting,
         "        return jax.random.uniform(",
         "        def deep():\n            pass\n\n        return jax.random.uniform(",
         "deep is a def 3",
@@ -410,16 +401,28 @@ SPOILT = [  # (check, text to replace or a function, replacement, part of the pr
 @pytest.mark.parametrize(("check", "old", "new", "problem"), SPOILT)
 def test_a_spoilt_file_is_found(tmp_path, check, old, new, problem):
     text = REBRAC.read_text()
-    assert callable(old) or old in text
+    assert old in text
     path = tmp_path / "rebrac.py"
-    path.write_text(old(text) if callable(old) else text.replace(old, new))
+    path.write_text(text.replace(old, new))
     assert any(problem in found for found in check(path)), check(path)
 
 
-def test_longer_files_are_allowed_to_some(tmp_path):
-    path = tmp_path / "dt.py"
-    path.write_text(longer(REBRAC.read_text()))
-    assert check_budgets(path) == []
+@pytest.mark.parametrize(
+    ("old", "new", "warning"),
+    [
+        (MAIN, "# filler\n" * FILE_LINES + "\n\n" + MAIN, "lines, most files"),
+        ("    # ReBRAC\n", "".join(f"    x{i}: int = 1\n" for i in range(40)), "Config fields"),
+        ("    critic_metrics = []\n", "    critic_metrics = []\n" * 40, "update has"),
+    ],
+)
+def test_what_is_long_is_a_warning(tmp_path, old, new, warning):
+    text = REBRAC.read_text()
+    assert old in text and lengths(REBRAC) == []
+    path = tmp_path / "rebrac.py"
+    path.write_text(text.replace(old, new))
+    assert any(warning in found for found in lengths(path))
+    with pytest.warns(LongCode, match=warning):
+        test_length(path)
 
 
 def test_a_stale_parent_number_is_found(tmp_path):

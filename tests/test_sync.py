@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 
+import own_files
 import pytest
 import sync
 
@@ -161,10 +162,10 @@ def test_a_damaged_file_stops_everything(folder, capsys, damage):
 
 
 def test_as_a_script_on_copies_of_the_real_files(tmp_path):
-    real = sorted(sync.ALGORITHMS.glob("*.py"))
+    real = own_files.FILES
     for path in real:
-        shutil.copy(path, tmp_path)
-    shutil.copy(real[0], tmp_path / "copy_of_it.py")
+        shutil.copyfile(path, tmp_path / path.name)  # not its mode: it may be read-only
+    shutil.copyfile(real[0], tmp_path / "copy_of_it.py")
     name = next(name for name in sync.definitions(real[0]) if not sync.is_own(name))
     body = sync.definitions(real[0])[name]
     edit(tmp_path / "copy_of_it.py", body, body + "  # drifted")

@@ -313,7 +313,7 @@ class Run:
             self.scores = np.array(self.last_evaluation["score"])
             if step > 0:  # the untrained policy is not a result of training
                 self.best = np.fmax(self.best, self.scores)
-                if self.kept is not None:  # that state is the last one that `save` was given
+                if self.kept is not None:  # `save` was given that state last
                     self.kept.offer(step, self.divergence.last_state, self.scores)
             self.progress.evaluated(step, self.scores)
         written = self.records.write_metrics(

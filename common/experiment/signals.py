@@ -43,7 +43,8 @@ class Signals:
                 self.number = byte[0]
                 name = signal.Signals(byte[0]).name
                 print(
-                    f"{name}: saving at the next chunk boundary; a second signal quits", flush=True
+                    f"{name}: saving at the next chunk boundary; a second signal quits at once",
+                    flush=True,
                 )
 
         threading.Thread(target=watch, daemon=True).start()

@@ -88,7 +88,7 @@ class StoredDataset:
         self.score_is_success = source["score_is_success"]
         reference = self.record.get("reference") or [None, None]
         self.ref_min_score, self.ref_max_score = reference
-        if known and not self.record["env"]:
+        if not self.record.get("env"):
             self.make_env = None
 
     def __getattr__(self, name):

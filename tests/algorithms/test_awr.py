@@ -416,7 +416,7 @@ def test_discount_1_is_refused(capsys, tmp_path, monkeypatch):
     with pytest.raises(SystemExit) as leave:
         awr.train(awr.Config(discount=1.0), None)
     assert leave.value.code == 2 and not list(tmp_path.iterdir())
-    assert "--discount 1.0: below 1 is wanted" in capsys.readouterr().err
+    assert "--discount 1.0: must be below 1" in capsys.readouterr().err
 
 
 def test_the_range_of_lambda(capsys):

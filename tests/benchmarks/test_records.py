@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every measured number in README and in the results pages is that of a kept record.
+"""Every measured number in README, docs/results.md and the results pages is in a kept record.
 
-Records are run folders (report.py makes their pages) or a .json beside the page. WITHOUT names the
-pages that have none: of data.md the facts about recorded files are looked up in the files.
+Records are run folders (report.py makes their pages), the .json files of benchmarks/runs/speed
+(speed.py makes the pages of speed) or a .json beside the page. WITHOUT names the pages that have
+none; for data.md the facts about recorded files are looked up in the files.
 """
 
 import contextlib
+import copy
 import csv
 import json
 import re
@@ -17,13 +19,17 @@ import pytest
 import tyro
 
 import figures
-from benchmarks import data_table, host_data, report, soak, throughput
+from benchmarks import data_table, host_data, report, soak, speed
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
-# Times of loading; what was broken on purpose, in words; the protocol of a trial.
-WITHOUT = {"data.md", "reliability.md", "slurm.md"}
-README, DATA = ((ROOT / x).read_text() for x in ("README.md", "benchmarks/results/data.md"))
+# Loading times; what was broken on purpose, in words.
+WITHOUT = {"data.md", "reliability.md"}
+README, INDEX, DATA = (
+    (ROOT / x).read_text() for x in ("README.md", "docs/results.md", "benchmarks/results/data.md")
+)
+SPEED = {machine.stem: machine for machine in speed.MACHINES}
+RECORDS = speed.read()
 COMMAND = re.compile(r"^python benchmarks/report\.py .*$", re.M)
 
 
@@ -33,7 +39,8 @@ def made_again(page, folder, monkeypatch):
     (folder / "benchmarks" / "results").mkdir(parents=True)
     for name in ("runs", "notes"):
         (folder / "benchmarks" / name).symlink_to(ROOT / "benchmarks" / name)
-    (folder / "README.md").write_text(README)
+    (folder / "docs").mkdir()
+    (folder / "docs" / "results.md").write_text(INDEX)
     monkeypatch.chdir(folder)
     monkeypatch.setattr(figures, "png", lambda figure, path: None)
     for name in ("curves", "aggregates"):
@@ -52,7 +59,7 @@ def of_runs():
 def test_a_results_page_is_what_its_records_give(page, tmp_path, monkeypatch):
     again = made_again(page, tmp_path, monkeypatch)
     assert again.read_text() == page.read_text()
-    assert (tmp_path / "README.md").read_text() == README
+    assert (tmp_path / "docs" / "results.md").read_text() == INDEX
 
 
 def page_of(name):
@@ -64,8 +71,6 @@ def page_of(name):
 def written(name, record):
     tables = {name: rows for name, rows in record.items() if isinstance(rows, list)}
     facts = {name: fact for name, fact in record.items() if name not in tables}
-    if name.startswith("throughput"):
-        return throughput.markdown(facts, tables) + "\n"
     if name == "soak":
         return f"# Soak\n\n{soak.markdown(facts, record['rows'])}"
     assert name == "host_data", "say here how its page is made"
@@ -76,9 +81,9 @@ FROM_JSON = sorted(file.stem for file in RESULTS.glob("*.json"))
 
 
 def test_every_page_has_a_record():
-    made = {page.name for page in of_runs()} | {f"{name}.md" for name in FROM_JSON}
+    made = {page.name for page in of_runs()} | {f"{name}.md" for name in [*FROM_JSON, *SPEED]}
     assert {page.name for page in RESULTS.glob("*.md")} <= made | WITHOUT
-    for name in {f"{name}.md" for name in FROM_JSON} | WITHOUT:
+    for name in {f"{name}.md" for name in [*FROM_JSON, *SPEED]} | WITHOUT:
         page = RESULTS / name
         assert not page.exists() or "python benchmarks/" in page.read_text()  # to measure again
 
@@ -110,6 +115,41 @@ def test_such_a_page_shows_every_number_of_the_json(name):
                 assert written(name, record | {"rows": rows}) != page_of(name), (i, column)
 
 
+@pytest.mark.parametrize("stem", SPEED)
+def test_a_speed_page_is_what_its_records_give(stem):
+    machine = SPEED[stem]
+    text = (RESULTS / f"{stem}.md").read_text()
+    assert text == speed.page(machine, RECORDS[machine])
+
+
+@pytest.mark.parametrize("stem", SPEED)
+def test_a_speed_page_shows_every_number_of_the_newest_rows(stem):
+    """A number changed in a record changes the page, unless a newer record replaces its row."""
+    records = RECORDS[SPEED[stem]]
+    rows, peers = speed.newest(records), speed.beside_d3rlpy(records)
+    shown = [id(row) for row, _ in [*rows.values(), *peers.values()]]
+    text, older = speed.page(SPEED[stem], records), 0
+    for i, record in enumerate(records):
+        for j, row in enumerate(record["rows"]):
+            if id(row) not in shown:
+                older += 1
+                assert rows[row["algorithm"], row["seeds"]][1]["date"] > record["date"]
+                continue
+            for column, number in row.items():
+                if isinstance(number, int | float):
+                    spoilt = copy.deepcopy(records)
+                    spoilt[i]["rows"][j][column] = 1.1 * number + 1
+                    assert speed.page(SPEED[stem], spoilt) != text, (record["name"], j, column)
+    assert older < len(shown)
+
+
+def test_a_record_of_another_machine_is_refused(tmp_path):
+    record = {"hardware": "1 x abacus", "date": "2026-01-01", "rows": []}
+    (tmp_path / "other.json").write_text(json.dumps(record))
+    with pytest.raises(SystemExit, match="abacus"):
+        speed.read(tmp_path)
+
+
 @pytest.mark.parametrize(
     "name",
     runs.slow_but(re.findall(r"\$ATOLL_DATA/([\w-]+)", DATA), ["hopper-medium-v4"]),
@@ -135,19 +175,29 @@ def facts_of(line):
 
 
 def test_a_changed_number_is_found(tmp_path, monkeypatch):
-    """README's table is written anew, not copied."""
-    spoilt = re.sub(r"(\| cql \| )\S+", r"\g<1>99.9", README)
-    assert spoilt != README
-    monkeypatch.setitem(globals(), "README", spoilt)
+    """The tables of docs/results.md are written anew, not copied."""
+    spoilt = re.sub(r"(\| cql \| )\S+", r"\g<1>99.9", INDEX)
+    assert spoilt != INDEX
+    monkeypatch.setitem(globals(), "INDEX", spoilt)
     made_again(RESULTS / "v4.md", tmp_path, monkeypatch)
-    assert (tmp_path / "README.md").read_text() != spoilt
+    assert (tmp_path / "docs" / "results.md").read_text() != spoilt
 
 
-def test_every_table_of_the_readme_is_made_by_report():
-    marks = re.findall(r"<!-- (\w+) -->\n(.*?)\n<!-- /\1 -->", README, re.S)
-    assert marks and {name for name, _ in marks} <= {page.stem for page in of_runs()}
-    rest = re.sub(r"<!-- (\w+) -->\n(.*?)\n<!-- /\1 -->", "", README, flags=re.S)
-    assert "±" not in rest
+MARKS = re.compile(r"<!-- (\w+) -->\n(.*?)\n<!-- /\1 -->", re.S)
+
+
+def test_every_table_of_scores_is_made_by_report():
+    names = {name for name, _ in MARKS.findall(INDEX)}
+    assert names and names <= {page.stem for page in of_runs()}
+    assert "±" not in MARKS.sub("", INDEX) and "±" not in README
+
+
+def test_the_table_of_speed_in_the_readme_is_made_by_speed():
+    assert dict(MARKS.findall(README)) == {"speed": speed.readme(RECORDS)}
+    for algorithm, _, seeds, stem in speed.IN_README:
+        spoilt = copy.deepcopy(RECORDS)
+        speed.newest(spoilt[SPEED[stem]])[algorithm, seeds][0]["updates/s"] += 10
+        assert speed.readme(spoilt) != speed.readme(RECORDS)
 
 
 def test_the_quickstart_shows_a_kept_run():
@@ -165,28 +215,28 @@ def test_the_quickstart_shows_a_kept_run():
     assert [*last.groups()] == numbers
 
 
+def test_other_scores_of_the_quickstart_are_of_kept_runs():
+    """README names what the same command gave elsewhere; running.md says where."""
+    record = ROOT / "benchmarks" / "runs" / "variants" / "rebrac_quickstart_amd" / "result.json"
+    result = json.loads(record.read_text())
+    elsewhere = f"{result['score']['0']:.1f}"
+    reliability = (RESULTS / "reliability.md").read_text()
+    newer_python = re.findall(r"^final score (\S+) ", reliability, re.M)[-1]
+    running = flat((ROOT / "docs" / "running.md").read_text())
+    assert f"{newer_python} and {elsewhere} were measured" in flat(README)
+    assert f"| {newer_python} |" in running and f"| {elsewhere} |" in running
+    assert result["hardware"].split("; ")[1] in running
+
+
 def test_the_speed_beside_d3rlpy_is_that_of_the_record():
-    record = json.loads((RESULTS / "throughput.json").read_text())
-    rows = {row["algorithm"]: row for row in record["rows"]}
-    others = [row for name, row in rows.items() if row["times d3rlpy"] and name != "cql"]
-    times = [row["times d3rlpy"] for row in others]
-    share = [row["share of floor"] for row in others]
-    said = re.search(
-        r"([\d.]+) to ([\d.]+) times d3rlpy's updates/s.* at ([\d.]+) to ([\d.]+) of", flat(README)
-    )
-    numbers = (min(times), max(times), min(share), max(share))
-    assert said.groups() == tuple(f"{x:.1f}" for x in numbers)
-    assert "CQL, nearly all products, is level" in flat(README)
-    assert abs(rows["cql"]["times d3rlpy"] - 1) < 0.1
-
-
-def test_the_speed_on_a_gpu_is_that_of_the_record():
-    one, eight = json.loads((RESULTS / "throughput_h200.json").read_text())["rows"]
-    assert (one["seeds"], eight["seeds"]) == (1, 8)
-    single, together = (f"{round(row['updates/s'], -2):,.0f}" for row in (one, eight))
-    said = f"ReBRAC makes {single} updates/s (TF32), eight seeds side by side {together} together"
-    assert f"{said}, a little over half of what their products" in flat(README)
-    assert all(0.5 < row["share of bound"] < 0.6 for row in (one, eight))
+    peers = speed.beside_d3rlpy(RECORDS[SPEED["speed_cpu"]])
+    times = {algorithm: row["times d3rlpy"] for (algorithm, _), (row, _) in peers.items()}
+    assert abs(times.pop("cql") - 1) < 0.1 and "CQL about as many" in flat(README)
+    (named,) = re.findall(r"same two cores (.*) and (\w+) make", flat(README))
+    named = {name.lower().replace("+", "_") for name in (*named[0].split(", "), named[1])}
+    assert named == {*times}
+    said = re.search(r"([\d.]+) to ([\d.]+) times d3rlpy's updates/s", flat(README))
+    assert said.groups() == (f"{min(times.values()):.1f}", f"{max(times.values()):.1f}")
 
 
 def flat(text):

@@ -86,7 +86,7 @@ def test_it_runs_and_writes_both_records(tmp_path, capsys):
 def test_a_peer_is_asked_for_the_same_sizes(tmp_path, monkeypatch):
     peer = tmp_path / "python"
     answer = {"updates/s": 2.0, "versions": {"d3rlpy": "1.2"}}
-    peer.write_text(f"#!/bin/sh\necho \"$2\" > {tmp_path}/asked\necho '{json.dumps(answer)}'\n")
+    peer.write_text(f"#!/bin/sh\necho \"$2\" > '{tmp_path}/asked'\necho '{json.dumps(answer)}'\n")
     peer.chmod(0o755)
     monkeypatch.setattr(throughput, "measure", lambda name, seeds, _: {"updates/s": 5.0})
     sizes = {"algorithms": ("td3_bc", "bc"), "seeds": (1, 2), "batch_size": 4, "repeats": 1}

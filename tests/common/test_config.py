@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import helpers_runs as runs
+import own_files
 import pytest
 import yaml
 
@@ -252,8 +253,8 @@ def test_a_good_line_of_the_command_line_does_not_hide_a_bad_file(toy, tmp_path,
 
 
 def cases():
-    """Every file under configs/, alone and with each of its rows."""
-    for file in sorted((runs.ROOT / "configs").glob("*/*.yaml")):
+    """Every config of the project, alone and with each of its rows."""
+    for file in own_files.YAMLS:
         yield file, None
         for row in yaml.safe_load(file.read_text()).get("datasets") or {}:
             yield file, row

@@ -10,7 +10,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -643,7 +642,7 @@ def test_signal_saves_and_leaves_at_the_next_border(
         original(self, step, *args)
         if step == 8:
             os.kill(os.getpid(), number)
-            runs.wait_for(lambda: self.signals.number is not None, 10)
+            runs.wait_for(lambda: self.signals.number is not None)
 
     with monkeypatch.context() as patch:
         patch.setattr(experiment.Run, "log", log)
@@ -676,7 +675,7 @@ def test_signal_from_outside(name, tiny, base, reference, tmp_path):
     process = subprocess.Popen(words, cwd=tmp_path, env=runs.environment(base / "cache"))
     runs.wait_for(lambda: [*tmp_path.glob("runs/*/*/*/timing.csv")])
     process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == 128 + signal.SIGTERM
+    assert process.wait(runs.HANGS) == 128 + signal.SIGTERM
     folder = run(name, [*tiny, *SEEDS, "--resume"])
     assert metrics(folder) == metrics(reference(name))
 
@@ -685,7 +684,7 @@ def test_ctrl_c_before_training_is_one_line(name, tiny, base, tmp_path):
     code = (
         "from common import datasets; datasets.load = lambda *_: print('loading', flush=True) or "
     )
-    code += "__import__('time').sleep(60)"
+    code += "__import__('time').sleep(9999)"
     process = subprocess.Popen(
         runs.command(name, tiny, code=code),
         cwd=tmp_path,
@@ -696,14 +695,15 @@ def test_ctrl_c_before_training_is_one_line(name, tiny, base, tmp_path):
     )
     assert any("loading" in line for line in process.stdout)
     process.send_signal(signal.SIGINT)
-    _, error = process.communicate(timeout=60)
+    _, error = process.communicate(timeout=runs.HANGS)
     assert process.returncode == 128 + signal.SIGINT
     assert error == "interrupted before training began; start again with --resume\n"
     assert not (tmp_path / "runs").exists()
 
 
 def test_second_signal_leaves_at_once(name, tiny, base, tmp_path):
-    words = runs.command(name, [*tiny, *SEEDS], code=SLOW.replace("SECONDS", "60"))
+    """In the middle of what would take hours."""
+    words = runs.command(name, [*tiny, *SEEDS], code=SLOW.replace("SECONDS", "9999"))
     process = subprocess.Popen(
         words,
         cwd=tmp_path,
@@ -713,12 +713,10 @@ def test_second_signal_leaves_at_once(name, tiny, base, tmp_path):
     )
     runs.wait_for(lambda: [*tmp_path.glob("runs/*/*/*/timing.csv")])
     process.send_signal(signal.SIGINT)
-    while "once more leaves at once" not in process.stdout.readline():
+    while "a second signal quits at once" not in process.stdout.readline():
         pass
-    began = time.monotonic()
     process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == 128 + signal.SIGTERM
-    assert time.monotonic() - began < 5
+    assert process.wait(runs.HANGS) == 128 + signal.SIGTERM
     process.stdout.close()
 
 
@@ -880,6 +878,7 @@ def test_wandb_has_a_run_per_seed(name, tiny, fake, reference):
     ]
     sent = wandb.started[0]["settings"]
     assert not (sent["save_code"] or sent["x_save_requirements"]) and sent["host"] == "-"
+    assert sent["init_timeout"] <= 30  # seconds, of which a run without network loses no more
     assert all(sent[f"x_disable_{what}"] for what in ("stats", "meta", "machine_info"))
     assert wandb.finished == [options["id"] for options in wandb.started] and wandb.torn_down == 1
     for seed, options in enumerate(wandb.started):
@@ -943,14 +942,12 @@ def test_wandb_is_not_needed(name, tiny, monkeypatch, capsys, reference):
 
 
 def test_wandb_itself(name, tiny, base, tmp_path):
-    """Online without a key: one warning, offline runs, and no long wait."""
+    """Online without a key: one warning and offline runs."""
     home = tmp_path / "home"
     home.mkdir()
     environment = runs.environment(base / "cache", HOME=str(home), NETRC=str(home / "netrc"))
-    began = time.monotonic()
     words = runs.command(name, [*tiny, *SEEDS, "--wandb", "online"])
     code, _, error = runs.call(words, tmp_path, environment)
-    assert time.monotonic() - began < 60
     assert code == 0, error
     assert error.count("WARNING") == 1 and "logging offline" in error
     folder = runs.only_run("runs") / "wandb"

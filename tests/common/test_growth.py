@@ -15,13 +15,13 @@ import jax
 import numpy as np
 import pytest
 import yaml
+from own_files import NAMES
 
 from common import envs, evaluation, experiment
 from common.experiment import __main__ as program
 from common.experiment import beginning, checkpoints, config, growth, look, stored
 
 ROOT = Path(__file__).resolve().parents[2]
-NAMES = sorted(path.stem for path in (ROOT / "algorithms").glob("*.py"))
 ONE_EPISODE = ["--eval-episodes", "1"]
 
 
@@ -255,8 +255,8 @@ def test_what_cannot_be_a_beginning_is_one_line(made, tiny, capsys):
 
 # --- The best policy ----------------------------------------------------------------------------
 def test_the_best_policy_is_kept(made, capsys):
-    """That of the best evaluation of each seed, the one that metrics.csv tells."""
-    rows = [row for row in runs.read_csv(made / "metrics.csv") if row["score"]]
+    """That of each seed's best evaluation in metrics.csv; update 0 is not a result of training."""
+    rows = [row for row in runs.read_csv(made / "metrics.csv") if row["update"] != "0"]
     module, wanted = runs.module("rebrac"), []
     for seed in ("0", "1"):
         wanted.append(
@@ -335,6 +335,19 @@ def test_the_data_are_read_only_when_they_are_asked_for(made):
     assert dataset.score(np.array([-100.0])) == 0 and dataset.num_actions is None
     assert dataset.transitions.observation.shape == (54, 3)
     assert len(dataset.episode_returns) == len(dataset.episode_ends) == 6
+
+
+def test_a_run_from_before_these_records_needs_its_data(made):
+    """What newer runs record is then read from the data set."""
+    values = yaml.safe_load((made / "config.yaml").read_text())
+    for key in ("env_facts", "shapes", "num_actions", "horizon", "score_is_success", "acting"):
+        del values["record"][key]
+    module, observation = runs.module("rebrac"), np.float32([0.1, -0.2, 0.3])
+    action = experiment.load_policy(module, made).act(observation)
+    (made / "config.yaml").write_text(yaml.safe_dump(values))
+    assert np.array_equal(experiment.load_policy(module, made).act(observation), action)
+    dataset = experiment.load(module, made)[1]
+    assert dataset.horizon == 10 and dataset.make_env().action_space.shape == (1,)
 
 
 @pytest.mark.parametrize(

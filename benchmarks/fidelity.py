@@ -1,0 +1,264 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How far the files of algorithms/ are from their authors' code, and what that comparison notices.
+
+Run        python benchmarks/fidelity.py --output benchmarks/results/fidelity.md
+Difference The largest one of tests/algorithms/test_parity.py: every loss, gradient, parameter,
+           target and action, relative to the largest number of its array.
+Mutants    With --mutate [ALGORITHM ...], copies of a file with one small error each: a sign, a mean
+           for a sum, a target network for the online one, a clip or a stop_gradient left out, an
+           update left out, another constant. Errors are put between the headers "Losses" and
+           "Training", at every place where they can be. A mutant is caught if it fails the test.
+           The result is stored beside the page (.json), a later call without --mutate prints it.
+"""
+
+import ast
+import copy
+import importlib
+import json
+import sys
+import types
+from pathlib import Path
+
+import tyro
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "algorithms")]
+
+parity = importlib.import_module("parity")
+test_parity = importlib.import_module("test_parity")
+
+# What a fixture has no part in: it brings the batches, and every update is compared by itself.
+NOT_COMPARED = ("sample_batch", "train_chunk", "mean_metrics", "policy_params")
+SWAPPED = {"mean": "sum", "sum": "mean", "min": "max", "max": "min"}
+SWAPPED |= {"minimum": "maximum", "maximum": "minimum", "argmax": "argmin"}
+SWAPPED |= {"target_params": "params", "termination": "truncation"}
+OPERATORS = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult}
+COMPARISONS = {ast.Gt: ast.Lt, ast.Lt: ast.Gt}
+
+
+# --- Mutants ------------------------------------------------------------------------------------
+def function_lines(source):
+    """(first, last) line of what is between the headers of losses and of training."""
+    lines = source.splitlines()
+    first, last = (
+        next(i for i, line in enumerate(lines, 1) if line.startswith(f"# --- {name} -"))
+        for name in ("Losses", "Training")
+    )
+    return first, last
+
+
+def compared_functions(tree, source):
+    first, last = function_lines(source)
+    return [
+        node
+        for node in tree.body
+        if isinstance(node, ast.FunctionDef)
+        and first < node.lineno < last
+        and node.name not in NOT_COMPARED
+    ]
+
+
+def is_call_of(node, *names):
+    """Whether a node calls one of the functions with these dotted names."""
+    return isinstance(node, ast.Call) and ast.unparse(node.func) in names
+
+
+def is_check(node):
+    return isinstance(node, ast.Call) and ast.unparse(node.func).startswith("chex.")
+
+
+def changeable(node):
+    """The nodes below, without keys, checks, shapes and the numbers that are only logged."""
+    for child in ast.iter_child_nodes(node):
+        if is_check(child) or is_call_of(child, "jax.random.split", "jax.random.fold_in"):
+            continue
+        if isinstance(child, ast.Dict | ast.arguments):
+            continue
+        if isinstance(child, ast.keyword) and child.arg == "axis":
+            continue
+        if isinstance(child, ast.Attribute) and child.attr in ("shape", "ndim"):
+            continue
+        yield child
+        yield from changeable(child)
+
+
+def changes(node):
+    """[(what, change)] of a node; change(node) is the node to put in its place."""
+    found = []
+    if isinstance(node, ast.BinOp) and type(node.op) in OPERATORS:
+        found.append(lambda n: ast.BinOp(n.left, OPERATORS[type(n.op)](), n.right))
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+        found.append(lambda n: n.operand)
+    if isinstance(node, ast.Compare) and type(node.ops[0]) in COMPARISONS:
+        found.append(lambda n: ast.Compare(n.left, [COMPARISONS[type(n.ops[0])]()], n.comparators))
+    if isinstance(node, ast.Attribute) and node.attr in SWAPPED:
+        found.append(lambda n: ast.Attribute(n.value, SWAPPED[n.attr], n.ctx))
+    if isinstance(node, ast.Constant) and type(node.value) is float and node.value:
+        found.append(lambda n: ast.Constant(1.5 * n.value))
+    if is_call_of(node, "jax.lax.stop_gradient", "jnp.clip", "jnp.abs", "jnp.tanh"):
+        found.append(lambda n: n.args[0])
+    if is_call_of(node, "jnp.minimum", "jnp.maximum"):
+        found.append(lambda n: n.args[0])
+    method = node.func if isinstance(node, ast.Call) else None
+    if isinstance(method, ast.Attribute) and method.attr == "clip" and len(node.args) == 2:
+        found.append(lambda n: n.func.value)
+    if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "state":
+        found.append(lambda n: ast.Pass())  # a network or its targets are not updated
+    return found
+
+
+def mutants(source):
+    """[(line, what was, what is, source of the mutant)]"""
+    tree, made = ast.parse(source), []
+    count = len(list(places(tree, source)))
+    for place in range(count):
+        for choice in range(len(changes(list(places(tree, source))[place][2]))):
+            spoilt = copy.deepcopy(tree)
+            parent, slot, node = list(places(spoilt, source))[place]
+            new = ast.copy_location(changes(node)[choice](node), node)
+            before, after = ast.unparse(node), ast.unparse(new)
+            if isinstance(slot, tuple):
+                getattr(parent, slot[0])[slot[1]] = new
+            else:
+                setattr(parent, slot, new)
+            ast.fix_missing_locations(spoilt)
+            made.append((node.lineno, before, after, spoilt))
+    return made
+
+
+def places(tree, source):
+    """(parent, slot in it, node) of every node that an error can be put into."""
+    for function in compared_functions(tree, source):
+        allowed = {id(node) for node in changeable(function)}
+        for parent in [function, *changeable(function)]:
+            for name, value in ast.iter_fields(parent):
+                children = value if isinstance(value, list) else [value]
+                for i, child in enumerate(children):
+                    if isinstance(child, ast.AST) and id(child) in allowed and changes(child):
+                        yield parent, (name, i) if isinstance(value, list) else name, child
+
+
+def load(tree, name):
+    """The module that a syntax tree makes."""
+    module = types.ModuleType(name)
+    sys.modules[name] = module  # where dataclasses look
+    exec(compile(tree, name, "exec"), module.__dict__)
+    return module
+
+
+def is_caught(tree, cases):
+    """Whether a mutant fails the test of one of its cases. None where it does not even run."""
+    module = load(tree, "mutant")
+    for case in cases:
+        limit = max(test_parity.limits_of(case).values())
+        try:
+            found = parity.compare(module, case, stop_above=limit)
+        except Exception:  # whatever a wrong program raises
+            return None
+        if test_parity.exceeded(case, found):
+            return True
+    return False
+
+
+def try_mutants(algorithm):
+    """{"mutants": number that run, "caught": number, "survived": [line of text]}"""
+    source = (ROOT / "algorithms" / f"{algorithm}.py").read_text()
+    cases = [case for case in test_parity.CASES if case.algorithm == algorithm]
+    verdicts, survived = [], []
+    for line, before, after, tree in mutants(source):
+        verdict = is_caught(tree, cases)
+        if verdict is not None:
+            verdicts.append(verdict)
+        if verdict is False:
+            survived.append(f"{before} -> {after}")
+        print(algorithm, line, f"{before[:60]} -> {after[:60]}", verdict, file=sys.stderr)
+    return {"mutants": len(verdicts), "caught": sum(verdicts), "survived": survived}
+
+
+# --- Page ---------------------------------------------------------------------------------------
+def header(algorithm):
+    """{"Repository": ..., "Commit": ...} from the first lines of the text beside a fixture."""
+    text = (parity.FOLDER / f"{algorithm}.md").read_text()
+    pairs = [line.split(None, 1) for line in text.splitlines() if line.startswith(("Repo", "Comm"))]
+    return dict(pairs)
+
+
+def deviations(algorithm):
+    """The paragraph "Deviations" of a file's docstring, on one line."""
+    docstring = ast.get_docstring(ast.parse((ROOT / f"algorithms/{algorithm}.py").read_text()))
+    text = docstring.split("\nDeviations", 1)[1].split("\n\n")[0]
+    return " ".join(text.split())
+
+
+def row(algorithm, mutation):
+    cases = [case for case in test_parity.CASES if case.algorithm == algorithm]
+    module = importlib.import_module(f"algorithms.{algorithm}")
+    far, steps, losses = 0.0, 0, set()
+    for case in cases:
+        found = parity.compare(module, case)
+        far = max(far, *parity.summary(found).values())
+        steps = max(steps, parity.updates_of(case) * case.gradient_steps)
+        losses |= set(found["loss"])
+    facts = header(algorithm)
+    repository = facts["Repository"].removeprefix("https://github.com/")
+    commit = facts["Commit"][:7]
+    counts = f"{mutation['caught']} of {mutation['mutants']}" if mutation else "not tried"
+    return [
+        f"[{algorithm}](../../algorithms/{algorithm}.py)",
+        f"[{repository}@{commit}]({facts['Repository']}/tree/{facts['Commit']})",
+        f"[{len(cases)}](../../tests/fixtures/parity/{algorithm}.md)",
+        ", ".join(sorted(losses)),
+        str(steps),
+        f"{far:.0e}",
+        counts,
+    ]
+
+
+INTRODUCTION = """# Every file against its authors' code
+
+The same parameters, batches and random numbers go through a file of algorithms/ and through the
+code of the method's authors. The losses of every update, the first gradients of every network, the
+parameters and targets after the first and the last update, and the actions of the policy on ten
+observations are compared: [test_parity.py](../../tests/algorithms/test_parity.py). What the
+authors' code made is stored in [tests/fixtures/parity](../../tests/fixtures/parity), with a text
+that says how. Two hidden layers of 16 units, in float64 on both sides unless the text says
+otherwise; "difference" is the largest one of all those numbers, relative to the largest number of
+its array, and includes the rounding of the stored numbers, 7e-12.
+
+A mutant is a copy of a file with one small error, such as a sign, a mean for a sum, or a target
+network in place of the online one. It is caught if the comparison fails.
+
+    python benchmarks/fidelity.py --output benchmarks/results/fidelity.md
+"""
+
+
+def page(results):
+    head = ["file", "authors' code", "cases", "losses", "gradient steps", "difference", "caught"]
+    algorithms = list(dict.fromkeys(case.algorithm for case in test_parity.CASES))
+    table = [head, ["---"] * len(head)]
+    table += [row(algorithm, results.get(algorithm)) for algorithm in algorithms]
+    lines = [INTRODUCTION, *(f"| {' | '.join(cells)} |" for cells in table)]
+    lines += ["", "## Deviations that remain", "", "As the docstrings of the files list them.", ""]
+    lines += [f"- `{algorithm}`: {deviations(algorithm)}" for algorithm in algorithms]
+    survivors = [name for name in algorithms if results.get(name, {}).get("survived")]
+    if survivors:
+        lines += ["", "## Mutants that were not caught", ""]
+    for algorithm in survivors:
+        lines += [f"- `{algorithm}`: `{text}`" for text in results[algorithm]["survived"]]
+    return "\n".join(lines) + "\n"
+
+
+def main(output: Path = ROOT / "benchmarks/results/fidelity.md", mutate: tuple[str, ...] = ()):
+    """Write the page. `mutate`: files whose mutants are tried first (minutes each), or "all"."""
+    store = output.with_suffix(".json")
+    results = json.loads(store.read_text()) if store.exists() else {}
+    if mutate == ("all",):
+        mutate = tuple(dict.fromkeys(case.algorithm for case in test_parity.CASES))
+    for algorithm in mutate:
+        results[algorithm] = try_mutants(algorithm)
+        store.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
+    output.write_text(page(results))
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

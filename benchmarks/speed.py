@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Speed pages, one per machine, and README's table of speed, from the records of throughput.py.
+
+    python benchmarks/speed.py
+
+reads benchmarks/runs/speed/*.json and writes benchmarks/results/speed_*.md and the part of
+README.md between `<!-- speed -->` and `<!-- /speed -->`. Where two records of one machine measured
+the same file with the same number of seeds, the page shows the newer one.
+
+To add a measurement:
+
+    python benchmarks/throughput.py ... --output benchmarks/runs/speed/NAME.json
+    python benchmarks/speed.py
+"""
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+from report import around
+
+ROOT = Path(__file__).resolve().parents[1]
+RECORDS = ROOT / "benchmarks" / "runs" / "speed"
+PEER = "d3rlpy updates/s"  # column of the rows that were measured beside d3rlpy
+IN_README = (  # file, its name, number of seeds, page
+    ("td3_bc", "TD3+BC", 1, "speed_cpu"),
+    ("rebrac", "ReBRAC", 1, "speed_cpu"),
+    ("rebrac", "ReBRAC", 1, "speed_h200"),
+    ("rebrac", "ReBRAC", 8, "speed_h200"),
+)
+HOW_TO_READ = """
+- **updates/s**: critic updates per second, added over the seeds that one process trains in
+  parallel. Each figure is the best of several timed chunks on synthetic data, without evaluation.
+- **share of floor**: the floor is the time that the matrix products of an update alone take. Here
+  their floating-point operations are counted and divided by the rate at which the machine
+  multiplies [batch, width] by [width, width] matrices. A share of 0.7 means that training takes
+  1 / 0.7 of that time. It is measured on CPUs only, and it is an estimate: a share can exceed 1.
+- **share of bound**: the same comparison with a program that runs exactly the matrix products of
+  the compiled updates, in their order, and nothing else.
+- The shares and GFLOP per update are those of the smallest number of seeds.
+- `benchmarks/throughput.py` explains the columns under "All figures".
+"""
+
+
+class Machine(NamedTuple):
+    stem: str  # of the page
+    words: str  # part of a record's `hardware`
+    title: str
+    hardware: str  # as README's table says it
+
+
+MACHINES = (
+    Machine(
+        "speed_cpu",
+        "1 x cpu; 2 cores of Intel(R) Xeon(R) Processor",
+        "Training speed on two CPU cores",
+        "2 cores of an Intel Xeon",
+    ),
+    Machine("speed_h200", "NVIDIA H200", "Training speed on one H200 GPU", "1 NVIDIA H200, TF32"),
+)
+
+
+# --- Records ------------------------------------------------------------------------------------
+def read(folder=RECORDS):
+    """machine -> its records, oldest first; a record is a dict with its file's name."""
+    found = {machine: [] for machine in MACHINES}
+    for file in sorted(folder.glob("*.json")):
+        record = json.loads(file.read_text()) | {"name": file.stem}
+        machines = [machine for machine in MACHINES if machine.words in record["hardware"]]
+        if len(machines) != 1:
+            raise SystemExit(f"{file}: add '{record['hardware']}' to MACHINES in speed.py")
+        found[machines[0]].append(record)
+    for records in found.values():
+        records.sort(key=lambda record: (record["date"], record["name"]))
+    return found
+
+
+def newest(records):
+    """(algorithm, seeds) -> its newest row and the record that has it."""
+    rows = {}
+    for record in records:
+        for row in record["rows"]:
+            rows[row["algorithm"], row["seeds"]] = (row, record)
+    return rows
+
+
+def beside_d3rlpy(records):
+    """The newest rows that were measured beside d3rlpy, with their record."""
+    return newest(
+        record | {"rows": [row for row in record["rows"] if row.get(PEER)]} for record in records
+    )
+
+
+# --- Page ---------------------------------------------------------------------------------------
+def number(x):
+    """A cell of the tables: three digits where it is a fraction."""
+    return f"{x:,.3f}" if isinstance(x, float) else str(x or "")
+
+
+def table(head, lines):
+    rows = [head, ["---"] * len(head), *lines]
+    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in rows)
+
+
+def page(machine, records):
+    """The text of a machine's page."""
+    rows, peers = newest(records), beside_d3rlpy(records)
+    parts = [
+        f"# {machine.title}",
+        "Written by `python benchmarks/speed.py`: the newest measurement of every file and number "
+        "of seeds, from the records named below. The batch size is "
+        f"{joined(str(x['batch size']) for x in records)}; the networks are the files' defaults.",
+        speeds(rows),
+        f"How to read it:\n{HOW_TO_READ.rstrip()}",
+    ]
+    if peers:
+        lines = []
+        for (algorithm, seeds), (row, record) in sorted(peers.items()):
+            both = [f"{row['updates/s']:,.1f}", f"{row[PEER]:,.1f}", f"{row['times d3rlpy']:.2f}"]
+            lines.append([algorithm, seeds, *both, record["date"]])
+        head = ["algorithm", "seeds", "updates/s here", PEER, "ratio", "measured on"]
+        versions = joined(record["peer"] for _, record in peers.values())
+        parts += [
+            "## Beside d3rlpy",
+            f"The same widths, batch size and data, measured right after each other ({versions}).",
+            table(head, lines),
+        ]
+    parts += ["## Records and commands", *(described(x, rows, peers) for x in records)]
+    parts += [
+        "## All figures",
+        "<details>\n<summary>every column of the rows above</summary>",
+        all_figures([row for _, (row, _) in sorted(rows.items())]),
+    ]
+    if peers:
+        parts.append("Beside d3rlpy:")
+        parts.append(all_figures([row for _, (row, _) in sorted(peers.items())]))
+    return "\n\n".join(part for part in [*parts, "</details>"] if part) + "\n"
+
+
+def speeds(rows):
+    """The table that a reader looks at first: a line per file, a column per number of seeds."""
+    counts = sorted({seeds for _, seeds in rows})
+    shares = [f"share of {x}" for x in ("floor", "bound")]
+    some_row, _ = next(iter(rows.values()))
+    shares = [column for column in shares if column in some_row]
+    head = ["algorithm", *(f"updates/s, {seeds} seed{'s' * (seeds > 1)}" for seeds in counts)]
+    lines = []
+    for algorithm in sorted({algorithm for algorithm, _ in rows}):
+        here = {seeds: rows[algorithm, seeds] for seeds in counts if (algorithm, seeds) in rows}
+        first, _ = here[min(here)]
+        line = [algorithm]
+        line += [f"{here[seeds][0]['updates/s']:,.1f}" if seeds in here else "" for seeds in counts]
+        line += [f"{first[column]:.2f}" for column in shares]
+        line += [
+            f"{first['GFLOP/update']:.2f}",
+            joined(record["date"] for _, record in here.values()),
+        ]
+        lines.append(line)
+    return table([*head, *shares, "GFLOP/update", "measured on"], lines)
+
+
+def all_figures(rows):
+    """A table with every number of the rows."""
+    head = list(dict.fromkeys(column for row in rows for column in row))
+    return table(head, [[number(row.get(column)) for column in head] for row in rows])
+
+
+def described(record, rows, peers):
+    """A record: which of its rows are shown, how it was measured, its command."""
+    every = [*rows.values(), *peers.values()]
+    used = [row for row, origin in every if origin["name"] == record["name"]]
+    count = len({(row["algorithm"], row["seeds"]) for row in used})
+    count = f"{count} of its {len(record['rows'])} rows are shown"
+    lines = [f"[{record['name']}.json](../runs/speed/{record['name']}.json), {count}:", ""]
+    shown = ("date", "hardware", "versions", "matmul precision", "data", "chunks", "beside")
+    lines += [f"- {key}: {record[key]}" for key in shown if key in record]
+    return "\n".join([*lines, "", f"```\n{record['command']}\n```"])
+
+
+def joined(words):
+    return ", ".join(dict.fromkeys(words))
+
+
+# --- README -------------------------------------------------------------------------------------
+def readme(found):
+    """README's table: a few rows of the pages, with their hardware."""
+    lines = []
+    for algorithm, name, seeds, stem in IN_README:
+        (machine,) = (machine for machine in found if machine.stem == stem)
+        row, record = newest(found[machine])[algorithm, seeds]
+        cells = [name, seeds, machine.hardware, f"{row['updates/s']:,.0f}", record["date"]]
+        lines.append(cells)
+    return table(["method", "seeds in parallel", "hardware", "updates/s", "measured on"], lines)
+
+
+def main():
+    found = read()
+    for machine, records in found.items():
+        path = ROOT / "benchmarks" / "results" / f"{machine.stem}.md"
+        path.write_text(page(machine, records))
+        print(f"written: {path.relative_to(ROOT)}")
+    path = ROOT / "README.md"
+    before, after = around(path, "speed")
+    path.write_text(before + readme(found) + after)
+    print("written: README.md")
+
+
+if __name__ == "__main__":
+    main()

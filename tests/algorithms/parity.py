@@ -1,0 +1,403 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs an algorithm file on the batches and random numbers that its authors' code was run on.
+
+A fixture, tests/fixtures/parity/<algorithm>.npz, has what the authors' code started from and what
+it made of it. The text beside it says how it was made. A fixture holds one case or more, each with
+its own settings. The names of its arrays are paths in our names:
+
+    <case>/init/<field>/params/...          parameters before the first update, and `target_params`
+    <case>/batch/<column>                   [N, M, B, ...], M batches for each of N updates
+    <case>/data/<column>                    or all rows, from which `update` draws its batches
+    <case>/draw/<number>_<kind>             [N, ...], random numbers, see `replayed`
+    <case>/loss/<metric>                    [N], a loss of each update
+    <case>/after/<n>/<field>/params/...     after n updates, and `target_params`
+    <case>/after/<n>/<field>/mu/...         Adam's mean of the gradients: all we need to compare
+                                            gradients (after one step it is a tenth of the first)
+                                            or what SGD with momentum keeps
+    <case>/policy/observation, action       ten observations and what the policy makes of them,
+                                            for DT those of a few steps, with their rewards
+    <case>/policy/draw/<number>_<kind>      its random numbers
+
+An .npz is smaller with few arrays, so the file holds one long array per dtype and `index`, JSON:
+{path: [dtype, start, shape]}. One "update" is one call of the file's `update`, which may take
+several gradient steps. Inputs are float32. Results are float64 where the authors' code was run in
+float64; then ours is, too.
+"""
+
+import collections
+import contextlib
+import dataclasses
+import functools
+import inspect
+import json
+from pathlib import Path
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import probes
+from flax.core import Scope
+
+FOLDER = Path(__file__).resolve().parents[1] / "fixtures" / "parity"
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One case of a fixture: our side of its settings."""
+
+    algorithm: str
+    name: str
+    config: dict  # fields of the file's Config that differ from `CONFIG`
+    gradient_steps: int = 1  # per call of `update`
+    create: dict = dataclasses.field(default_factory=dict)  # further arguments of `create_state`
+    action_dim: int | None = None  # of the data, where a batch has other actions than the data
+    policy: str = "policy"  # function of the file that gives the action
+    carry: str | None = None  # function of (state, data, cfg): what `update` takes with the state
+
+
+CONFIG = {"hidden": (16, 16), "log_every": 2}
+# Fields of State and Config under their new names, which fixtures and cases use.
+RENAMED = {
+    "temperature": "log_temperature",
+    "lagrange": "log_multiplier",
+    "importance": "importance_sampling",
+    "gap": "target_action_gap",
+    "lowest_difference": "clip_diff_min",
+    "num_choices": "num_eval_samples",
+}
+
+
+@functools.cache
+def fixture(algorithm):
+    """{case: {path: array}}"""
+    path = FOLDER / f"{algorithm}.npz"
+    if not path.exists():
+        raise AssertionError(f"{algorithm} has no parity fixture ({path.name} is missing)")
+    with np.load(path) as stored:
+        numbers = dict(stored)
+    index = json.loads(numbers.pop("index").tobytes())
+    cases = collections.defaultdict(dict)
+    for key, (dtype, start, shape) in index.items():
+        case, rest = key.split("/", 1)
+        size = int(np.prod(shape))
+        cases[case][rest] = numbers[dtype][start : start + size].reshape(shape)
+    return dict(cases)
+
+
+def under(arrays, prefix):
+    """{rest of the path: array} of all arrays below `prefix`."""
+    return {key[len(prefix) + 1 :]: x for key, x in arrays.items() if key.startswith(prefix + "/")}
+
+
+# --- Random numbers -----------------------------------------------------------------------------
+@contextlib.contextmanager
+def replayed(module, batches, draws):
+    """Within this, `sample_batch` and jax.random give the numbers of the fixture.
+
+    `module.sample_batch` gives `batches` in turn. A function of jax.random that is named in
+    `draws` ({"<number>_<kind>": array}) gives the next array of its kind and of the shape that it
+    is asked for. What it scales its numbers by (minval, maxval) is applied to them. It is an error
+    to ask for a batch or a draw that is not there, and to leave one over.
+    """
+    batches = list(batches)
+    queues = collections.defaultdict(list)
+    for name in sorted(draws, key=lambda name: int(name.split("_")[0])):
+        kind = name.split("_", 1)[1]
+        queues[kind, draws[name].shape].append(draws[name])
+
+    def sample_batch(*args):
+        return batches.pop(0)
+
+    initialising = False
+
+    def param(scope, *args, **kwargs):
+        # flax asks an initialiser for the shape of a parameter that it has already.
+        nonlocal initialising
+        before, initialising = initialising, True
+        try:
+            return real["param"](scope, *args, **kwargs)
+        finally:
+            initialising = before
+
+    def draw(kind, shape):
+        queue = queues[kind, tuple(shape)]
+        if not queue:
+            raise AssertionError(f"no draw left of jax.random.{kind} with shape {tuple(shape)}")
+        return queue.pop(0)
+
+    def normal(key, shape=(), *args, **kwargs):
+        if initialising:
+            return real["normal"](key, shape, *args, **kwargs)
+        return draw("normal", shape)
+
+    def uniform(key, shape=(), dtype=float, minval=0.0, maxval=1.0):
+        if initialising:
+            return real["uniform"](key, shape, dtype, minval, maxval)
+        return minval + (maxval - minval) * draw("uniform", shape)
+
+    def bernoulli(key, p=0.5, shape=None):
+        return draw("bernoulli", shape).astype(bool)
+
+    def randint(key, shape, *args, **kwargs):
+        return draw("randint", shape)
+
+    fakes = {"normal": normal, "uniform": uniform, "bernoulli": bernoulli, "randint": randint}
+    real = {kind: getattr(jax.random, kind) for kind in fakes} | {"param": Scope.param}
+    with contextlib.ExitStack() as stack:
+        if batches:
+            stack.enter_context(mock.patch.object(module, "sample_batch", sample_batch))
+        stack.enter_context(mock.patch.object(Scope, "param", param))
+        for kind, fake in fakes.items():
+            stack.enter_context(mock.patch.object(jax.random, kind, fake))
+        yield
+    left = [key for key, queue in queues.items() if queue]
+    if batches or left:
+        raise AssertionError(f"not used: {len(batches)} batches, draws {left}")
+
+
+# --- Our state ----------------------------------------------------------------------------------
+def leaf_names(tree):
+    """Paths of the leaves of a parameter tree, without flax's own "params"."""
+    paths = jax.tree_util.tree_leaves_with_path(tree)
+    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in paths]
+    return [name.removeprefix("params").removeprefix("/") for name in names]
+
+
+def join(*parts):
+    return "/".join(part for part in parts if part)
+
+
+def filled(tree, arrays, prefix, dtype):
+    """The tree with the fixture's arrays for leaves. Every leaf must be there, in its shape."""
+    leaves, structure = jax.tree.flatten(tree)
+    new = []
+    for name, leaf in zip(leaf_names(tree), leaves, strict=True):
+        x = arrays[join(prefix, name)]
+        assert x.shape == leaf.shape, (prefix, name, x.shape, leaf.shape)
+        new.append(jnp.asarray(x, dtype))
+    return structure.unflatten(new)
+
+
+def initial_state(module, case, cfg, batch, arrays, dtype):
+    """What `create_state` makes, with the fixture's parameters and optimisers that start anew."""
+    create = functools.partial(module.create_state, cfg=cfg, **case.create)
+    if case.action_dim is not None:
+        batch = batch._replace(action=batch.action[..., : case.action_dim])
+    state = jax.eval_shape(create, jax.random.key(0), batch)
+    used = set()
+    for own_name in state._fields:
+        field, net = RENAMED.get(own_name, own_name), getattr(state, own_name)
+        if not hasattr(net, "params"):  # such as the mean and std of the observations
+            leaves, structure = jax.tree.flatten(net)
+            names = [f"{field}/{i}" for i in range(len(leaves))]
+            new = structure.unflatten([jnp.asarray(arrays[name], dtype) for name in names])
+            used.update(names)
+        else:
+            new = net
+            for trees in ("params", "target_params"):
+                if getattr(net, trees, None) is None:
+                    continue
+                tree = filled(getattr(net, trees), arrays, f"{field}/{trees}", dtype)
+                used.update(join(field, trees, name) for name in leaf_names(tree))
+                new = new.replace(**{trees: tree})
+            new = new.replace(step=jnp.zeros((), int), opt_state=net.tx.init(new.params))
+        state = state._replace(**{own_name: new})
+    assert used == set(arrays), f"not used: {sorted(set(arrays) - used)}"
+    return state
+
+
+def trees_of(state):
+    """{field/params/..., field/target_params/..., field/mu/...: array} of a state."""
+    found = {}
+    for own_name in state._fields:
+        field, net = RENAMED.get(own_name, own_name), getattr(state, own_name)
+        if not hasattr(net, "params"):
+            continue
+        trees = {"params": net.params, "mu": memory_of(net.opt_state)}
+        if getattr(net, "target_params", None) is not None:
+            trees["target_params"] = net.target_params
+        for name, tree in trees.items():
+            for leaf, x in zip(leaf_names(tree), jax.tree.leaves(tree), strict=True):
+                found[join(field, name, leaf)] = np.asarray(x)
+    return found
+
+
+def memory_of(opt_state):
+    """Adam's mean of the gradients, or the sum that SGD with momentum keeps."""
+    mean = optax.tree_utils.tree_get(opt_state, "mu")
+    return optax.tree_utils.tree_get(opt_state, "trace") if mean is None else mean
+
+
+# --- Comparison ---------------------------------------------------------------------------------
+def difference(found, expected):
+    """Largest difference of two arrays relative to the largest number in them."""
+    assert found.shape == expected.shape, (found.shape, expected.shape)
+    return float(np.abs(found - expected).max() / max(np.abs(expected).max(), 1e-12))
+
+
+def rows(module, columns):
+    """A Transitions of the columns that the authors' code reads, the others zero.
+
+    For QC a Chunks, and for DT a Steps.
+    """
+    if "valid" in columns:
+        return module.Chunks(**columns)
+    if "timestep" in columns:
+        return module.Steps(**columns)
+    zeros = np.zeros(columns["reward"].shape, np.float32)
+    blank = {"next_action": np.zeros_like(columns["action"]), "truncation": zeros}
+    return probes.Transitions(**(blank | columns))
+
+
+def config_of(module, case):
+    names = {field.name for field in dataclasses.fields(module.Config)}
+    old = {new: old for old, new in RENAMED.items() if old in names}
+    settings = {old.get(name, name): x for name, x in (CONFIG | case.config).items()}
+    settings = {name: x for name, x in settings.items() if name in names or name in case.config}
+    return module.Config(**settings)
+
+
+def acting(module, case, state, cfg):
+    """The policy of a state, (params, observation, key) -> action.
+
+    What it takes besides is `cfg` and functions of networks, named like the fields of State.
+    """
+    policy, networks = getattr(module, case.policy), {}
+    for field in state._fields:
+        if hasattr(getattr(state, field), "apply_fn"):
+            networks[field] = getattr(state, field).apply_fn
+    acts = next(field for field in ("actor", "flow", "critic") if field in networks)
+    facts = networks | {"cfg": cfg}
+    wanted = list(inspect.signature(policy).parameters.values())[4:]
+    extra = {x.name: facts[x.name] for x in wanted if x.default is inspect.Parameter.empty}
+    return functools.partial(policy, networks[acts], **extra)
+
+
+def precision(arrays):
+    """The dtype that the authors' code was run in."""
+    return np.result_type(*[x for name, x in arrays.items() if name.startswith("after/")])
+
+
+def compare(module, case, arrays=None, stop_above=None):
+    """{what: {name: largest relative difference}} of the module and the fixture of a case.
+
+    What is one of "loss", "gradient", "parameters after 1", "parameters after N" (networks and
+    targets) and "policy". With `stop_above` it returns as soon as a difference exceeds that.
+    """
+    arrays = fixture(case.algorithm)[case.name] if arrays is None else arrays
+    dtype = precision(arrays)
+    with jax.enable_x64(dtype == np.float64):
+        return _compare(module, case, arrays, dtype, stop_above)
+
+
+def _compare(module, case, arrays, dtype, stop_above):
+    cfg, key = config_of(module, case), jax.random.key(0)
+
+    def inputs(prefix):
+        return {name: jnp.asarray(x, _like(x, dtype)) for name, x in under(arrays, prefix).items()}
+
+    draws, losses = inputs("draw"), under(arrays, "loss")
+    number = len(next(iter(losses.values())))
+    whole = bool(under(arrays, "data"))
+    if whole:
+        data = rows(module, inputs("data"))
+        example, batches = item(data, 0), None
+    else:
+        batches = rows(module, inputs("batch"))
+        example = item(item(batches, 0), 0)
+    state = initial_state(module, case, cfg, example, under(arrays, "init"), dtype)
+    if case.carry is not None:
+        state = state, getattr(module, case.carry)(state, data, cfg)
+
+    def one_update(state, step, batches, draws):
+        if whole:
+            with replayed(module, [], draws):
+                return module.update(state, step, key, data, cfg)
+        turns = [item(batches, i) for i in range(len(batches.reward))]
+        with replayed(module, turns, draws):
+            return module.update(state, step, key, turns[0], cfg)
+
+    if not whole:  # else a scan asks for a draw in each of its rounds, not once as it is compiled
+        one_update = jax.jit(one_update)
+
+    found = collections.defaultdict(dict)
+
+    def note(what, name, ours, theirs):
+        far = difference(np.asarray(ours, np.float64), np.asarray(theirs, np.float64))
+        found[what][name] = max(far, found[what].get(name, 0.0))
+
+    def far_off():
+        worst = max((x for numbers in found.values() for x in numbers.values()), default=0.0)
+        return stop_above is not None and not worst <= stop_above
+
+    for i in range(number):
+        step = i * case.gradient_steps
+        with jax.disable_jit(whole):
+            state, metrics = one_update(state, step, item(batches, i), item(draws, i))
+        for name, expected in losses.items():
+            note("loss", name, metrics[name], expected[i])
+        ours = trees_of(state if case.carry is None else state[0])
+        for name, expected in under(arrays, f"after/{i + 1}").items():
+            tree = name.split("/")[1]
+            what = f"parameters after {'1' if i == 0 else 'N'}"
+            note("gradient" if tree == "mu" else what, name, ours[name], expected)
+        if far_off():
+            return dict(found)
+
+    state = state if case.carry is None else state[0]
+    play = play_steps if "policy/reward" in arrays else play_once
+    action = play(module, case, state, cfg, inputs("policy"), inputs("policy/draw"), example)
+    note("policy", "action", action, arrays["policy/action"])
+    return dict(found)
+
+
+def play_once(module, case, state, cfg, recorded, draws, example):
+    """The policy's actions at all observations at once."""
+    policy = acting(module, case, state, cfg)
+
+    @jax.jit
+    def act(params, observation, draws):
+        with replayed(module, [], draws):
+            return policy(params, observation, jax.random.key(0))
+
+    return act(module.policy_params(state), recorded["observation"], draws)
+
+
+def play_steps(module, case, state, cfg, recorded, draws, example):
+    """The actions of a policy with a memory, step by step, [T, E, A]."""
+    act = jax.jit(functools.partial(module.policy, state.actor.apply_fn))
+    observation, reward = recorded["observation"], recorded["reward"]
+    memory = module.blank_steps(len(reward[0]), example, recorded["target_return"], cfg)
+    memory = jax.tree.map(lambda x: jnp.asarray(x, _like(x, observation.dtype)), memory)
+    actions, last_reward = [], jnp.zeros_like(reward[0])
+    for i in range(len(observation)):
+        action, memory = act(module.policy_params(state), observation[i], None, memory, last_reward)
+        actions.append(action)
+        last_reward = reward[i]
+    return jnp.stack(actions)
+
+
+def item(tree, i):
+    return jax.tree.map(lambda x: x[i], tree)
+
+
+def _like(x, dtype):
+    return dtype if x.dtype.kind == "f" else x.dtype
+
+
+def summary(found):
+    """{what: largest difference}"""
+    return {what: max(numbers.values()) for what, numbers in found.items()}
+
+
+def updates_of(case):
+    return len(next(iter(under(fixture(case.algorithm)[case.name], "loss").values())))
+
+
+def describe(found):
+    """The largest differences by name, for the message of a failing test."""
+    lines = [(far, what, name) for what, names in found.items() for name, far in names.items()]
+    lines.sort(key=lambda line: -line[0] if line[0] == line[0] else -np.inf)
+    return "\n" + "\n".join(f"{far:.1e}  {what}: {name}" for far, what, name in lines[:12])

@@ -1,0 +1,208 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every algorithm file against its authors' code: same parameters, batches and random numbers.
+
+The fixtures and how they were made are in tests/fixtures/parity, the comparison is in parity.py.
+"""
+
+import importlib
+
+import numpy as np
+import parity
+import pytest
+from parity import Case
+
+CQL = {"num_samples": 3, "critic_hidden": (16, 16)}
+AWR = {"batch_size": 12, "critic_updates": 3, "actor_updates": 4, "log_every": 8}
+RETURNS = {"gradient_steps": 4, "carry": "lambda_returns"}
+DT = {
+    "batch_size": 10,
+    "context": 4,
+    "embedding": 16,
+    "num_layers": 2,
+    "num_heads": 2,
+    "episode_length": 12,
+    "dropout": None,
+}
+QC = {"horizon": 3}
+CHUNKS = {"action_dim": 2, "policy": "sample_chunk"}  # its policy plays what sample_chunk returns
+
+CASES = [
+    Case("td3_bc", "mujoco", {}, gradient_steps=2),
+    Case(
+        "td3_bc",
+        "antmaze",
+        {"reward_shift": -1.0, "alpha": 0.7, "target_noise": 0.4, "target_noise_clip": 0.3},
+        gradient_steps=2,
+    ),
+    Case("rebrac", "mujoco", {"actor_penalty": 0.7, "critic_penalty": 0.3}, gradient_steps=2),
+    Case(
+        "rebrac",
+        "antmaze",
+        {
+            "actor_penalty": 0.003,
+            "critic_penalty": 0.05,
+            "discount": 0.999,
+            "target_noise": 0.5,
+            "target_noise_clip": 0.3,
+            "reward_scale": 100.0,
+        },
+        gradient_steps=2,
+    ),
+    Case("iql", "mujoco", {"num_updates": 10}),
+    Case(
+        "iql",
+        "kitchen",
+        {"expectile": 0.9, "inverse_temperature": 10.0, "dropout": 0.1, "num_updates": 10},
+    ),
+    Case("fql", "mean", {}),
+    Case("fql", "min", {"alpha": 3.0, "q_agg": "min", "normalize_q": True, "discount": 0.995}),
+    Case("cql", "mujoco", CQL),
+    Case(
+        "cql",
+        "antmaze",
+        CQL
+        | {"target_action_gap": 0.8, "alpha": 5.0, "max_target_backup": True, "clip_diff_min": 4.0},
+    ),
+    Case("cql", "unweighted", CQL | {"importance_sampling": False, "alpha": 2.0, "discount": 0.9}),
+    Case("awac", "mujoco", {}),
+    Case("awac", "sharp", {"inverse_temperature": 20.0, "discount": 0.95}),
+    Case("bc", "mujoco", {}),
+    Case("awr", "mujoco", AWR | {"discount": 0.97, "inverse_temperature": 1 / 0.7}, **RETURNS),
+    Case(
+        "awr",
+        "sharp",
+        AWR
+        | {
+            "discount": 0.9,
+            "td_lambda": 0.8,
+            "inverse_temperature": 4.0,
+            "fixed_std": 0.6,
+            "actor_learning_rate": 1e-4,
+        },
+        **RETURNS,
+    ),
+    Case("bcq", "mujoco", {"vae_hidden": (16, 16)}),
+    Case(
+        "bcq",
+        "wide",
+        {
+            "vae_hidden": (16, 16),
+            "reward_shift": -1.0,
+            "perturbation": 0.6,
+            "lam": 0.6,
+            "discount": 0.95,
+        },
+    ),
+    Case("xql", "mujoco", {"num_updates": 10}),
+    Case(
+        "xql",
+        "antmaze",
+        {
+            "beta": 0.6,
+            "max_clip": 2.0,
+            "value_updates": 3,
+            "random_actions": 2,
+            "inverse_temperature": 10.0,
+            "dropout": 0.1,
+            "cosine": False,
+        },
+    ),
+    Case(
+        "xql",
+        "noise",
+        {"beta": 0.8, "action_noise": 0.4, "inverse_temperature": 1.0, "num_updates": 10},
+    ),
+    Case("ivr", "sql", {"sql_alpha": 0.3, "num_updates": 10}),
+    Case(
+        "ivr",
+        "eql",
+        {
+            "variant": "eql",
+            "eql_alpha": 0.4,
+            "dropout": 0.1,
+            "discount": 0.95,
+            "num_updates": 10,
+        },
+    ),
+    Case("odice", "mujoco", {"value_hidden": (16, 16)}),
+    Case(
+        "odice",
+        "antmaze",
+        {
+            "value_hidden": (16, 16),
+            "num_values": 1,
+            "layer_norm": False,
+            "lam": 0.8,
+            "eta": 0.5,
+            "discount": 0.95,
+            "weight_decay": 0.1,
+        },
+    ),
+    Case("odice", "true", {"value_hidden": (16, 16), "gradient": "true", "lam": 0.5}),
+    Case("odice", "semi", {"value_hidden": (16, 16), "gradient": "semi"}),
+    Case("atac", "game", {"warm_start": 0, "weight_norm": 3.0}),
+    Case(
+        "atac",
+        "bounded",
+        {
+            "warm_start": 0,
+            "beta": 0.25,
+            "lowest_target": -0.4,
+            "highest_target": 1.5,
+            "discount": 0.95,
+        },
+    ),
+    Case("atac", "warm", {}),
+    Case("qc", "best_of_n", QC | {"num_samples": 4, "q_agg": "min", "discount": 0.9}, **CHUNKS),
+    Case("qc", "distill", QC | {"actor": "distill", "alpha": 3.0, "discount": 0.95}, **CHUNKS),
+    Case("idql", "mujoco", {"actor_hidden": (16, 16), "num_samples": 6, "num_updates": 10}),
+    Case("dt", "mujoco", DT | {"warm_up": 4}),
+    Case(
+        "dt",
+        "free",
+        DT
+        | {
+            "embedding": 8,
+            "num_layers": 1,
+            "num_heads": 1,
+            "weight_decay": 0.1,
+            "max_gradient_norm": 50.0,
+            "warm_up": 2,
+        },
+    ),
+    Case("cql_discrete", "cartpole", {"target_every": 3}, create={"num_actions": 4}),
+    Case(
+        "cql_discrete",
+        "strong",
+        {"alpha": 4.0, "target_every": 5, "discount": 0.9},
+        create={"num_actions": 4},
+    ),
+]
+
+# Relative to the largest number of an array. Adam divides by the size of a gradient, so parameters
+# drift apart faster than losses.
+LIMITS = {
+    np.dtype("float64"): {"loss": 1e-8, "gradient": 1e-9, "policy": 1e-8, "parameters": 1e-9},
+    np.dtype("float32"): {"loss": 1e-5, "gradient": 1e-4, "policy": 1e-3, "parameters": 1e-3},
+}
+
+
+def limits_of(case):
+    return LIMITS[parity.precision(parity.fixture(case.algorithm)[case.name])]
+
+
+def exceeded(case, found):
+    """Names of what differs by more than its limit. A NaN differs."""
+    limits = limits_of(case)
+    return [
+        what for what, far in parity.summary(found).items() if not far <= limits[what.split()[0]]
+    ]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.algorithm}-{case.name}")
+def test_the_update_rule_is_the_authors(case):
+    module = importlib.import_module(f"algorithms.{case.algorithm}")
+    found = parity.compare(module, case)
+    expected = {"loss", "gradient", "parameters after 1", "parameters after N", "policy"}
+    assert set(found) == expected
+    assert not exceeded(case, found), parity.describe(found)
