@@ -116,7 +116,8 @@ class Rollouts:
         # device, a policy call would wait for the whole chunk, so the rollouts come first.
         self.beside = jax.default_backend() != "cpu"
         self.pool = ThreadPoolExecutor(1)
-        self.envs = []
+        self.envs, self.asked = [], False  # asked: whether they were to be made
+        self.preparing = 0.0  # seconds it took to make them
         self.said_of_reward = False
         self.memory = jax.tree.map(lambda x: np.stack([x] * len(policy_keys)), memory)
 
@@ -132,11 +133,17 @@ class Rollouts:
         self.act = jax.jit(step)
 
     def __enter__(self):
+        return self
+
+    def _make_envs(self):
+        """Make the environments at the first evaluation: a finished run needs none."""
+        self.asked = True
         if jax.process_index() > 0:  # the first process evaluates
-            return self
+            return
         if self.dataset.make_env is None:
             print("no env to evaluate in: training only, scores stay empty (set --env)")
-            return self
+            return
+        began = time.perf_counter()
         count = len(self.keys) * self.cfg.eval_episodes
         make_env = self.dataset.make_env
         self.envs = [make_env()]  # the first one imports packages, so the second one is measured
@@ -145,7 +152,7 @@ class Rollouts:
         size = max(memory()[0] - held, 1)
         self.envs += [make_env() for _ in range(2, min(count, free // 2 // size))]
         print(self._estimate())
-        return self
+        self.preparing = time.perf_counter() - began
 
     def __exit__(self, *error):
         self.pool.shutdown(wait=True, cancel_futures=True)
@@ -157,6 +164,8 @@ class Rollouts:
 
     def start(self, params, update):
         """A future of `run`'s result; an accelerator trains the next chunk meanwhile."""
+        if not self.asked:
+            self._make_envs()
         if not self.envs:
             return None
         params = jax.device_put(params, self.cpu)  # a copy: the next chunk reuses its memory
@@ -171,10 +180,14 @@ class Rollouts:
 
         `score` is normalised (0 to 100), `return` is undiscounted, `success` is the share of
         episodes with a successful step (None where the env does not report success), `length` is in
-        steps, and `seconds` is the time taken. A seed whose env gave rewards that are no finite
-        numbers has NaN as return and score.
+        steps, `seconds` is the time taken, and `preparing` that of making the environments, at the
+        first evaluation. A seed whose env gave rewards that are no finite numbers has NaN as return
+        and score.
         """
+        if not self.asked:
+            self._make_envs()
         began = time.perf_counter()
+        preparing, self.preparing = self.preparing, 0.0
         shape = (len(self.keys), self.cfg.eval_episodes)
         count, together = len(self.keys) * self.cfg.eval_episodes, len(self.envs)
         played = _Played(count)
@@ -192,6 +205,7 @@ class Rollouts:
             "success": success,
             "length": played.length.reshape(shape).mean(axis=1),
             "seconds": time.perf_counter() - began,
+            "preparing": preparing,
         }
 
     def _play(self, episodes, params, update, played):

@@ -12,7 +12,7 @@ PATIENCE = 0.1  # seconds; another process that only looks whether a lock is fre
 def write(path: Path, text: str) -> None:
     """Write the whole file or nothing of it."""
     part = path.with_name(f"{path.name}.part")
-    with part.open("w") as out:
+    with part.open("w", encoding="utf-8") as out:
         out.write(text)
         sync(out)
     part.replace(path)
@@ -44,7 +44,8 @@ def try_lock(path: Path):
     """
     import filelock
 
-    with path.open("a"):  # the same error on every disk, where the file cannot be written
+    # The same error on every disk, where the file cannot be written.
+    with path.open("a", encoding="utf-8"):
         lock = _lock(path)
     try:
         lock.acquire(timeout=PATIENCE)

@@ -101,8 +101,25 @@ def _minari_root(path):
     return path.parent
 
 
+def versions(name: str) -> list[str]:
+    """The names of D4RL's data sets that are this name and a version."""
+    return [
+        known
+        for known in reference_scores.table()
+        if re.fullmatch(rf"{re.escape(name)}-v\d+", known)
+    ]
+
+
+def refuse_missing_version(dataset_id: str) -> None:
+    """Exit with one line where a name of D4RL lacks its version, which says what versions exist."""
+    found = versions(dataset_id)
+    if found and not Path(os.path.expanduser(dataset_id)).exists():
+        fail(f"{dataset_id!r} lacks the version of a D4RL data set; there is {' and '.join(found)}")
+
+
 def fail_unknown(dataset_id: str) -> NoReturn:
     """Exit with one line that says the data set is unknown and names similar ones."""
+    refuse_missing_version(dataset_id)
     local = [f"local/ogbench/{name}" for name in recipes.OGBENCH_RECIPES]
     tasks = [f"{name.removesuffix('-v0')}-singletask-v0" for name in recipes.OGBENCH_RECIPES]
     table = reference_scores.table()

@@ -9,18 +9,18 @@ from common import envs, fail, one_line, told
 from common.datasets import download, mirrors, unreadable
 from common.datasets.names import OGBENCH_ID
 from common.datasets.source import Source
-from common.envs import quiet
+from common.envs import graphics
 
 
 def read(name: str, folder: Path, env: str | None, env_steps: int | None) -> Source:
     """The rows with rewards and masks computed for the task by the package's own functions."""
+    graphics.check()
     try:
         with warnings.catch_warnings(action="ignore"):  # notices about a missing display
             import ogbench
         from ogbench.relabel_utils import relabel_dataset
-    except Exception as error:  # also of OpenGL's libraries
-        missing = f"needs ogbench ({one_line(error)}); pip install ogbench, Python below 3.13"
-        fail(quiet.renderer_fails(error) or f"{name}: {missing}")
+    except ImportError as error:
+        fail(f"{name}: needs ogbench ({one_line(error)}); pip install ogbench, Python below 3.13")
     match = OGBENCH_ID.fullmatch(name)
     if match is None:
         raise ValueError(f"{name} is not a task of OGBench")

@@ -4,38 +4,19 @@
 import contextlib
 import io
 import os
-import re
 import tempfile
 import warnings
 
 from common import fail, one_line
+from common.envs import graphics
 
 
 def robotics():
-    """The package gymnasium_robotics, without what it prints at import about Adroit's rewards.
-
-    Raises:
-        SystemExit: code 2 after one line, where MuJoCo's renderer keeps it from being imported.
-    """
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):
-            import gymnasium_robotics
-    except Exception as error:  # of OpenGL's libraries: there are many
-        if line := renderer_fails(error):
-            fail(line)
-        raise
+    """The package gymnasium_robotics, without what it prints at import about Adroit's rewards."""
+    graphics.check()
+    with contextlib.redirect_stderr(io.StringIO()):
+        import gymnasium_robotics
     return gymnasium_robotics
-
-
-def renderer_fails(error: BaseException) -> str | None:
-    """One line where an error tells of the renderer that MUJOCO_GL chooses, None of others."""
-    renderer = os.environ.get("MUJOCO_GL")
-    if not renderer or not re.search(r"MUJOCO_GL|OpenGL|OSMesa|EGL|GLFW|\bgl[A-Z]", str(error)):
-        return None
-    return (
-        f"MUJOCO_GL={renderer}: MuJoCo cannot render with it on this machine ({one_line(error)}); "
-        "unset MUJOCO_GL, or install what it needs"
-    )
 
 
 def make_quietly(env_id, make, *args, **options):
@@ -47,13 +28,17 @@ def make_quietly(env_id, make, *args, **options):
     # The first comes at every look at OGBench's spaces, the other at FrankaKitchen's first step.
     for notice in ("precision lowered by casting", "share an object"):
         warnings.filterwarnings("ignore", message=f".*{notice}")
+    if options.get("render_mode"):
+        graphics.choose()
     try:
         with warnings.catch_warnings(action="ignore"):
             env = make(*args, **options)
     except Exception as error:  # of Gymnasium, or of the module that --env names
-        what = f"env {env_id or 'of the data set'}: cannot be made ({one_line(error)}); see --env"
-        fail(renderer_fails(error) or what)
+        graphics.check()
+        fail(f"env {env_id or 'of the data set'}: cannot be made ({one_line(error)}); see --env")
     _remove_model_file(env)
+    if options.get("render_mode"):
+        graphics.check_rendering(env)
     return env
 
 

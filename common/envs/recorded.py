@@ -23,7 +23,7 @@ def trusted(dataset_id, folder, env):
     """
     import gymnasium
 
-    metadata = json.loads((folder / "data" / "metadata.json").read_text())
+    metadata = json.loads((folder / "data" / "metadata.json").read_text(encoding="utf-8"))
     if env is not None and {"observation_space", "action_space"} <= {*metadata}:
         return  # nothing of the data set's own is made
     if env is not None and ":" in env:  # Minari makes the data set's own all the same

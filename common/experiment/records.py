@@ -3,6 +3,8 @@
 
 import json
 
+import numpy as np
+
 from common import fail, files
 from common.experiment import growth
 
@@ -68,7 +70,7 @@ class Records:
         """Drop the rows from update `first` on, and a row that was not written to its end."""
         file = self.folder / name
         if file.exists():
-            header, *rows = file.read_text().splitlines(keepends=True) or [""]
+            header, *rows = file.read_text(encoding="utf-8").splitlines(keepends=True) or [""]
             rows = [row for row in rows if row[-1] == "\n" and int(row.split(",")[0]) < first]
             files.write(file, "".join([header, *rows] if rows else []))
 
@@ -107,12 +109,21 @@ class Records:
     def append(self, name, header, *rows):
         """Add rows to a CSV file, which gets the header where it is new."""
         header, *rows = (",".join(map(str, line)) + "\n" for line in (header, *rows))
-        with (self.folder / name).open("a+") as out:
+        with (self.folder / name).open("a+", encoding="utf-8") as out:
             out.seek(0)
             if (first := out.readline()) not in ("", header):
                 fail(f"{self.folder / name}: has other columns ({first.strip()}); choose a --name")
             out.write("".join(rows if first else [header, *rows]))
             files.sync(out)
+
+
+def over_seeds(name, numbers):
+    """Mean and std (ddof 0) of [S] numbers over the seeds that have one; None where none has."""
+    known = np.asarray(numbers, float)
+    known = known[np.isfinite(known)]
+    if not len(known):
+        return {f"{name}_mean": None, f"{name}_std": None}
+    return {f"{name}_mean": float(known.mean()), f"{name}_std": float(known.std())}
 
 
 def _cell(x):

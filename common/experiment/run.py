@@ -23,8 +23,16 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from common import fail, files
-from common.experiment import beginning, checkpoints, config, disk_errors, processes, signals
+from common import command_line, fail, files
+from common.experiment import (
+    beginning,
+    checkpoints,
+    config,
+    disk_errors,
+    processes,
+    records,
+    signals,
+)
 from common.experiment.best import Best
 from common.experiment.divergence import Divergence
 from common.experiment.origin import Origin
@@ -42,15 +50,15 @@ class Run:
     """
 
     def __init__(self, cfg, options, dataset, acting=None):
+        config.check(cfg, options)
         self.cfg, self.options, self.dataset, self.acting = cfg, options, dataset, acting
         self.script = Path(inspect.getfile(type(cfg)))
-        beginning.check(options, cfg, self.script)
         self.folder = config.run_folder(cfg, options)
-        self.algorithm = self.folder.relative_to(options.runs_dir).parts[0]
+        self.algorithm = self.folder.relative_to(config.runs_dir(options)).parts[0]
         self.origin = Origin(cfg, dataset)
         self.records = Records(self.folder, cfg.seeds)
         self.divergence = Divergence(cfg)
-        self.timing, self.progress = Timing(), Progress()
+        self.timing, self.progress = Timing(), Progress(cfg)
         self.signals = signals.Signals()
         self.scores = np.full(len(cfg.seeds), np.nan)  # [S] of the last evaluation
         self.best = np.full(len(cfg.seeds), np.nan)  # [S] over training; never called the score
@@ -91,7 +99,10 @@ class Run:
         if os.path.exists(file := os.path.expanduser(self.cfg.dataset)):
             places["data_file"] = os.path.abspath(file)
         self.records.write_config(values | {"record": record | places})
+        command_line.use_plain_letters()
         print(f"run {self.folder}")
+        if jax.config.jax_enable_x64:
+            print("JAX_ENABLE_X64 is on: the numbers are not those of a run without it")
         self.manager = checkpoints.manager(self.folder)
         if self.options.keep == "best":
             self.kept = Best(self.folder, self.cfg.seeds)
@@ -153,12 +164,14 @@ class Run:
             "num_updates": cfg.num_updates,
             "eval_episodes": cfg.eval_episodes,
             "score": self._by_seed(self.scores),
+            **records.over_seeds("score", self.scores),
             "best_score": self._by_seed(self.best),
             **{name: self._by_seed(x) for name, x in last.items() if name != "score"},
             **({} if self.kept is None else {"best_kept_at": self.kept.by_seed()}),
             "diverged": {cfg.seeds[i]: step for i, step in diverged.items()},
             **self.timing.result(cfg),
             "hardware": f"{world['devices']}; {world['processor']}",
+            "x64": bool(jax.config.jax_enable_x64),
             "matmul_precision": jax.config.jax_default_matmul_precision or "default",
             "code": self.origin.code,
             "versions": self.origin.versions,
@@ -290,16 +303,18 @@ class Run:
             # the time spent waiting for them counts.
             waited = time.perf_counter() - began
             on_cpu = jax.default_backend() == "cpu"
-            self.timing.add_evaluation(evaluation["seconds"] if on_cpu else waited)
+            seconds = evaluation["seconds"] if on_cpu else waited
+            self.timing.add_evaluation(seconds, evaluation["preparing"])
             self.last_evaluation = {
                 name: self.divergence.blank(evaluation[name])
                 for name in SCORES
                 if evaluation[name] is not None
             }
             self.scores = np.array(self.last_evaluation["score"])
-            self.best = np.fmax(self.best, self.scores)
-            if self.kept is not None and step > 0:  # `save` was given that state last
-                self.kept.offer(step, self.divergence.last_state, self.scores)
+            if step > 0:  # the untrained policy is not a result of training
+                self.best = np.fmax(self.best, self.scores)
+                if self.kept is not None:  # `save` was given that state last
+                    self.kept.offer(step, self.divergence.last_state, self.scores)
             self.progress.evaluated(step, self.scores)
         written = self.records.write_metrics(
             step,
@@ -311,7 +326,7 @@ class Run:
         for update, seed, means, numbers in written:
             self.wandb.log(seed, update, means | numbers)
         self.records.write_timing(step, self.timing.row())
-        self.progress.advance(step)
+        self.progress.advance(step, self.timing)
 
 
 def _lists(metrics):

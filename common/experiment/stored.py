@@ -3,6 +3,7 @@
 
 import functools
 import inspect
+import os
 from pathlib import Path
 
 import jax
@@ -34,7 +35,7 @@ def load(module, folder, which="last"):
 
 def load_all(module, folder, which="last"):
     """The same, and the update [S] at which each seed's parameters were saved."""
-    folder = Path(folder)
+    folder = Path(os.path.expanduser(folder))
     cfg, options = config.read_run(folder, module.Config)
     dataset = StoredDataset(folder, cfg, options)
     example = dataset.example()
