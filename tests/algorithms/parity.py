@@ -58,15 +58,8 @@ class Case:
 
 
 CONFIG = {"hidden": (16, 16), "log_every": 2}
-# Fields of State and Config under their new names, which fixtures and cases use.
-RENAMED = {
-    "temperature": "log_temperature",
-    "lagrange": "log_multiplier",
-    "importance": "importance_sampling",
-    "gap": "target_action_gap",
-    "lowest_difference": "clip_diff_min",
-    "num_choices": "num_eval_samples",
-}
+# What a policy takes besides its parameters, and the field of State whose apply function it is.
+NETWORKS = {"apply_critics": "critic", "critic": "critic", "apply_vae": "vae"}
 
 
 @functools.cache
@@ -187,8 +180,8 @@ def initial_state(module, case, cfg, batch, arrays, dtype):
         batch = batch._replace(action=batch.action[..., : case.action_dim])
     state = jax.eval_shape(create, jax.random.key(0), batch)
     used = set()
-    for own_name in state._fields:
-        field, net = RENAMED.get(own_name, own_name), getattr(state, own_name)
+    for field in state._fields:
+        net = getattr(state, field)
         if not hasattr(net, "params"):  # such as the mean and std of the observations
             leaves, structure = jax.tree.flatten(net)
             names = [f"{field}/{i}" for i in range(len(leaves))]
@@ -203,7 +196,7 @@ def initial_state(module, case, cfg, batch, arrays, dtype):
                 used.update(join(field, trees, name) for name in leaf_names(tree))
                 new = new.replace(**{trees: tree})
             new = new.replace(step=jnp.zeros((), int), opt_state=net.tx.init(new.params))
-        state = state._replace(**{own_name: new})
+        state = state._replace(**{field: new})
     assert used == set(arrays), f"not used: {sorted(set(arrays) - used)}"
     return state
 
@@ -211,8 +204,8 @@ def initial_state(module, case, cfg, batch, arrays, dtype):
 def trees_of(state):
     """{field/params/..., field/target_params/..., field/mu/...: array} of a state."""
     found = {}
-    for own_name in state._fields:
-        field, net = RENAMED.get(own_name, own_name), getattr(state, own_name)
+    for field in state._fields:
+        net = getattr(state, field)
         if not hasattr(net, "params"):
             continue
         trees = {"params": net.params, "mu": memory_of(net.opt_state)}
@@ -252,27 +245,28 @@ def rows(module, columns):
 
 
 def config_of(module, case):
+    """The file's Config, with those settings of `CONFIG` that the file has."""
     names = {field.name for field in dataclasses.fields(module.Config)}
-    old = {new: old for old, new in RENAMED.items() if old in names}
-    settings = {old.get(name, name): x for name, x in (CONFIG | case.config).items()}
-    settings = {name: x for name, x in settings.items() if name in names or name in case.config}
-    return module.Config(**settings)
+    common = {name: x for name, x in CONFIG.items() if name in names}
+    return module.Config(**(common | case.config))
 
 
 def acting(module, case, state, cfg):
-    """The policy of a state, (params, observation, key) -> action.
-
-    What it takes besides is `cfg` and functions of networks, named like the fields of State.
-    """
-    policy, networks = getattr(module, case.policy), {}
-    for field in state._fields:
-        if hasattr(getattr(state, field), "apply_fn"):
-            networks[field] = getattr(state, field).apply_fn
+    """The policy of a state, (params=, observation=, key=) -> action."""
+    policy = getattr(module, case.policy)
+    networks = {
+        field: getattr(state, field).apply_fn
+        for field in state._fields
+        if hasattr(getattr(state, field), "apply_fn")
+    }
     acts = next(field for field in ("actor", "flow", "critic") if field in networks)
-    facts = networks | {"cfg": cfg}
-    wanted = list(inspect.signature(policy).parameters.values())[4:]
-    extra = {x.name: facts[x.name] for x in wanted if x.default is inspect.Parameter.empty}
-    return functools.partial(policy, networks[acts], **extra)
+    bound = {"apply_fn": networks[acts]}
+    for name in inspect.signature(policy).parameters:
+        if name == "cfg":
+            bound[name] = cfg
+        elif name in NETWORKS:
+            bound[name] = networks[NETWORKS[name]]
+    return functools.partial(policy, **bound)
 
 
 def precision(arrays):
@@ -288,7 +282,12 @@ def compare(module, case, arrays=None, stop_above=None):
     """
     arrays = fixture(case.algorithm)[case.name] if arrays is None else arrays
     dtype = precision(arrays)
-    with jax.enable_x64(dtype == np.float64):
+    # The tests' debug modes cost a quarter of the time, and a NaN differs from every number.
+    with (
+        jax.enable_x64(dtype == np.float64),
+        jax.debug_nans(False),
+        jax.debug_key_reuse(False),
+    ):
         return _compare(module, case, arrays, dtype, stop_above)
 
 
@@ -360,7 +359,7 @@ def play_once(module, case, state, cfg, recorded, draws, example):
     @jax.jit
     def act(params, observation, draws):
         with replayed(module, [], draws):
-            return policy(params, observation, jax.random.key(0))
+            return policy(params=params, observation=observation, key=jax.random.key(0))
 
     return act(module.policy_params(state), recorded["observation"], draws)
 
