@@ -290,9 +290,9 @@ counts as neither.
     python benchmarks/fidelity.py --output benchmarks/results/fidelity.md
 """
 
-ALL_FILES = """All files: a row with both a terminal and a timeout is kept as a termination, and AntMaze's episodes
-end where the ant jumps; [loading.md](../../tests/fixtures/parity/loading.md) has more, from a test
-of loading. The others are those that the files' docstrings list:"""
+ALL_FILES = """All files: a row with both a terminal and a timeout is kept as a termination, and
+AntMaze's episodes end where the ant jumps; [loading.md](../../tests/fixtures/parity/loading.md) has
+more, from a test of loading. The others are those that the files' docstrings list:"""
 
 
 def page(results):
