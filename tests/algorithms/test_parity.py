@@ -119,6 +119,17 @@ CASES = [
         "eql",
         {
             "variant": "eql",
+            "eql_alpha": 0.4,
+            "dropout": 0.1,
+            "discount": 0.95,
+            "num_updates": 10,
+        },
+    ),
+    Case(
+        "ivr",
+        "clipped",
+        {
+            "variant": "eql",
             "eql_alpha": 0.1,
             "dropout": 0.1,
             "discount": 0.95,
