@@ -192,6 +192,11 @@ def policy_params(state):
     return state.actor.params, state.statistics
 
 
+def policy_fn(state, cfg, num_actions=None):
+    """`policy` with the networks filled in: (params, observation, key) -> action."""
+    return partial(policy, state.actor.apply_fn, discrete=num_actions is not None)
+
+
 # --- Training -----------------------------------------------------------------------------------
 def train(cfg, options):
     """Train every seed of `cfg` and return its final normalised scores, [S]."""
@@ -213,7 +218,7 @@ def train(cfg, options):
     state = jax.vmap(create)(init_keys)
     # Compiled once for all seeds. `update` shows which rows a step reads, for --data host.
     train_seeds = experiment.over_seeds(partial(train_chunk, cfg=cfg), update=update)
-    act = partial(policy, state.actor.apply_fn, discrete=dataset.num_actions is not None)
+    act = policy_fn(state, cfg, dataset.num_actions)
 
     with (
         experiment.Run(cfg, options, dataset) as run,

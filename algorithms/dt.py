@@ -4,7 +4,7 @@
 Paper       https://arxiv.org/abs/2106.01345
 Reference   https://github.com/kzl/decision-transformer (gym)
 Run         python algorithms/dt.py --config configs/dt/mujoco.yaml
-Parent      bc.py (261 lines)
+Parent      bc.py (277 lines)
 Results     benchmarks/results
 Deviations  Training pads windows at their end, the reference at their start; padding is masked, so
             this has no effect. The keys' bias and the heads for observations and returns have none
@@ -336,6 +336,19 @@ def policy_params(state):
     return state.actor.params, state.statistics
 
 
+def policy_fn(state, cfg):
+    """`policy` with the networks filled in.
+
+    (params, observation, key, memory, reward) -> (action, memory)
+    """
+    return partial(policy, state.actor.apply_fn)
+
+
+def initial_memory(count, batch, cfg, target_return):
+    """The memory with which `count` episodes begin. `batch` supplies shapes only."""
+    return blank_steps(count, batch, target_return, cfg)
+
+
 # --- Training -----------------------------------------------------------------------------------
 def train(cfg, options):
     """Train every seed of `cfg` and return its final normalised scores, [S]."""
@@ -348,15 +361,15 @@ def train(cfg, options):
     state = jax.vmap(create)(init_keys)
     # Compiled once for all seeds. `update` shows which rows a step reads, for --data host.
     train_seeds = experiment.over_seeds(partial(train_chunk, cfg=cfg), update=update)
-    act = partial(policy, state.actor.apply_fn)
+    act = policy_fn(state, cfg)
     target_return = cfg.target_return
     if target_return is None:
         starts, _ = datasets.episodes(dataset)
         target_return = float(data.returns_to_go[starts].max())  # the best of the data
-    memory = blank_steps(cfg.eval_episodes, example, target_return, cfg)
+    memory = initial_memory(cfg.eval_episodes, example, cfg, target_return)
 
     with (
-        experiment.Run(cfg, options, dataset) as run,
+        experiment.Run(cfg, options, dataset, {"target_return": target_return}) as run,
         evaluation.Rollouts(dataset, act, policy_keys, cfg, memory) as rollouts,
     ):
         state, metrics, start = run.restore(state)

@@ -4,7 +4,7 @@
 Paper       https://arxiv.org/abs/2304.10573, IFQL (generator=flow) https://arxiv.org/abs/2502.02538
 Reference   https://github.com/philippe-eecs/IDQL, https://github.com/seohongpark/fql
 Run         python algorithms/idql.py --config configs/idql/antmaze.yaml
-Parent      iql.py (270 lines)
+Parent      iql.py (267 lines)
 Results     benchmarks/results
 Deviations  As in the authors' code since 7582571, each update is one step of every network on one
             batch. Only the best sample acts (the paper also draws one by its weight). All rows
@@ -329,15 +329,12 @@ def train_chunk(state, key, start, data, cfg):
 
 
 # --- Policy -------------------------------------------------------------------------------------
-def policy(apply_fn, params, observation, key, critic, cfg):
-    """The sampled action with the highest min_k Q_k of N, [..., O] -> [..., A], random by `key`.
-
-    `critic` is the critics' apply function.
-    """
+def policy(apply_fn, params, observation, key, apply_critics, cfg):
+    """The sampled action with the highest min_k Q_k of N, [..., O] -> [..., A], random by `key`."""
     actor_params, critic_params = params
     observation = jnp.broadcast_to(observation, (cfg.num_samples, *observation.shape))
     action = generate(apply_fn, actor_params, observation, key, cfg)  # [N, ..., A]
-    q = critic(critic_params, observation, action)
+    q = apply_critics(critic_params, observation, action)
     q = q.min(axis=0)  # [K, N, ...] -> [N, ...]
     best = q.argmax(axis=0)[None, ..., None]
     return jnp.take_along_axis(action, best, axis=0)[0]
@@ -382,6 +379,11 @@ def policy_params(state):
     return state.actor.target_params, state.critic.target_params
 
 
+def policy_fn(state, cfg):
+    """`policy` with the networks filled in: (params, observation, key) -> action."""
+    return partial(policy, state.actor.apply_fn, apply_critics=state.critic.apply_fn, cfg=cfg)
+
+
 # --- Training -----------------------------------------------------------------------------------
 def train(cfg, options):
     """Train every seed of `cfg` and return its final normalised scores, [S]."""
@@ -397,7 +399,7 @@ def train(cfg, options):
     state = jax.vmap(create)(init_keys)
     # Compiled once for all seeds. `update` shows which rows a step reads, for --data host.
     train_seeds = experiment.over_seeds(partial(train_chunk, cfg=cfg), update=update)
-    act = partial(policy, state.actor.apply_fn, critic=state.critic.apply_fn, cfg=cfg)
+    act = policy_fn(state, cfg)
 
     with (
         experiment.Run(cfg, options, dataset) as run,

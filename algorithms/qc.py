@@ -4,7 +4,7 @@
 Paper       https://arxiv.org/abs/2507.07969
 Reference   https://github.com/ColinQiyangLi/qc
 Run         python algorithms/qc.py --config configs/qc/ogbench.yaml
-Parent      fql.py (191 lines)
+Parent      fql.py (201 lines)
 Results     benchmarks/results
 Deviations  Those of fql.py. Offline only; the paper continues online. Rewards after a termination
             inside a chunk do not count (in the reference they do, and only the bootstrap stops).
@@ -342,6 +342,20 @@ def policy_params(state):
     return PolicyParams(actor=state.actor.params, critic=None, flow=None)
 
 
+def policy_fn(state, cfg):
+    """`policy` with the networks filled in.
+
+    (params, observation, key, memory, reward) -> (action, memory)
+    """
+    return partial(policy, state.flow.apply_fn, apply_critics=state.critic.apply_fn, cfg=cfg)
+
+
+def initial_memory(count, batch, cfg):
+    """The memory with which `count` episodes begin. `batch` supplies shapes only."""
+    no_chunk = jnp.zeros((count, cfg.horizon, batch.action.shape[-1]))
+    return no_chunk, jnp.int32(0)
+
+
 # --- Training -----------------------------------------------------------------------------------
 def chunked(dataset, cfg):
     """`Chunks` of a data set, one from each of its N rows on."""
@@ -389,9 +403,8 @@ def train(cfg, options):
     state = jax.vmap(create)(init_keys)
     # Compiled once for all seeds. `update` shows which rows a step reads, for --data host.
     train_seeds = experiment.over_seeds(partial(train_chunk, cfg=cfg), update=update)
-    act = partial(policy, state.flow.apply_fn, apply_critics=state.critic.apply_fn, cfg=cfg)
-    no_chunk = jnp.zeros((cfg.eval_episodes, cfg.horizon, action.shape[-1]))
-    memory = (no_chunk, jnp.int32(0))
+    act = policy_fn(state, cfg)
+    memory = initial_memory(cfg.eval_episodes, example, cfg)
 
     with (
         experiment.Run(cfg, options, dataset) as run,

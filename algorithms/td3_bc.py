@@ -246,6 +246,11 @@ def policy_params(state):
     return state.actor.params, state.statistics
 
 
+def policy_fn(state, cfg):
+    """`policy` with the networks filled in: (params, observation, key) -> action."""
+    return partial(policy, state.actor.apply_fn)
+
+
 # --- Training -----------------------------------------------------------------------------------
 def train(cfg, options):
     """Train every seed of `cfg` and return its final normalised scores, [S]."""
@@ -258,7 +263,7 @@ def train(cfg, options):
     state = jax.vmap(create)(init_keys)
     # Compiled once for all seeds. `update` shows which rows a step reads, for --data host.
     train_seeds = experiment.over_seeds(partial(train_chunk, cfg=cfg), update=update)
-    act = partial(policy, state.actor.apply_fn)
+    act = policy_fn(state, cfg)
 
     with (
         experiment.Run(cfg, options, dataset) as run,

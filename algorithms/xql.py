@@ -119,7 +119,7 @@ class TrainState(train_state.TrainState):
 class State(NamedTuple):
     actor: train_state.TrainState  # Flax's own class: no target_params
     critic: TrainState  # every array has a leading [K] axis
-    value_net: train_state.TrainState  # likewise
+    value_net: train_state.TrainState  # one network, without target_params
 
 
 def create_state(key, batch, cfg):
@@ -288,6 +288,11 @@ def policy_params(state):
     return state.actor.params
 
 
+def policy_fn(state, cfg):
+    """`policy` with the networks filled in: (params, observation, key) -> action."""
+    return partial(policy, state.actor.apply_fn)
+
+
 # --- Training -----------------------------------------------------------------------------------
 def train(cfg, options):
     """Train every seed of `cfg` and return its final normalised scores, [S]."""
@@ -304,7 +309,7 @@ def train(cfg, options):
     state = jax.vmap(create)(init_keys)
     # Compiled once for all seeds. `update` shows which rows a step reads, for --data host.
     train_seeds = experiment.over_seeds(partial(train_chunk, cfg=cfg), update=update)
-    act = partial(policy, state.actor.apply_fn)
+    act = policy_fn(state, cfg)
 
     with (
         experiment.Run(cfg, options, dataset) as run,

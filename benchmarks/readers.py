@@ -10,6 +10,8 @@ twice) are left out, and a note says so.
 import collections
 import contextlib
 import csv
+import difflib
+import fnmatch
 import json
 import math
 from dataclasses import dataclass, field, replace
@@ -63,7 +65,9 @@ class Result:
     def made(self):
         """What a run depends on besides its config and algorithm, if result.json records it."""
         common = (self.result.get("code") or {}).get("common", "")
-        return {"common": common, "precision": self.result.get("matmul_precision", "")}
+        precision = self.result.get("matmul_precision", "")
+        precision += " with 64 bits" if self.result.get("x64") else ""
+        return {"common": common, "precision": precision}
 
     @property
     def results(self):
@@ -125,8 +129,13 @@ def numbers(each):
 
 
 # --- Run folders --------------------------------------------------------------------------------
-def find(folders):
+def find(folders, where=(), named_by=()):
     """(rows, notes) of all runs below the folders, in order of algorithm and data set.
+
+    Args:
+        folders: run folders, or folders above them.
+        where: "key=value" each: only runs with these values, see `choose`.
+        named_by: fields that name the rows, see `name_by`.
 
     Raises:
         SystemExit: code 2 after one line, if there is no finished run.
@@ -141,9 +150,70 @@ def find(folders):
     runs = [run for run in (read(folder, notes) for folder in found) if run is not None]
     if not runs:
         words = f"; {len(found)} begun: {notes[0]}" if found else ""
-        where = " ".join(map(str, folders))
-        fail(f"{where}: no finished run (a folder with result.json) in there{words}")
-    return tell_apart(runs, notes), notes
+        there = " ".join(map(str, folders))
+        fail(f"{there}: no finished run (a folder with result.json) in there{words}")
+    runs = choose(runs, where)
+    return name_by(tell_apart(runs, notes), named_by), notes
+
+
+def choose(runs, where):
+    """The runs with these values: "num_updates=100000", "name=trial*", "algorithm=iql".
+
+    A key is a field of the config, `name` (of the run folder) or `algorithm`. `*` and `?` in a
+    value stand for any letters and any one letter, a list is written with spaces.
+
+    Raises:
+        SystemExit: code 2 after one line, where no run has that key or that value.
+    """
+    for condition in where:
+        key, equals, wanted = condition.partition("=")
+        here = {_field(run, key) for run in runs} - {None}
+        if not equals or not here:
+            known = sorted({"name", "algorithm"}.union(*(run.config for run in runs)) - {"record"})
+            near = difflib.get_close_matches(key, known, 1)
+            hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
+            fail(f"--where {condition}: must be KEY=VALUE with a field of the runs; {hint}")
+        chosen = [run for run in runs if fnmatch.fnmatchcase(_field(run, key) or "", wanted)]
+        if not chosen:
+            fail(f"--where {condition}: no run has that; {key} is {', '.join(sorted(here))}")
+        runs = chosen
+    return runs
+
+
+def _field(run, key):
+    """A value of a run as it is typed on a command line, None where the run has none."""
+    if key == "name":
+        return run.folder.name
+    value = run.config.get(key) if key != "algorithm" else run.algorithm
+    if value is None or key == "record":
+        return None
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def name_by(rows, keys):
+    """Rows named by these fields alone, where there are any; else as they are.
+
+    Raises:
+        SystemExit: code 2 after one line, where a key is unknown or two rows would have one name.
+    """
+    if not keys:
+        return rows
+    for row in rows:
+        words = []
+        for key in keys:
+            value = _field(row, key)
+            words += [] if value is None else [value if key == "name" else f"{key}={value}"]
+        row.variant = " ".join(words)
+    seen = {}
+    for row in rows:
+        other = seen.setdefault((row.family, row.dataset, row.label), row)
+        if other is not row:
+            names = " ".join(keys)
+            fail(
+                f"--named-by {names}: {other.folder} and {row.folder} would both be {row.label!r}; "
+                "name them by more fields, or leave one out with --where"
+            )
+    return rows
 
 
 def _of_a_run(folder):
@@ -154,9 +224,9 @@ def _of_a_run(folder):
 def read(folder, notes):
     """The run in a folder, or None and a note if it is unfinished or damaged."""
     try:
-        config = current_names(yaml.safe_load((folder / "config.yaml").read_text()))
-        result = json.loads((folder / "result.json").read_text())
-        text = (folder / "metrics.csv").read_text()
+        config = current_names(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")))
+        result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+        text = (folder / "metrics.csv").read_text(encoding="utf-8")
         if not text.endswith("\n"):
             raise ValueError("metrics.csv breaks off")
         curves = collections.defaultdict(list)
@@ -203,7 +273,7 @@ def check(run):
 
 
 # --- wandb --------------------------------------------------------------------------------------
-def from_wandb(project, api=None):
+def from_wandb(project, api=None, where=(), named_by=()):
     """(rows, notes) of the finished runs of a project ("entity/project"), one wandb run per seed.
 
     Raises:
@@ -225,7 +295,8 @@ def from_wandb(project, api=None):
         fail(f"wandb project {project}: {one_line(error)}; give run folders instead, or log in")
     if not runs:
         fail(f"wandb project {project}: no finished run of these algorithms in it")
-    return tell_apart(runs, notes), notes
+    runs = choose(runs, where)
+    return name_by(tell_apart(runs, notes), named_by), notes
 
 
 def _of_wandb(entry):
@@ -244,7 +315,7 @@ def _of_wandb(entry):
     if entry.state != "finished" or last != updates:
         raise ValueError(f"{entry.state} at update {last} of {updates}")
     over = not points or points[-1][0] != updates  # diverged or never evaluated
-    best = max((score for _, score in points), default=None)
+    best = max((score for step, score in points if step > 0), default=None)
     result = {"algorithm": algorithm, "num_updates": updates, "code": code}
     result |= {"eval_episodes": config["eval_episodes"], "best_score": {str(seed): best}}
     result |= {name: {str(seed): None if over else x} for name, x in values.items()}

@@ -5,7 +5,9 @@
 
 writes mine.md, mine.png (learning curves) and, if there are methods to compare, mine_1.png, ...
 (intervals). --html adds mine.html, one file with everything in it. --index docs/results.md rewrites
-the part of that page between `<!-- mine -->` and `<!-- /mine -->`: the scores by data set.
+the part of that page between `<!-- mine -->` and `<!-- /mine -->`: the scores by data set. `--where
+num_updates=100000` takes only some of the runs. `--named-by alpha` names the rows of a method by
+that field alone, not by everything in which its runs differ; `name` is the run folder's name.
 
 The score is that of the last policy: the mean over the evaluation's episodes, then mean ± std
 (ddof 0) over seeds. The best score during training stands beside it. It was selected on the
@@ -32,7 +34,7 @@ import figures
 import intervals
 import published
 import readers
-from common import fail
+from common import command_line, fail
 from common.experiment import config, provenance
 from pages import Figure, Folded, Heading, Table, Text, markdown, page
 
@@ -69,6 +71,8 @@ class Arguments:
 
     folders: tyro.conf.Positional[tuple[Path, ...]] = ()  # run folders, or folders above them
     wandb: str | None = None  # "entity/project" to read instead of folders
+    where: tuple[str, ...] = ()  # only these runs: num_updates=100000 name=trial*
+    named_by: tuple[str, ...] = ()  # fields that name a method's rows: name, alpha, ...
     output: Path = Path("benchmarks/results/table")  # stem of the .md and .png to write
     title: str = "Results"  # heading of the page
     note: Path | None = None  # Markdown file put below the title: data, commands, findings
@@ -435,6 +439,9 @@ def own_command(arguments):
     for name in ("wandb", "output", "title", "note", "index", "reference"):
         if (value := getattr(arguments, name)) != getattr(default, name):
             words += [f"--{name}", str(value)]
+    for name in ("where", "named_by"):
+        if value := getattr(arguments, name):
+            words += [f"--{name.replace('_', '-')}", *value]
     return shlex.join([*words, *(["--html"] if arguments.html else [])])
 
 
@@ -443,7 +450,7 @@ def blocks_of(rows, notes, arguments, draw):
     """The page: note, tables of every family, figures, commands, every evaluation, versions."""
     reference = published.load(arguments.reference)
     blocks = [Heading(arguments.title, 1)]
-    blocks += [Text(arguments.note.read_text())] if arguments.note else []
+    blocks += [Text(arguments.note.read_text(encoding="utf-8"))] if arguments.note else []
     families, counts = by_family(rows), collections.Counter(row.label for row in rows)
     labels = [label for label, _ in counts.most_common()]  # the first get the plainest lines
     for family, group in families.items():
@@ -552,7 +559,7 @@ def around(path, name):
     Raises:
         SystemExit: code 2 after one line if the file does not have both marks once, in order.
     """
-    text = path.read_text() if path.is_file() else ""
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
     marks = f"<!-- {name} -->", f"<!-- /{name} -->"
     parts = re.split("|".join(map(re.escape, marks)), text)
     if len(parts) != 3 or text.index(marks[0]) > text.index(marks[-1]):
@@ -569,10 +576,11 @@ def main(arguments):
     if arguments.index:
         before, after = around(arguments.index, arguments.output.name)
     if arguments.wandb:
-        rows, notes = readers.from_wandb(arguments.wandb)
+        rows, notes = readers.from_wandb(arguments.wandb, None, arguments.where, arguments.named_by)
     else:
-        rows, notes = readers.find(arguments.folders)
-    name_choices(rows)
+        rows, notes = readers.find(arguments.folders, arguments.where, arguments.named_by)
+    if not arguments.named_by:
+        name_choices(rows)
     stem, count = arguments.output, 0
     stem.parent.mkdir(parents=True, exist_ok=True)
     written = [f"{stem}.md"]
@@ -586,12 +594,15 @@ def main(arguments):
         return Figure(path.name, alt, figures.svg(figure) if arguments.html else "")
 
     blocks = blocks_of(rows, notes, arguments, draw)
-    stem.with_name(f"{stem.name}.md").write_text(markdown(blocks))
+    stem.with_name(f"{stem.name}.md").write_text(markdown(blocks), encoding="utf-8")
     if arguments.html:
-        stem.with_name(f"{stem.name}.html").write_text(page(arguments.title, blocks))
+        stem.with_name(f"{stem.name}.html").write_text(
+            page(arguments.title, blocks), encoding="utf-8"
+        )
         written.append(f"{stem}.html")
     if arguments.index:
-        arguments.index.write_text(before + index(rows, notes, arguments).strip() + after)
+        text = before + index(rows, notes, arguments).strip() + after
+        arguments.index.write_text(text, encoding="utf-8")
         written.append(str(arguments.index))
     said = [*notes, *outdated(rows)]
     print(*said, sep="\n", end="\n\n" if said else "")
@@ -600,4 +611,4 @@ def main(arguments):
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Arguments, description=__doc__.split("\n\n")[0]))
+    command_line.run(lambda: main(tyro.cli(Arguments, description=__doc__.split("\n\n")[0])))

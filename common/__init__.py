@@ -20,3 +20,8 @@ def fail(message: str) -> NoReturn:
 def one_line(error: BaseException) -> str:
     """What an exception says, in one line and short enough for a message of ours."""
     return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def told(error: BaseException) -> str:
+    """The same after the exception's type, which its text alone does not always tell."""
+    return f"{type(error).__name__}: {one_line(error)}"

@@ -10,12 +10,16 @@ episodes in several rounds. That changes no number, unless an environment draws 
 generator while it steps.
 """
 
+import os
 import time
+import traceback
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import jax
 import numpy as np
 import psutil
+
+from common import fail, told
 
 EVAL_SEED = 10_000
 
@@ -32,9 +36,63 @@ class _Played:
         """A step of episode i."""
         self.returns[i] += reward
         self.length[i] += 1
-        if "success" in info:
+        success = _success(info)
+        if success is not None:
             self.reports_success = True
-            self.success[i] |= bool(info["success"])
+            self.success[i] |= success
+
+
+def _success(info):
+    """Whether a step was successful, as `success` or `is_success` of its info tells it; else None.
+
+    Where that is an array, as with several goals, all of them must be reached.
+    """
+    for name in ("success", "is_success"):
+        if info.get(name) is not None:
+            return bool(np.all(info[name]))
+    return None
+
+
+def _reset(env, seed):
+    """The first observation. What the env raises is one line and exit code 2."""
+    try:
+        np.random.seed(seed)  # noqa: NPY002 - ogbench envs draw from NumPy's global generator
+        observation, _ = env.reset(seed=seed)
+    except Exception as error:  # of the env
+        _fail(env, "reset", error)
+    return observation
+
+
+def _step(env, action):
+    """The same for a step, whose reward becomes a plain number."""
+    try:
+        observation, reward, termination, truncation, info = env.step(action)
+    except Exception as error:  # of the env
+        _fail(env, "step", error)
+    try:
+        number = float(np.asarray(reward).reshape(()))
+    except (TypeError, ValueError):
+        fail(f"env {_name(env)}: the reward of a step must be one number, not {reward!r}")
+    return observation, number, bool(termination or truncation), info or {}
+
+
+def _check_shape(env, observation, first):
+    """One line and exit code 2 where an observation has another shape than the first."""
+    if np.shape(observation) != np.shape(first):
+        shapes = f"{np.shape(observation)} after one of shape {np.shape(first)}"
+        fail(f"env {_name(env)}: gave an observation of shape {shapes}")
+
+
+def _fail(env, call, error):
+    """One line on what an env raised, with the place in its code."""
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    where = f"{os.path.basename(place.filename)}:{place.lineno}"
+    fail(f"env {_name(env)}: its {call} raised {told(error)} ({where}); see --env")
+
+
+def _name(env):
+    spec = getattr(env, "spec", None)
+    return type(env).__name__ if spec is None else spec.id
 
 
 class Rollouts:
@@ -47,17 +105,20 @@ class Rollouts:
         policy_keys: [S]; the key of a step depends on (seed, update, env step) alone.
         cfg: read are `eval_episodes`, `eval_every` and `num_updates`.
         memory: arrays with which the policy of one seed begins its E episodes, None if it has none.
+        first_start: the seed of the first episode's reset; the next one has the next number.
     """
 
-    def __init__(self, dataset, act, policy_keys, cfg, memory=None):
-        self.dataset, self.cfg = dataset, cfg
+    def __init__(self, dataset, act, policy_keys, cfg, memory=None, first_start=EVAL_SEED):
+        self.dataset, self.cfg, self.first_start = dataset, cfg, first_start
         self.cpu = jax.local_devices(backend="cpu")[0]
         self.keys = jax.device_put(policy_keys, self.cpu)
         # On an accelerator a thread rolls out while the device trains. Where the CPU is the
         # device, a policy call would wait for the whole chunk, so the rollouts come first.
         self.beside = jax.default_backend() != "cpu"
         self.pool = ThreadPoolExecutor(1)
-        self.envs = []
+        self.envs, self.asked = [], False  # asked: whether they were to be made
+        self.preparing = 0.0  # seconds it took to make them
+        self.said_of_reward = False
         self.memory = jax.tree.map(lambda x: np.stack([x] * len(policy_keys)), memory)
 
         def step(params, observation, keys, update, env_step, past):
@@ -72,11 +133,17 @@ class Rollouts:
         self.act = jax.jit(step)
 
     def __enter__(self):
+        return self
+
+    def _make_envs(self):
+        """Make the environments at the first evaluation: a finished run needs none."""
+        self.asked = True
         if jax.process_index() > 0:  # the first process evaluates
-            return self
+            return
         if self.dataset.make_env is None:
             print("no env to evaluate in: training only, scores stay empty (set --env)")
-            return self
+            return
+        began = time.perf_counter()
         count = len(self.keys) * self.cfg.eval_episodes
         make_env = self.dataset.make_env
         self.envs = [make_env()]  # the first one imports packages, so the second one is measured
@@ -85,15 +152,20 @@ class Rollouts:
         size = max(memory()[0] - held, 1)
         self.envs += [make_env() for _ in range(2, min(count, free // 2 // size))]
         print(self._estimate())
-        return self
+        self.preparing = time.perf_counter() - began
 
     def __exit__(self, *error):
         self.pool.shutdown(wait=True, cancel_futures=True)
         for env in self.envs:
-            env.close()
+            try:
+                env.close()
+            except Exception as closing:  # of the env; the run itself is over
+                print(f"env {_name(env)}: its close raised {told(closing)}")
 
     def start(self, params, update):
         """A future of `run`'s result; an accelerator trains the next chunk meanwhile."""
+        if not self.asked:
+            self._make_envs()
         if not self.envs:
             return None
         params = jax.device_put(params, self.cpu)  # a copy: the next chunk reuses its memory
@@ -108,9 +180,14 @@ class Rollouts:
 
         `score` is normalised (0 to 100), `return` is undiscounted, `success` is the share of
         episodes with a successful step (None where the env does not report success), `length` is in
-        steps, and `seconds` is the time taken.
+        steps, `seconds` is the time taken, and `preparing` that of making the environments, at the
+        first evaluation. A seed whose env gave rewards that are no finite numbers has NaN as return
+        and score.
         """
+        if not self.asked:
+            self._make_envs()
         began = time.perf_counter()
+        preparing, self.preparing = self.preparing, 0.0
         shape = (len(self.keys), self.cfg.eval_episodes)
         count, together = len(self.keys) * self.cfg.eval_episodes, len(self.envs)
         played = _Played(count)
@@ -118,6 +195,7 @@ class Rollouts:
             episodes = np.arange(first, min(first + together, count))
             self._play(episodes, params, update, played)
         returns = played.returns.reshape(shape).mean(axis=1)
+        returns[~np.isfinite(returns)] = np.nan
         success = None
         if played.reports_success:
             success = played.success.reshape(shape).mean(axis=1)
@@ -127,6 +205,7 @@ class Rollouts:
             "success": success,
             "length": played.length.reshape(shape).mean(axis=1),
             "seconds": time.perf_counter() - began,
+            "preparing": preparing,
         }
 
     def _play(self, episodes, params, update, played):
@@ -136,7 +215,10 @@ class Rollouts:
         not used.
         """
         shape = (len(self.keys), self.cfg.eval_episodes)
-        first = np.stack([self._reset(i) for i in episodes.tolist()])
+        first = [self._reset(i) for i in episodes.tolist()]
+        for i, given in zip(episodes, first, strict=True):
+            _check_shape(self.envs[i % len(self.envs)], given, first[0])
+        first = np.stack(first)
         observation = np.zeros((len(played.returns), *first.shape[1:]), first.dtype)
         observation[episodes] = first
         rewards, past, env_step = np.zeros(shape, np.float32), self.memory, 0
@@ -155,18 +237,24 @@ class Rollouts:
             over = np.zeros(len(observation), bool)
             for i in live:
                 env = self.envs[i % len(self.envs)]
-                observation[i], reward, termination, truncation, info = env.step(action[i])
+                given, reward, over[i], info = _step(env, action[i])
+                _check_shape(env, given, first[0])
+                self._check(env, reward)
+                observation[i] = given
                 rewards.flat[i] = reward
-                over[i] = termination or truncation
                 played.add(i, reward, info)
             live = live[~over[live]]
             env_step += 1
 
     def _reset(self, i):
-        seed = EVAL_SEED + i % self.cfg.eval_episodes
-        np.random.seed(seed)  # noqa: NPY002 - ogbench envs draw from NumPy's global generator
-        observation, _ = self.envs[i % len(self.envs)].reset(seed=seed)
-        return observation
+        seed = self.first_start + i % self.cfg.eval_episodes
+        return _reset(self.envs[i % len(self.envs)], seed)
+
+    def _check(self, env, reward):
+        """Say once that a reward is no finite number. Its seed then has no score."""
+        if not np.isfinite(reward) and not self.said_of_reward:
+            self.said_of_reward = True
+            print(f"env {_name(env)}: a step's reward is {reward}; seeds that meet it get no score")
 
     def _estimate(self):
         """An upper bound on the time of all evaluations, from the speed of a few steps."""
@@ -174,9 +262,10 @@ class Rollouts:
         self._reset(0)
         began, steps = time.perf_counter(), 0
         while time.perf_counter() - began < 0.2:
-            _, _, termination, truncation, _ = env.step(env.action_space.sample())
+            _, reward, over, _ = _step(env, env.action_space.sample())
+            self._check(env, reward)
             steps += 1
-            if termination or truncation:
+            if over:
                 self._reset(0)
         speed = steps / (time.perf_counter() - began)
         horizon = self.dataset.horizon or 1000

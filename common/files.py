@@ -12,7 +12,7 @@ PATIENCE = 0.1  # seconds; another process that only looks whether a lock is fre
 def write(path: Path, text: str) -> None:
     """Write the whole file or nothing of it."""
     part = path.with_name(f"{path.name}.part")
-    with part.open("w") as out:
+    with part.open("w", encoding="utf-8") as out:
         out.write(text)
         sync(out)
     part.replace(path)
@@ -44,8 +44,9 @@ def try_lock(path: Path):
     """
     import filelock
 
-    with path.open("a"):  # the same error on every disk, where the file cannot be written
-        lock = filelock.FileLock(path)
+    # The same error on every disk, where the file cannot be written.
+    with path.open("a", encoding="utf-8"):
+        lock = _lock(path)
     try:
         lock.acquire(timeout=PATIENCE)
     except filelock.Timeout:
@@ -56,15 +57,20 @@ def try_lock(path: Path):
     return lock
 
 
+def _lock(path):
+    import filelock
+
+    # Its fallback for disks without locks counts a file that exists as a lock that is taken.
+    return filelock.FileLock(path, fallback_to_soft=False)
+
+
 @contextlib.contextmanager
 def locked(path: Path):
     """Hold the lock file `path` inside; it is removed at the end. A process that dies frees it."""
-    import filelock
-
     lock = try_lock(path)
     if lock is None:
         print(f"another process is at work on {path.stem.lstrip('.')}: waiting", flush=True)
-        lock = filelock.FileLock(path)
+        lock = _lock(path)
         lock.acquire()
     try:
         yield

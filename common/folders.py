@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The folders in which data sets are stored."""
+"""The folders in which data sets and compiled programs are stored."""
 
 import os
+import tempfile
 from pathlib import Path
+
+from common import fail
 
 
 def minari(dataset_id: str = "") -> Path:
@@ -21,4 +24,31 @@ def d4rl() -> Path:
 
 
 def _root(variable, default):
-    return Path(os.path.expanduser(os.environ.get(variable) or default))
+    folder = os.path.expanduser(os.environ.get(variable) or default)
+    if folder.startswith("~"):
+        fail(f"{folder}: this user has no home folder; set {variable} to a folder of the data")
+    return Path(folder)
+
+
+def compiled_programs() -> Path | None:
+    """Where compiled programs are kept between starts; None where no folder can be written.
+
+    That is ~/.cache/atoll/xla. A user without a home folder, as in some containers, has a private
+    folder in the folder of temporary files.
+    """
+    home = os.path.expanduser("~")
+    if not home.startswith("~"):
+        folder = Path(home) / ".cache" / "atoll" / "xla"
+        if _is_ours(folder):
+            return folder
+    folder = Path(tempfile.gettempdir()) / f"atoll-{os.getuid()}"
+    return folder / "xla" if _is_ours(folder) and _is_ours(folder / "xla") else None
+
+
+def _is_ours(folder):
+    """Whether the folder is there, belongs to this user, and can be written. It is made here."""
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        return folder.stat().st_uid == os.getuid() and os.access(folder, os.W_OK | os.X_OK)
+    except OSError:
+        return False

@@ -17,7 +17,7 @@ def processor():
     """Number and model of this machine's cores, and how many of them this process may use."""
     model = platform.machine()
     with contextlib.suppress(OSError):
-        found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+        found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text(encoding="utf-8"))
         model = found[1] if found else model
     count = os.cpu_count()
     return f"{'' if cores() == count else f'{cores()} of '}{count} cores of {model}"

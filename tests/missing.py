@@ -13,7 +13,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).resolve().parent / "algorithms"))
+# The project first, since tests/ has folders of the same names as the project's.
+sys.path.insert(0, str(Path(__file__).resolve().parent / "algorithms"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import golden
 import helpers_runs

@@ -29,10 +29,14 @@ def test_rows_of_the_table_are_the_projects_files():
 def fork(tmp_path_factory):
     """A copy of the checkout, without git, with a user's two files and a config."""
     folder = tmp_path_factory.mktemp("fork") / "my copy"
-    for part in ("algorithms", "common", "configs", "tests", "benchmarks/sweeps"):
+    for part in ("common", "tests", "benchmarks/sweeps"):
         shutil.copytree(
             ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__", ".*")
         )
+    (folder / "algorithms").mkdir()
+    for path in own_files.FILES:  # not what a user's checkout has beside them
+        shutil.copyfile(path, folder / "algorithms" / path.name)
+        shutil.copytree(ROOT / "configs" / path.stem, folder / "configs" / path.stem)
     for name in ("README.md", "pyproject.toml"):
         shutil.copyfile(ROOT / name, folder / name)
     for path in [*folder.rglob("*")]:  # the checkout may be read-only

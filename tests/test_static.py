@@ -34,6 +34,7 @@ HOME = {  # names whose section is fixed; every *_loss lives in Losses
     "train_chunk": "Update",
     "policy": "Policy",
     "policy_params": "Policy",
+    "policy_fn": "Policy",
     "train": "Training",
 }
 LOSSES = (

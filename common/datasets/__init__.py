@@ -10,7 +10,7 @@ more than transitions: episodes, returns-to-go, chunks of several steps, the bes
 
 from common.datasets.dataset import Dataset, Transitions
 from common.datasets.loading import load
-from common.datasets.names import config_name, slug, suite
+from common.datasets.names import config_name, refuse_missing_version, slug, suite
 from common.datasets.transitions import cut
 from common.datasets.views import (
     chunks,
@@ -30,6 +30,7 @@ __all__ = [
     "episodes",
     "filter_by_return",
     "load",
+    "refuse_missing_version",
     "return_range",
     "return_span",
     "returns_to_go",

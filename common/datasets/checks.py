@@ -8,10 +8,13 @@ import numbers
 
 import numpy as np
 
-from common import envs, fail
+from common import envs, fail, one_line, told
+from common.datasets import unreadable
 
 # An action at most this far outside its bounds (-1 and 1 after scaling) is clipped.
 TOLERANCE = 1e-3
+# The square of a larger number, as in a standard deviation or a loss, is no float32.
+LARGEST = 1e18
 
 
 def rows(dataset_id, recorded):
@@ -28,73 +31,157 @@ def rows(dataset_id, recorded):
 
 
 def _array(dataset_id, name, array):
-    """The array as float32 (actions may stay integers)."""
+    """The array as float32, observations flat (actions may stay integers)."""
     if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiub" or array.ndim == 0:
         fail(f"{dataset_id}: {name} is not an array of numbers")
-    if len(array) == 0:
+    if array.size == 0:
         fail(f"{dataset_id}: {name} is empty")
     if array.ndim == 2 and array.shape[1] == 1 and name in ("rewards", "terminals", "timeouts"):
         array = array[:, 0]
-    axes = 2 if name.endswith("observations") else 1
-    if array.ndim != axes and not (name == "actions" and array.ndim == 2):
-        fail(f"{dataset_id}: {name} has shape {list(array.shape)}, it must have {axes} axes")
+    if name in ("rewards", "terminals", "timeouts") and array.ndim != 1:
+        fail(f"{dataset_id}: {name} has shape {list(array.shape)}, it must have 1 axis")
     if name == "actions" and array.dtype.kind in "iu":
         return array.astype(np.int32)
-    with np.errstate(over="ignore"):
-        array = np.ascontiguousarray(array, np.float32)
-    bad = ~np.isfinite(array).reshape(len(array), -1).all(axis=1)
+    low, high = float(array.min()), float(array.max())  # NaN where one is
+    if not (low >= -LARGEST and high <= LARGEST):
+        _fail_in_row(dataset_id, name, array)
+    array = np.ascontiguousarray(array, np.float32)
+    return array.reshape(len(array), -1) if name.endswith("observations") else array
+
+
+def _fail_in_row(dataset_id, name, array):
+    """Say which rows have numbers that cannot be used."""
+    array = array.reshape(len(array), -1)
+    bad = ~np.isfinite(array).all(axis=1)
     if bad.any():
         fail(
             f"{dataset_id}: {name} has NaN or inf in {bad.sum()} rows, first in row {bad.argmax()}"
         )
-    return array
+    huge = (np.abs(array) > LARGEST).any(axis=1)
+    fail(
+        f"{dataset_id}: {name} has numbers beyond {LARGEST:g} in {huge.sum()} rows, first in "
+        f"row {huge.argmax()}: float32 cannot hold their squares; store them scaled down"
+    )
 
 
-def actions(dataset_id, action, env, bounds):
-    """-> (integer actions as they are, or others scaled from their bounds to [-1, 1]; the number of
-    integer actions or None; the bounds or None)
+def actions(dataset_id, action, env, bounds, recorded=None):
+    """Actions in [-1, 1], or integers from 0 on.
+
+    Args:
+        action: as recorded.
+        env: that the policy acts in, None if there is none.
+        bounds: that the data give, where no space tells them.
+        recorded: the action space of the recording, None where it is not known.
+
+    Returns:
+        The actions; the number of integer actions or None; the bounds of others or None.
     """
-    space = None if env is None else env.action_space
-    discrete = space is not None and hasattr(space, "n")
+    space = recorded if env is None else envs.action_space(env)
+    name = dataset_id if env is None else env.spec.id
+    if why := None if space is None else envs.unusable_action(space):
+        fail(f"{dataset_id}: {name} takes actions of a kind that no method here can, {why}")
+    if env is not None and recorded is not None:
+        _same_actions(dataset_id, recorded, env)
+    discrete = space is not None and not space.shape and space.dtype.kind == "i"
     if action.dtype.kind == "i" and (space is None or discrete):
-        if action.size != len(action):
-            fail(
-                f"{dataset_id}: integer actions of shape {list(action.shape)}: there must "
-                "be one number per row, [N]; store continuous actions as floats"
-            )
-        first = int(space.start) if discrete else 0
-        action = action.reshape(len(action)) - first
-        number = int(space.n) if discrete else int(action.max()) + 1
-        if action.min() < 0 or action.max() >= number:
-            fail(f"{dataset_id}: actions {action.min()} to {action.max()}, but only {number} exist")
-        return action, number, None
+        return *_discrete(dataset_id, action, space), None
     if discrete:
-        takes = f"{env.spec.id} takes {space.n} discrete ones; store them as integers"
+        takes = f"{name} takes {space.n} discrete ones; store them as integers"
         fail(f"{dataset_id}: continuous actions, but {takes}")
     action = action.astype(np.float32).reshape(len(action), -1)
-    if space is not None and space.shape != action.shape[1:]:
-        fail(f"{dataset_id}: {action.shape[1]} action dimensions, {env.spec.id} has {space.shape}")
-    if space is None:
+    if space is not None and np.prod(space.shape, dtype=int) != action.shape[1]:
+        fail(
+            f"{dataset_id}: {action.shape[1]} action dimensions, {name} has {space.shape}; see "
+            "--env"
+        )
+    unbounded = space is not None and not space.is_bounded()
+    if space is None or (env is None and unbounded):
         low, high = _recorded_bounds(dataset_id, bounds, action.shape[1])
     else:
-        low, high = space.low, space.high
-    if not (np.isfinite(low).all() and np.isfinite(high).all()):
-        fail(f"{dataset_id}: the action space (Box) has no bounds; wrap the env in ClipAction")
+        low, high = space.low.reshape(-1), space.high.reshape(-1)
+    _check_bounds(dataset_id, low, high, name if unbounded and env is not None else None)
+    if env is not None and space is not env.action_space:  # there is a ClipAction in it
+        beyond = ((action < low) | (action > high)).any(axis=1)
+        if beyond.any():
+            print(
+                f"{dataset_id}: {beyond.mean():.1%} of the actions clipped, as its ClipAction did"
+            )
+        action = action.clip(low, high)
+    return _scaled(dataset_id, action, low, high, env), None, (low, high)
+
+
+def _discrete(dataset_id, action, space):
+    """(integer actions from 0 on, how many there are)."""
+    if action.size != len(action):
+        fail(
+            f"{dataset_id}: integer actions of shape {list(action.shape)}: there must "
+            "be one number per row, [N]; store continuous actions as floats"
+        )
+    first = 0 if space is None else int(space.start)
+    action = action.reshape(len(action))
+    number = int(action.max()) + 1 if space is None else int(space.n)
+    if action.min() < first or action.max() >= first + number:
+        exist = f"only {number} exist" + (f", from {first} on" if first else "")
+        fail(f"{dataset_id}: actions {action.min()} to {action.max()}, but {exist}")
+    return action - first, number
+
+
+def _check_bounds(dataset_id, low, high, env_id):
+    """Exit with code 2 after one line where an action has no bound."""
+    if np.isfinite(low).all() and np.isfinite(high).all():
+        return
+    if env_id is None:
+        fail(
+            f"{dataset_id}: the action space (Box) has no bounds; give finite attributes "
+            "action_low and action_high, or neither"
+        )
+    fail(
+        f"{dataset_id}: the action space (Box) of {env_id} has no bounds; wrap the env in "
+        "gymnasium.wrappers.TransformAction with a bounded Box, register that and name it with "
+        "--env"
+    )
+
+
+def _scaled(dataset_id, action, low, high, env):
+    """Actions from their bounds to [-1, 1]."""
     scaled = action
     if (low != -1).any() or (high != 1).any():
         scaled = 2 * (action - low) / (high - low) - 1
     excess = np.abs(scaled).max(axis=1) - 1
     if excess.max() > TOLERANCE:
         row = excess.argmax()
-        where = f"[{low.min():g}, {high.max():g}], " + (
-            "the bounds of the env's action space"
-            if space
-            else "and nothing tells other bounds (--env, or attributes action_low and action_high)"
-        )
-        fail(f"{dataset_id}: actions leave {where}; row {row}: {action[row].tolist()}")
+        where = f"[{low.min():g}, {high.max():g}], "
+        if env is not None:
+            where += "the bounds of the env's action space"
+            remedy = "; where the recording clipped them, name an env with "
+            remedy += "gymnasium.wrappers.ClipAction by --env"
+        else:
+            where += "and nothing tells other bounds"
+            where += " (--env, or attributes action_low and action_high)"
+            remedy = ""
+        fail(f"{dataset_id}: actions leave {where}; row {row}: {action[row].tolist()}{remedy}")
     if excess.max() > 0:
         print(f"{dataset_id}: actions leave their bounds by up to {excess.max():.1e}: clipped")
-    return scaled.clip(-1, 1), None, (low, high)
+    return scaled.clip(-1, 1)
+
+
+def _same_actions(dataset_id, recorded, env):
+    """The actions of the recording must mean the same in the env."""
+    space = envs.action_space(env)
+    if type(recorded) is not type(space) or (
+        hasattr(recorded, "n") and (recorded.n, recorded.start) != (space.n, space.start)
+    ):
+        fail(
+            f"{dataset_id}: recorded with actions of {recorded}, but {env.spec.id} takes {space}; "
+            "name an env with the same actions by --env"
+        )
+    if hasattr(recorded, "low") and recorded.is_bounded() and recorded.shape == space.shape:
+        close = np.allclose(recorded.low, space.low), np.allclose(recorded.high, space.high)
+        if not all(close) and space.is_bounded():
+            print(
+                f"{dataset_id}: recorded with actions of {recorded}, {env.spec.id} takes {space}; "
+                "they are scaled by the env's bounds"
+            )
 
 
 def _recorded_bounds(dataset_id, bounds, size):
@@ -114,15 +201,78 @@ def _recorded_bounds(dataset_id, bounds, size):
     return low, high
 
 
-def observation(dataset_id, env, keys, size):
-    """The env's observation has as many numbers as the data's."""
-    first, _ = env.reset(seed=0)
-    fits = isinstance(first, dict) == bool(keys)
-    shape = envs.flatten(first, keys).shape if fits else "a dict or its parts"
-    if shape != (size,):
+def observations(dataset_id, rows, env, source):
+    """Exit with code 2 after one line where the env's observations are not those of the data.
+
+    A file without spaces may hold the choices of a Discrete or MultiDiscrete env as they are. They
+    are replaced by the columns that the env's observations become.
+    """
+    space, keys, env_id = env.observation_space, source.keys, env.spec.id
+    width = rows["observations"].shape[1]
+    _check_parts(dataset_id, space, keys, env_id)
+    for key in keys or [None]:
+        if what := envs.unusable(space if key is None else space[key]):
+            fail(
+                f"{dataset_id}: {env_id} gives an {what}, which has no fixed number of values; "
+                "name an env without it by --env (gymnasium.wrappers.FilterObservation)"
+            )
+    recorded = source.observation_space
+    if recorded is None and space.shape is not None and width == np.prod(space.shape, dtype=int):
+        _mark_choices(dataset_id, rows, space, env_id)
+        width = rows["observations"].shape[1]
+    try:
+        first, _ = env.reset(seed=0)
+    except Exception as error:  # of the env
+        fail(f"{dataset_id}: {env_id} cannot be reset ({told(error)}); see --env")
+    try:
+        given = envs.columns(space, keys)(first, 1).shape[1:]
+    except (ValueError, TypeError, KeyError, IndexError) as error:
+        fail(f"{dataset_id}: {env_id} gives observations that are not in {space} ({told(error)})")
+    if given != (width,):
+        shape = np.shape(source.rows["observations"])
+        stored = f" (observations has shape {list(shape)})" if len(shape) != 2 else ""
         fail(
-            f"{dataset_id}: {size} numbers per observation, {env.spec.id} gives {shape}; see --env"
+            f"{dataset_id}: {width} numbers per observation{stored}, {env_id} gives {given}; "
+            "see --env"
         )
+    if recorded is not None and envs.kinds(recorded, keys) != envs.kinds(space, keys):
+        fail(
+            f"{dataset_id}: recorded with observations of {recorded}, but {env_id} gives {space}; "
+            "name an env with the same observations by --env"
+        )
+
+
+def _check_parts(dataset_id, space, keys, env_id):
+    """The env gives a dict where the data have parts of one, and those parts."""
+    parts = getattr(space, "spaces", None)
+    parts = sorted(parts) if isinstance(parts, dict) else None
+    if keys and not {*keys} <= {*(parts or ())}:
+        what = f"only {', '.join(parts)}" if parts else f"{space}, which is no dict"
+        fail(
+            f"{dataset_id}: parts {', '.join(keys)} per observation, {env_id} gives {what}; name "
+            "an env with those parts by --env"
+        )
+    if parts and not keys:
+        fail(
+            f"{dataset_id}: arrays as observations, {env_id} gives a dict or its parts "
+            f"({', '.join(parts)}); name an env that flattens them as the recording did by --env "
+            "(gymnasium.wrappers.FlattenObservation)"
+        )
+
+
+def _mark_choices(dataset_id, rows, space, env_id):
+    """Replace the values of a Discrete or MultiDiscrete by one column per value."""
+    if {kind for kind, _ in envs.kinds(space)} != {"one of"}:
+        return
+    columns = envs.columns(space)
+    for name in {"observations", "next_observations"} & {*rows}:
+        try:
+            unreadable.check_memory(len(rows[name]), envs.width(space))
+            rows[name] = columns(rows[name], len(rows[name]))
+        except MemoryError as error:
+            fail(f"{dataset_id}: {env_id} gives {space}, a column for each value ({error})")
+        except ValueError as error:
+            fail(f"{dataset_id}: {name}: {one_line(error)}: {env_id} gives {space}")
 
 
 def reference(dataset_id, scores):

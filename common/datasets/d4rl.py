@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from common import envs, fail, folders
-from common.datasets import download, hdf5, reference_scores
+from common.datasets import download, hdf5, mirrors, reference_scores
 from common.datasets.source import Source
 from common.envs import d4rl as d4rl_envs
 
@@ -38,6 +38,8 @@ def read_file(path: Path, env: str | None, env_steps: int | None, row: dict) -> 
     if difference := path.is_file() and download.changed(path):
         fail(f"{path}: {difference}")
     rows, facts = hdf5.read(path, COLUMNS, _needed(row, path))
+    if env:
+        facts.pop("env_id", None)
     hdf5.check_attributes(path, facts, NUMBERS)
     chosen = env or facts.get("env_id")
     facts = _known(row, chosen, facts) | facts
@@ -125,6 +127,12 @@ def repair(suite: str | None, rows: dict[str, np.ndarray]) -> bool:
 
 
 # --- Files --------------------------------------------------------------------------------------
+def is_there(name: str) -> bool:
+    """Whether the file of one of D4RL's data sets is on this machine."""
+    row = reference_scores.table().get(name)
+    return row is not None and (folders.d4rl() / Path(row["file"]).name).exists()
+
+
 def file_of(name: str) -> Path:
     """The data set's file, downloaded at the first call.
 
@@ -136,12 +144,13 @@ def file_of(name: str) -> Path:
     if not path.exists():
         print(f"downloading {name} to {path}; licence of the data: {LICENCE}", flush=True)
         try:
-            download.fetch([server + row["file"] for server in SERVERS], path, _check)
+            download.fetch(mirrors.d4rl(SERVERS, row["file"]), path, _check)
         except (OSError, download.Unusable) as error:
             reason = " ".join(str(error).split())
             fail(
                 f"{name}: not in {folder} and the download failed ({reason}); put "
-                f"{SERVERS[-1]}{row['file']} there by hand or set D4RL_DATASET_DIR"
+                f"{SERVERS[-1]}{row['file']} there by hand or set D4RL_DATASET_DIR, or "
+                f"name a mirror: {mirrors.D4RL}=URL"
             )
     return path
 

@@ -22,7 +22,7 @@ class Unusable(Exception):
 
 
 def fetch(urls: list[str], path: Path, check: Callable[[Path], None]) -> None:
-    """Download `path` from the first of `urls` that has it, unless it is there already.
+    """Download `path` from the first of `urls` that has a usable one, unless it is there already.
 
     Until it is whole, the file is `path.part`, and `path.part.json` records which version of the
     file the server sent. A later call continues if the server still has that version, and starts
@@ -38,16 +38,30 @@ def fetch(urls: list[str], path: Path, check: Callable[[Path], None]) -> None:
     with files.locked(path.with_name(path.name + ".lock")):
         if path.exists():  # another process was first
             return
-        url = _from_any(urls, part)
-        try:
-            check(part)
-        except Unusable:
-            _forget(part)
-            raise
+        url = _usable_from_any(urls, part, check)
         record = {"url": url, "bytes": part.stat().st_size, "sha256": sha256(part)}
-        record_of(path).write_text(json.dumps(record, indent=1) + "\n")
+        record_of(path).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         os.replace(part, path)
         record_of(part).unlink(missing_ok=True)
+
+
+def _usable_from_any(urls, part, check):
+    """The first of `urls` that delivered what `check` accepts."""
+    refused = []
+    while True:
+        try:
+            url = _from_any(urls, part)
+        except OSError as error:
+            raise OSError("; ".join([*refused, str(error)])) from error
+        try:
+            check(part)
+            return url
+        except Unusable as error:
+            _forget(part)
+            urls = urls[urls.index(url) + 1 :]
+            if not urls:
+                raise
+            refused.append(f"{url}: {error}")
 
 
 def record_of(path: Path) -> Path:
@@ -57,7 +71,7 @@ def record_of(path: Path) -> Path:
 def changed(path: Path) -> str | None:
     """How a file differs from the record of its download, with the remedy; None if it does not."""
     try:
-        record = json.loads(record_of(path).read_text())
+        record = json.loads(record_of(path).read_text(encoding="utf-8"))
         size, digest = record.get("bytes"), record.get("sha256")
     except (OSError, ValueError, AttributeError):
         return None
@@ -121,7 +135,7 @@ def _get(url, part):
             _forget(part)
             total = None if length is None else int(length)
             note = {"address": _address(url), "bytes": total, "version": now}
-            record_of(part).write_text(json.dumps(note) + "\n")
+            record_of(part).write_text(json.dumps(note) + "\n", encoding="utf-8")
             have = 0
         bar = tqdm(
             total=total, initial=have, unit="B", unit_scale=True, desc=part.stem, disable=None
@@ -138,7 +152,7 @@ def _get(url, part):
 def _begun(url, part):
     """(bytes here, bytes of the whole file, its version); (0, None, None) where not known."""
     try:
-        note = json.loads(record_of(part).read_text())
+        note = json.loads(record_of(part).read_text(encoding="utf-8"))
         have, total, version = part.stat().st_size, note["bytes"], note["version"]
         same = note["address"] == _address(url) and isinstance(total, int)
         if same and isinstance(version, str) and 0 < have <= total:

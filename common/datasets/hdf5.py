@@ -8,6 +8,14 @@ from pathlib import Path
 import numpy as np
 
 from common import fail, one_line
+from common.datasets import unreadable
+
+
+def is_hdf5(path: Path) -> bool:
+    """Whether a file is HDF5, by its first bytes."""
+    import h5py
+
+    return bool(h5py.is_hdf5(path))
 
 
 def read(path: Path, wanted: tuple, needed: tuple) -> tuple[dict, dict]:
@@ -22,7 +30,8 @@ def read(path: Path, wanted: tuple, needed: tuple) -> tuple[dict, dict]:
         fail(f"{path}: a directory; pass an HDF5 file")
     if not path.exists():
         names = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
-        near = difflib.get_close_matches(path.name, {*names} - {path.name}, 3, 0.4)
+        names = [name for name in names if name.endswith((".hdf5", ".h5"))]
+        near = difflib.get_close_matches(path.name, names, 3, 0.4)
         fail(f"{path}: no such file" + (f"; near it: {', '.join(near)}" if near else ""))
     try:
         with h5py.File(path) as file:
@@ -31,6 +40,8 @@ def read(path: Path, wanted: tuple, needed: tuple) -> tuple[dict, dict]:
             rows = {name: file[name][()] for name in wanted if name in arrays}
             facts = {name: _plain(value) for name, value in file.attrs.items()}
     except (OSError, RuntimeError, KeyError, TypeError, ValueError, MemoryError) as error:
+        if hindrance := unreadable.obstacle(error):
+            fail(f"{path}: cannot be read as HDF5: {hindrance}")
         fail(f"{path}: cannot be read as HDF5, truncated or another format ({one_line(error)})")
     for name in needed:
         if name not in rows:
@@ -51,7 +62,9 @@ def check_attributes(path: Path, facts: dict, numbers: tuple) -> None:
         else:
             good = isinstance(value, str) and text and ":" not in value  # only --env may name code
         if value is not None and not good:
-            kind = "a name" if text else "a finite number" + ", 1 or more" * (name[0] == "m")
+            kind = "a finite number" + ", 1 or more" * (name[0] == "m")
+            if text:
+                kind = "a name; the env of a module can be named by --env MODULE:NAME"
             fail(f"{path}: attribute {name} {value!r}: must be {kind}")
 
 

@@ -36,7 +36,7 @@ def _dataset(dataset_id, source):
     """Check the rows, scale the actions to [-1, 1], cut the rows into episodes."""
     keys, horizon, make_env = source.keys, source.horizon, source.make_env
     rows = checks.rows(dataset_id, source.rows)
-    count, width = rows["observations"].shape
+    count = len(rows["rewards"])
     env, spec, limit = None, None, horizon
     reference = checks.reference(dataset_id, source.reference)
     if make_env is not None:
@@ -47,9 +47,9 @@ def _dataset(dataset_id, source):
             fail(f"{dataset_id}: {spec.id} has no step limit; set --env-steps")
         if reference == (None, None) and not source.score_is_success:
             reference = reference_scores.of_env_family(dataset_id, spec.id)
-        checks.observation(dataset_id, env, keys, width)
+        checks.observations(dataset_id, rows, env, source)
     rows["actions"], num_actions, bounds = checks.actions(
-        dataset_id, rows["actions"], env, source.bounds
+        dataset_id, rows["actions"], env, source.bounds, source.action_space
     )
     if env is not None:
         env.close()
@@ -58,12 +58,16 @@ def _dataset(dataset_id, source):
         print(f"{dataset_id}: no 'timeouts' in it, so episodes are cut at terminals {where}")
     transitions, ends, returns = cut(rows, horizon or limit, source.termination_ends_episode)
     if not len(ends):
-        fail(f"{dataset_id}: no row with a known next observation")
+        fail(f"{dataset_id}: no row with a known next observation; store next_observations too")
+    unused = {"observation_keys_left_out": list(source.left_out)} if source.left_out else {}
     record = {
         "observation_keys": list(keys),
+        **unused,
         "env": spec and _env_name(spec),
         "action_box": [] if bounds is None else [np.asarray(bound).tolist() for bound in bounds],
+        **_action_facts(source.action_space if env is None else envs.action_space(env)),
         "rows_left_out": count - len(transitions.reward),  # their next observation is unknown
+        "env_facts": envs.remembered(env, transitions.observation.shape[1], num_actions, bounds),
     }
     return Dataset(
         id=dataset_id,
@@ -78,6 +82,14 @@ def _dataset(dataset_id, source):
         score_is_success=source.score_is_success,
         record=record | source.facts,
     )
+
+
+def _action_facts(space):
+    """What the env adds to actions from 0 on, or the shape that it gives to flat actions."""
+    if getattr(space, "start", 0):
+        return {"first_action": int(space.start)}
+    is_flat = space is None or space.dtype.kind != "f" or len(space.shape) == 1
+    return {} if is_flat else {"action_shape": list(space.shape)}
 
 
 def _env_name(spec):
@@ -95,5 +107,15 @@ def _summary(dataset):
         f"{len(returns):,} episodes, return "
         f"{returns.min():.1f} / {returns.mean():.1f} / {returns.max():.1f} (min / mean / max), "
         f"{int(t.termination.sum()):,} terminations, {int(t.truncation.sum()):,} truncations, "
-        f"O={t.observation.shape[1]} A={action}, {sum(x.nbytes for x in t) / 1e6:.1f} MB"
+        f"O={t.observation.shape[1]}{_parts(dataset.record)} A={action}, "
+        f"{sum(x.nbytes for x in t) / 1e6:.1f} MB"
     )
+
+
+def _parts(record):
+    """Which parts of a dict observation are used, and which are not; "" for arrays."""
+    keys, unused = record["observation_keys"], record.get("observation_keys_left_out", ())
+    if not keys:
+        return ""
+    without = f", without {', '.join(unused)}" if unused else ""
+    return f" ({', '.join(keys)}{without})"

@@ -35,7 +35,7 @@ def describe(dataset) -> str:
         ("constant", f"{int((std == 0).sum())} of them never change"),
         ("evaluated in", f"{env}, {dataset.horizon} steps" if env else "nothing: no env is known"),
     ]
-    shown = {"env", "action_box"}
+    shown = {"env", "env_facts", "action_box"}
     lines += [(k, str(value)) for k, value in (dataset.record or {}).items() if k not in shown]
     return "\n".join(f"  {name:16} {text}" for name, text in lines)
 
@@ -53,7 +53,7 @@ def plot(dataset, file: str) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    maze = "maze" in dataset.id
+    maze = "maze" in dataset.id and dataset.transitions.observation.shape[1] >= 2
     figure, axes = pyplot.subplots(1, 3 if maze else 2, figsize=(12 if maze else 8, 3.5))
     starts, ends = episodes(dataset)
     for axis, values, name in zip(

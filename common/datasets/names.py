@@ -2,14 +2,16 @@
 """What a data set's name tells: its suite of configs, its name in folders and tables."""
 
 import difflib
+import json
 import os
 import re
 from pathlib import Path
 from typing import NoReturn
 
-from common import fail, recipes
-from common.datasets import reference_scores
+from common import fail, folders, recipes
+from common.datasets import hdf5, reference_scores, unreadable
 
+METADATA = "**/data/metadata.json"  # of each data set in Minari's local root
 MINARI_ID = re.compile(r"[\w.-]+(/[\w.-]+)+-v\d+")
 OGBENCH_ID = re.compile(r"((?:\w+-)+\w+)-singletask(-task[1-5])?-v0")
 OGBENCH_ENVS = ("pointmaze", "antmaze", "humanoidmaze", "antsoccer", "cube", "scene", "puzzle")
@@ -29,7 +31,16 @@ SUITES = {  # suite of configs -> how the names of its data sets begin; the firs
 def slug(dataset_id: str) -> str:
     """The name of a data set in run folders and config tables: its id, or its file's stem."""
     path = Path(os.path.expanduser(dataset_id))
-    return path.stem if path.suffix in (".hdf5", ".h5") or path.is_file() else dataset_id
+    return path.stem if is_file(path) else dataset_id
+
+
+def is_file(path: Path) -> bool:
+    """Whether an id is meant as the path of a data file.
+
+    It is by its suffix. Any other path of a file is one where the file is HDF5, so that neither a
+    folder nor a log that happens to be called like a data set stands in its way.
+    """
+    return path.suffix in (".hdf5", ".h5") or (path.is_file() and hdf5.is_hdf5(path))
 
 
 def config_name(dataset_id: str) -> str:
@@ -50,20 +61,80 @@ def suite(dataset_id: str) -> str | None:
     return next((suite for suite, words in SUITES.items() if re.match(words, name)), None)
 
 
+def minari_ids() -> list[str]:
+    """The data sets in Minari's local root."""
+    root = folders.minari()
+    return sorted(str(file.parents[1].relative_to(root)) for file in root.glob(METADATA))
+
+
+def fail_unreadable(dataset_id: str, path: Path) -> NoReturn:
+    """Exit with one line on a path that is there but is no data set that can be read."""
+    if (path / "data" / "metadata.json").exists():
+        root = _minari_root(path)
+        name = path.resolve().relative_to(root)
+        fail(f"{path}: a data set of Minari's; pass its id {name} and MINARI_DATASETS_PATH={root}")
+    if path.is_dir():
+        fail(f"{path}: a directory; pass an HDF5 file")
+    if path.suffix == ".npz" and path.stem.endswith("-v0"):
+        task = f"{path.stem.removesuffix('-v0')}-singletask-v0"
+        folder = path.resolve().parent
+        fail(
+            f"{path}: not an HDF5 file; OGBench's files are read by a task's name: pass {task} "
+            f"and OGBENCH_DATASET_DIR={folder}"
+        )
+    try:
+        path.open("rb").close()
+    except OSError as error:
+        fail(f"{path}: cannot be read as HDF5: {unreadable.obstacle(error)}")
+    fail(f"{dataset_id}: cannot be read as HDF5, truncated or another format")
+
+
+def _minari_root(path):
+    """The folder from which the id of a data set counts; the id is in its metadata."""
+    path = path.resolve()
+    try:
+        named = json.loads((path / "data" / "metadata.json").read_text())["dataset_id"]
+        if str(path).endswith(f"/{named}"):
+            return path.parents[named.count("/")]
+    except (OSError, ValueError, KeyError, TypeError, IndexError):
+        pass
+    return path.parent
+
+
+def versions(name: str) -> list[str]:
+    """The names of D4RL's data sets that are this name and a version."""
+    return [
+        known
+        for known in reference_scores.table()
+        if re.fullmatch(rf"{re.escape(name)}-v\d+", known)
+    ]
+
+
+def refuse_missing_version(dataset_id: str) -> None:
+    """Exit with one line where a name of D4RL lacks its version, which says what versions exist."""
+    found = versions(dataset_id)
+    if found and not Path(os.path.expanduser(dataset_id)).exists():
+        fail(f"{dataset_id!r} lacks the version of a D4RL data set; there is {' and '.join(found)}")
+
+
 def fail_unknown(dataset_id: str) -> NoReturn:
     """Exit with one line that says the data set is unknown and names similar ones."""
+    refuse_missing_version(dataset_id)
     local = [f"local/ogbench/{name}" for name in recipes.OGBENCH_RECIPES]
     tasks = [f"{name.removesuffix('-v0')}-singletask-v0" for name in recipes.OGBENCH_RECIPES]
     table = reference_scores.table()
     minari = [row["minari_id"] for row in table.values() if row["minari_id"]]
-    known = [*recipes.IDS, *local, *table, *minari, *tasks]
+    here = minari_ids()
+    known = [*here, *recipes.IDS, *local, *table, *minari, *tasks]
+    known = [*dict.fromkeys(name for name in known if name != dataset_id)]
     near = difflib.get_close_matches(dataset_id, known, 3, 0.5)
-    if re.fullmatch(r"[\w.-]+(/[\w.-]+)+", dataset_id) and not MINARI_ID.fullmatch(dataset_id):
-        # Looks like an id of Minari, whose ids end in a version.
-        versions = [name for name in minari if name.startswith(f"{dataset_id}-v")]
-        if versions:
-            near = versions
-        elif not dataset_id.startswith("local/"):
-            near = [f"{dataset_id}-v0"]
+    versions = [name for name in known if re.fullmatch(re.escape(dataset_id) + r"-v\d+", name)]
+    like_minari = re.fullmatch(r"[\w.-]+(/[\w.-]+)+", dataset_id)
+    if versions:
+        near = versions
+    elif (
+        like_minari and not MINARI_ID.fullmatch(dataset_id) and not dataset_id.startswith("local/")
+    ):
+        near = [f"{dataset_id}-v0"]  # Minari's ids end in a version
     hint = f"did you mean {' or '.join(near)}?" if near else "docs/data.md lists the forms of an id"
     fail(f"{dataset_id!r}: no such data set; {hint}")

@@ -5,14 +5,16 @@ import warnings
 import zipfile
 from pathlib import Path
 
-from common import envs, fail, one_line
-from common.datasets import download
+from common import envs, fail, one_line, told
+from common.datasets import download, mirrors, unreadable
 from common.datasets.names import OGBENCH_ID
 from common.datasets.source import Source
+from common.envs import graphics
 
 
 def read(name: str, folder: Path, env: str | None, env_steps: int | None) -> Source:
     """The rows with rewards and masks computed for the task by the package's own functions."""
+    graphics.check()
     try:
         with warnings.catch_warnings(action="ignore"):  # notices about a missing display
             import ogbench
@@ -26,7 +28,7 @@ def read(name: str, folder: Path, env: str | None, env_steps: int | None) -> Sou
     env_id = f"{data.rpartition('-')[0]}-singletask{task}-v0"
     path = folder / f"{data}-v0.npz"
     if not path.exists():
-        _download(name, f"{ogbench.utils.DATASET_URL}/{path.name}", path)
+        _download(name, mirrors.ogbench(ogbench.utils.DATASET_URL, path.name), path)
     if difference := download.changed(path):
         fail(f"{name}: {path}: {difference}")
     options = {} if env_steps is None else {"max_episode_steps": env_steps}
@@ -40,7 +42,11 @@ def read(name: str, folder: Path, env: str | None, env_steps: int | None) -> Sou
         raw = ogbench.load_dataset(str(path), add_info=True)
         relabel_dataset(env_id, task_env, raw)
     except Exception as error:  # of zipfile, zlib, NumPy, ogbench
-        fail(f"{name}: {path} is damaged ({one_line(error)}); delete it and start again")
+        if hindrance := unreadable.obstacle(error):
+            fail(f"{name}: {path} cannot be read: {hindrance}")
+        if unreadable.is_damage(error):
+            fail(f"{name}: {path} is damaged ({told(error)}); delete it and start again")
+        fail(f"{name}: {path} cannot be used ({told(error)})")
     task_env.close()
     rows = {
         "observations": raw["observations"],
@@ -59,14 +65,15 @@ def read(name: str, folder: Path, env: str | None, env_steps: int | None) -> Sou
     )
 
 
-def _download(name, url, path):
+def _download(name, urls, path):
     print(f"downloading {name} to {path}; licence of the data: MIT (OGBench)", flush=True)
     try:
-        download.fetch([url], path, _check)
+        download.fetch(urls, path, _check)
     except (OSError, download.Unusable) as error:
         fail(
-            f"{name}: not in {path.parent} and the download failed ({one_line(error)}); with a "
-            f'network: python -c "import ogbench; ogbench.download_datasets([{path.stem!r}], '
+            f"{name}: not in {path.parent} and the download failed ({one_line(error)}); name a "
+            f"mirror: {mirrors.OGBENCH}=URL, or with a network: "
+            f'python -c "import ogbench; ogbench.download_datasets([{path.stem!r}], '
             f'{str(path.parent)!r})"'
         )
 

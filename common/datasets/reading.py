@@ -5,6 +5,7 @@ local/pointmaze/umaze-v0            made on this machine when first used, see co
 local/cartpole/mixed-v0             the same, with integer actions
 local/ogbench/cube-single-play-v0   the same, by OGBench's scripted controllers
 mujoco/hopper/medium-v0, ...        any Minari id: from Minari's local root, else downloaded
+my-recording-v0                     one without a namespace, where Minari's local root has it
 hopper-medium-v2, ...               D4RL's names: its files, in ~/.d4rl/datasets
 cube-single-play-singletask-v0, ... OGBench's names: its files, in ~/.ogbench/data
 path/to/file.hdf5                   a file in D4RL's layout
@@ -32,15 +33,32 @@ def read(dataset_id: str, env: str | None, env_steps: int | None) -> Source:
     if not dataset_id.strip() or not dataset_id.isprintable():
         fail(f"{dataset_id!r} is no data set id; docs/data.md lists the forms of an id")
     path = Path(os.path.expanduser(dataset_id))
-    if dataset_id.startswith("local/") and not path.exists():
-        return local.read(dataset_id, env, env_steps)
-    if dataset_id in reference_scores.table() and not path.exists():
-        return d4rl.read(dataset_id, env, env_steps)
-    ogbench_name = names.OGBENCH_ID.fullmatch(dataset_id)
-    if ogbench_name and ogbench_name[1].split("-")[0] in names.OGBENCH_ENVS:
-        return ogbench.read(dataset_id, folders.ogbench(), env, env_steps)
-    if path.suffix in (".hdf5", ".h5") or path.exists():
+    if names.is_file(path):
         return d4rl.read_file(path, env, env_steps, reference_scores.row_of(path.stem))
-    if names.MINARI_ID.fullmatch(dataset_id):
+    if dataset_id.startswith("local/"):
+        return local.read(dataset_id, env, env_steps)
+    if dataset_id in reference_scores.table() and not only_in_minari(dataset_id):
+        return d4rl.read(dataset_id, env, env_steps)
+    task = names.OGBENCH_ID.fullmatch(dataset_id)
+    task = task and task[1].split("-")[0] in names.OGBENCH_ENVS
+    if task and not only_in_minari(dataset_id):
+        return ogbench.read(dataset_id, folders.ogbench(), env, env_steps)
+    if names.MINARI_ID.fullmatch(dataset_id) or minari.is_there(dataset_id):
         return minari.read(dataset_id, env, env_steps)
+    if path.exists():
+        names.fail_unreadable(dataset_id, path)
     names.fail_unknown(dataset_id)
+
+
+def only_in_minari(dataset_id: str) -> bool:
+    """Whether Minari's folder on this machine has a data set under a name of D4RL's or OGBench's.
+
+    What D4RL or OGBench has under that name comes first once its file is on this machine.
+    """
+    if not minari.is_there(dataset_id) or d4rl.is_there(dataset_id):
+        return False
+    task = names.OGBENCH_ID.fullmatch(dataset_id)
+    if task and (folders.ogbench() / f"{task[1]}-v0.npz").exists():
+        return False
+    print(f"{dataset_id}: the Minari data set of that name on this machine")
+    return True

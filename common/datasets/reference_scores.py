@@ -12,7 +12,7 @@ from pathlib import Path
 
 def table() -> dict[str, dict[str, str]]:
     """D4RL's name of a data set -> its row."""
-    with (Path(__file__).parent / "reference_scores.csv").open() as file:
+    with (Path(__file__).parent / "reference_scores.csv").open(encoding="utf-8") as file:
         return {row["dataset"]: row for row in csv.DictReader(file)}
 
 

@@ -14,6 +14,9 @@ class Source(NamedTuple):
     make_env: Callable[..., Any] | None  # (render_mode=None) -> the env as recorded
     reference: tuple = (None, None)  # returns that score 0 and 100
     keys: tuple[str, ...] = ()  # parts of a dict observation, in this order
+    left_out: tuple[str, ...] = ()  # its other parts
+    observation_space: Any = None  # of the recording, whose rows are its columns; None: not known
+    action_space: Any = None  # of the recording
     bounds: tuple = (None, None)  # of the actions, where no env tells them; else -1 and 1
     horizon: int | None = None  # step limit of the recording
     termination_ends_episode: bool = True  # False: only `timeouts` end an episode

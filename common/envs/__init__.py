@@ -2,22 +2,41 @@
 """Environments in which policies are evaluated.
 
 `make` builds one from its Gymnasium id. `flat_and_scaled` wraps it for the algorithms: observations
-become flat float32 arrays and actions lie in [-1, 1]. Behind these names are the point maze that
-this project registers (pointmaze.py), the wrappers that give Gymnasium's environments D4RL's
-behaviour (d4rl.py), and the checks of the environment that a Minari data set names (recorded.py).
+become flat float32 arrays and actions lie in [-1, 1]. `columns` writes out the values of a space as
+such arrays, for recorded data as well (spaces.py). Behind these names are the point maze that this
+project registers (pointmaze.py), the wrappers that give Gymnasium's environments D4RL's behaviour
+(d4rl.py), and the checks of the environment that a Minari data set names (recorded.py). What a run
+records of its env is in again.py.
 """
 
+from common.envs.again import Translator, make_remembered, remembered
 from common.envs.making import make
 from common.envs.pointmaze import MAZES, point_maze, register
 from common.envs.quiet import make_quietly
-from common.envs.spaces import flat_and_scaled, flatten
+from common.envs.spaces import (
+    action_space,
+    columns,
+    flat_and_scaled,
+    kinds,
+    unusable,
+    unusable_action,
+    width,
+)
 
 __all__ = [
     "MAZES",
+    "Translator",
+    "action_space",
+    "columns",
     "flat_and_scaled",
-    "flatten",
+    "kinds",
     "make",
     "make_quietly",
+    "make_remembered",
     "point_maze",
     "register",
+    "remembered",
+    "unusable",
+    "unusable_action",
+    "width",
 ]

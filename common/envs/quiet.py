@@ -8,10 +8,12 @@ import tempfile
 import warnings
 
 from common import fail, one_line
+from common.envs import graphics
 
 
 def robotics():
     """The package gymnasium_robotics, without what it prints at import about Adroit's rewards."""
+    graphics.check()
     with contextlib.redirect_stderr(io.StringIO()):
         import gymnasium_robotics
     return gymnasium_robotics
@@ -26,12 +28,17 @@ def make_quietly(env_id, make, *args, **options):
     # The first comes at every look at OGBench's spaces, the other at FrankaKitchen's first step.
     for notice in ("precision lowered by casting", "share an object"):
         warnings.filterwarnings("ignore", message=f".*{notice}")
+    if options.get("render_mode"):
+        graphics.choose()
     try:
         with warnings.catch_warnings(action="ignore"):
             env = make(*args, **options)
     except Exception as error:  # of Gymnasium, or of the module that --env names
+        graphics.check()
         fail(f"env {env_id or 'of the data set'}: cannot be made ({one_line(error)}); see --env")
     _remove_model_file(env)
+    if options.get("render_mode"):
+        graphics.check_rendering(env)
     return env
 
 

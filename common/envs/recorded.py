@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The environment that a Minari data set names for its evaluation."""
 
+import contextlib
+import importlib
 import json
 import re
 
@@ -8,20 +10,25 @@ from common import fail
 from common.envs import pointmaze, quiet
 
 HARMLESS = r"gymnasium\.wrappers(\.\w+)*:(TimeLimit|OrderEnforcing|PassiveEnvChecker|Autoreset|"
-HARMLESS += r"\w*(Action|Reward|Observation)(V\d)?)"  # others write files or open windows
+HARMLESS += r"RecordEpisodeStatistics|AtariPreprocessing|RenderCollection|JaxToNumpy|JaxToTorch|"
+HARMLESS += r"NumpyToTorch|\w*(Action|Reward|Observation)(V\d)?)"  # others write files or windows
 
 
 def trusted(dataset_id, folder, env):
     """Exit with code 2 where making a Minari data set's own env would run code that is no env's.
 
     The spec of an env names a function to import and to call. It is called where its package is one
-    that has registered envs, since that is what such functions are for. `--env` may name any other.
+    that has registered envs, since that is what such functions are for. `--env` may name any other,
+    and the module that it names is one of those.
     """
     import gymnasium
 
-    metadata = json.loads((folder / "data" / "metadata.json").read_text())
+    metadata = json.loads((folder / "data" / "metadata.json").read_text(encoding="utf-8"))
     if env is not None and {"observation_space", "action_space"} <= {*metadata}:
         return  # nothing of the data set's own is made
+    if env is not None and ":" in env:  # Minari makes the data set's own all the same
+        with contextlib.suppress(Exception):  # `make` says what is wrong
+            importlib.import_module(env.partition(":")[0])
     gymnasium.register_envs(quiet.robotics())
     pointmaze.register()
     known = {str(spec.entry_point) for spec in gymnasium.registry.values()}
@@ -34,7 +41,12 @@ def trusted(dataset_id, folder, env):
             name = str(part["entry_point"])
             if name not in known and not env_class.fullmatch(name):
                 what = f"its env is {name}, of no package of envs known here"
-                fail(f"{dataset_id}: {what}; --env NAME evaluates in one that you trust")
+                remedy = "--env NAME evaluates in one that you trust, --env MODULE:NAME in one "
+                remedy += "that a module of yours registers"
+                if env is not None:
+                    remedy = "to read data without stored spaces Minari makes that env: name the "
+                    remedy += "module that registers it, if you trust it, by --env MODULE:NAME"
+                fail(f"{dataset_id}: {what}; {remedy}")
 
 
 def recovered(dataset_id, source):

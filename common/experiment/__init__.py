@@ -2,13 +2,13 @@
 """One run: its config, its folder, its devices.
 
 `parse` gives the Config and the Options of this start, `Run` is the run folder and everything that
-is written into it, and `load` reads a saved policy back. `streams`, `place` and `over_seeds` put
-the random keys, the data and the training of all seeds on the devices.
+is written into it, and `load` and `load_policy` read a run folder back. `streams`, `place` and
+`over_seeds` put the random keys, the data and the training of all seeds on the devices.
 """
 
 from common.experiment.devices import over_seeds, place, streams
 from common.experiment.run import Run
 from common.experiment.start import parse
-from common.experiment.stored import load
+from common.experiment.stored import load, load_policy
 
-__all__ = ["Run", "load", "over_seeds", "parse", "place", "streams"]
+__all__ = ["Run", "load", "load_policy", "over_seeds", "parse", "place", "streams"]

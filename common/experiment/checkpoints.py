@@ -10,30 +10,35 @@ import time
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from common import fail, files, one_line
-from common.experiment import digests, disk_errors
+from common.experiment import digests, disk_errors, unreadable
 
 
-def manager(folder):
-    """Orbax's manager of a run folder's `checkpoints/`. It keeps the newest two."""
+def manager(folder, name="checkpoints", kept=2):
+    """Orbax's manager of a run folder's `checkpoints/`. It keeps the newest two.
+
+    `name` is another folder beside it, where the newest `kept` are kept.
+    """
     import orbax.checkpoint as ocp
 
     disk_errors.silence_closed_loops()
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax raises what it logs as well
-    options = {"max_to_keep": 2, "enable_async_checkpointing": False}
-    handlers = None
+    options = {"max_to_keep": kept, "enable_async_checkpointing": False}
+    handlers = {"state": ocp.StandardCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()}
     if jax.process_count() > 1:  # every process has a folder of its own
         index = jax.process_index()
         alone = ocp.options.MultiprocessingOptions(index, {index}, f"process_{index}")
         options |= {"multiprocessing_options": alone, "create": False}
-        (folder / "checkpoints").mkdir(exist_ok=True)
+        (folder / name).mkdir(exist_ok=True)
         handlers = {
             "state": ocp.StandardCheckpointHandler(multiprocessing_options=alone),
             "meta": ocp.JsonCheckpointHandler(multiprocessing_options=alone),
         }
     return ocp.CheckpointManager(
-        (folder / "checkpoints").resolve(),
+        (folder / name).resolve(),
         options=ocp.CheckpointManagerOptions(**options),
         item_handlers=handlers,
     )
@@ -44,33 +49,42 @@ def save(manager, step, state, meta):
     import orbax.checkpoint as ocp
 
     meta = json.loads(json.dumps(meta))  # as it will be read
+    meta |= {"x64": bool(jax.config.jax_enable_x64)}
     meta |= {"digest": digests.of_checkpoint(state, meta)}
     items = {"state": ocp.args.StandardSave(state), "meta": ocp.args.JsonSave(meta)}
     manager.save(step, args=ocp.args.Composite(**items))
     files.sync_folder(Path(manager.directory, str(step)))  # orbax syncs the arrays only
 
 
-def restore(checkpoints, target, keep=False):
+def restore(checkpoints, target, keep=False, only=None):
     """(state, meta) of the newest checkpoint that can be read, (None, None) where there is none.
 
-    Newer ones that are damaged are moved to `damaged/`, since new checkpoints will have their
-    numbers; `keep` leaves them where they are. If all are damaged, nothing is changed.
+    With `only` it is that one or none. Newer ones that are damaged are moved to `damaged/`, since
+    new checkpoints will have their numbers; `keep` leaves them where they are. If all are damaged,
+    nothing is changed.
 
     Raises:
         SystemExit: code 2 after one line, where no checkpoint can be read.
     """
     import orbax.checkpoint as ocp
 
-    damaged = []
-    for step in sorted(checkpoints.all_steps(), reverse=True):
+    damaged, proven = [], True
+    steps = [only] if only is not None else sorted(checkpoints.all_steps(), reverse=True)
+    for step in steps:
         try:
-            items = {"state": ocp.args.StandardRestore(target), "meta": ocp.args.JsonRestore()}
+            wanted = _as_saved(checkpoints, step, target) if keep else target
+            items = {"state": ocp.args.StandardRestore(wanted), "meta": ocp.args.JsonRestore()}
             saved = checkpoints.restore(step, args=ocp.args.Composite(**items))
             if saved["meta"].pop("digest", None) != digests.of_checkpoint(
                 saved["state"], saved["meta"]
             ):
-                raise ValueError("its digest does not match")
+                raise unreadable.Changed("its digest does not match")
+            if not keep:
+                unreadable.check_precision(checkpoints.directory, step, saved["meta"])
         except Exception as error:
+            unreadable.check(checkpoints.directory, step, error)
+            if not keep and (meta := _meta(checkpoints, step)):
+                unreadable.check_precision(checkpoints.directory, step, meta)
             why = one_line(error)
             shapes = {}
             with contextlib.suppress(Exception):  # of many kinds; the checkpoint is then damaged
@@ -82,20 +96,55 @@ def restore(checkpoints, target, keep=False):
                 )
             print(f"WARNING: checkpoint {step} cannot be read ({why})", file=sys.stderr)
             damaged.append(step)
+            proven = proven and unreadable.is_damage(error)
             continue
         for step in [] if keep else damaged:
             aside = checkpoints.directory.parent / "damaged" / f"{step}-{time.time_ns()}"
             aside.parent.mkdir(exist_ok=True)
             shutil.move(checkpoints.directory / str(step), aside)
         checkpoints.reload()
-        return saved["state"], saved["meta"]
+        return jax.tree.map(jnp.asarray, saved["state"]) if keep else saved["state"], saved["meta"]
     if damaged:
-        fail(
-            f"{checkpoints.directory}: no checkpoint can be read; delete the run or choose a --name"
-        )
+        remedy = "delete the run or choose a --name" if proven else "choose a --name"
+        fail(f"{checkpoints.directory}: no checkpoint can be read; {remedy}")
     return None, None
 
 
-def _shapes(tree):
+def _meta(checkpoints, step):
+    """The facts beside a State that cannot be read, {} where they cannot be read either."""
+    import orbax.checkpoint as ocp
+
+    with contextlib.suppress(Exception):  # of many kinds; the checkpoint is then damaged
+        args = ocp.args.Composite(meta=ocp.args.JsonRestore())
+        return checkpoints.restore(step, args=args)["meta"]
+    return {}
+
+
+def _as_saved(checkpoints, step, target):
+    """Arrays like those of `target` in the types that were saved, which x64 mode changes."""
+    saved = names(checkpoints.item_metadata(step)["state"].tree)
+
+    def empty(path, x):
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        return np.empty(np.shape(x), saved[name].dtype if name in saved else None)
+
+    return jax.tree_util.tree_map_with_path(empty, target)
+
+
+def read(checkpoints, step):
+    """({name: array}, meta) of a checkpoint, whatever its State is; see `names`."""
+    import orbax.checkpoint as ocp
+
+    items = {"state": ocp.args.StandardRestore(), "meta": ocp.args.JsonRestore()}
+    saved = checkpoints.restore(step, args=ocp.args.Composite(**items))
+    return names(saved["state"]), saved["meta"]
+
+
+def names(tree):
+    """{name: leaf} of a tree, as in "actor.params.params.Dense_0.kernel"."""
     leaves = jax.tree.leaves_with_path(tree)
-    return {jax.tree_util.keystr(k, simple=True, separator="."): x.shape for k, x in leaves}
+    return {jax.tree_util.keystr(k, simple=True, separator="."): x for k, x in leaves}
+
+
+def _shapes(tree):
+    return {name: x.shape for name, x in names(tree).items()}

@@ -21,7 +21,7 @@ from typing import Annotated, Literal
 import tyro
 
 from common import datasets, fail
-from common.experiment import ranges
+from common.experiment import beginning, growth, kinds, ranges, show_config, wandb_settings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +32,13 @@ class Options:
     name: str | None = None  # run name (default: a hash of the resolved config)
     resume: bool = False  # continue from the newest checkpoint; start anew where there is none
     runs_dir: str = "runs"  # where run folders go
-    wandb: Literal["offline", "online", "disabled"] = "offline"  # offline needs no account
+    show_config: bool = False  # print every value and where it comes from, and train nothing
+    wandb: Literal["offline", "online", "disabled"] | None = None  # default: WANDB_MODE or offline
+    wandb_project: str | None = None  # default: WANDB_PROJECT or atoll
+    wandb_entity: str | None = None  # wandb's user or team (default: WANDB_ENTITY or your own)
+    start_from: str | None = None  # run folder whose parameters are the beginning of this run
+    start_optimizer: bool = False  # with --start-from: the states of its optimisers as well
+    keep: Literal["last", "best"] = "last"  # best: each seed's policy of its best evaluation, too
     save_seconds: float = 10.0  # least time between checkpoints; 0: one at every chunk boundary
     data: Literal["device", "host"] = "device"  # host: the device holds the rows of two chunks only
     devices: int = 1  # devices that share the batches of one seed; several seeds always share all
@@ -41,7 +47,8 @@ class Options:
     env_steps: int | None = None  # step limit of that env
 
 
-IN_YAML = ("env", "env_steps")  # options that change results, so a YAML may set them
+# Options that change results, so a YAML may set them.
+IN_YAML = ("env", "env_steps", "start_from", "start_optimizer")
 COMMON = Path(__file__).resolve().parents[1]
 
 
@@ -60,16 +67,37 @@ def parse(config_class, argv=None):
     for name in ("config", "env", "name", "runs_dir", "distributed"):
         _printable(ranges.flag(name), getattr(options, name) or "-")
     dataset = _printable("--dataset", chosen or config_class.dataset)
-    file = options.config
+    if options.show_config:
+        print("# ", end="")  # what is printed is a config file
+    file, found = options.config, File()
+    whose = "the suite's" if file is None else "the file's"
     if file is None:
         file = _suite_file(script, dataset)
-    tokens = [] if file is None else _file_tokens(file, config_class, chosen)
-    cfg, options = _command_line(config_class, [*tokens, *argv], script.name)
+    if file is not None:
+        found = _read_file(file, config_class, chosen, whose)
+    cfg, options = _command_line(config_class, [*found.tokens, *argv], script.name)
+    datasets.refuse_missing_version(cfg.dataset)
+    check(cfg, options)
+    if options.show_config:
+        show_config.show(cfg, options, argv, found, IN_YAML)
+        raise SystemExit(0)
+    run_folder(cfg, options)
+    return cfg, options
+
+
+def check(cfg, options):
+    """What holds for every run, whether a command line or Python started it.
+
+    Raises:
+        SystemExit: code 2 after one line that names the value and the remedy.
+    """
+    kinds.check(cfg)
+    kinds.check(options)
     ranges.check(cfg)
     if not 0 <= options.save_seconds < float("inf"):
         fail(f"--save-seconds {options.save_seconds}: must be 0 or more")
-    run_folder(cfg, options)
-    return cfg, options
+    wandb_settings.check(cfg, options)
+    beginning.check(options, cfg, Path(inspect.getfile(type(cfg))))
 
 
 def _check_copy(script):
@@ -95,24 +123,41 @@ def _suite_file(script, dataset):
     return None
 
 
-def _file_tokens(file, config_class, chosen):
-    """The values of a file and of its row of the data set, as words of a command line.
+@dataclasses.dataclass(frozen=True)
+class File:
+    """What a config file says: its values, and those of its row of the data set."""
 
-    They are parsed here once, so that a wrong value is said to be the file's.
+    name: str | None = None
+    values: dict = dataclasses.field(default_factory=dict)
+    row_name: str = ""
+    row: dict = dataclasses.field(default_factory=dict)
+
+    @property
+    def tokens(self):
+        """All of it as words of a command line; those of the row come last and so count."""
+        return [*_tokens(self.values), *_tokens(self.row)]
+
+
+def _read_file(file, config_class, chosen, whose):
+    """Read a file for the chosen data set, or for the one that it names itself.
+
+    Its values are parsed here once, so that a wrong value is said to be the file's.
     """
     values, rows = read_yaml(file, config_class)
     dataset = chosen or str(values.get("dataset", config_class.dataset))
     _printable("dataset", dataset)
-    tokens = list(_tokens(values | {"dataset": dataset}))
-    _command_line(config_class, tokens, file)
+    _command_line(config_class, [*_tokens(values | {"dataset": dataset})], file)
     name = datasets.config_name(dataset)
     row = rows.get(name, {})
-    row_tokens = list(_tokens(row))
-    _command_line(config_class, row_tokens, f"{file}: datasets: {name}")
+    _command_line(config_class, [*_tokens(row)], f"{file}: datasets: {name}")
     words = ", ".join(f"{key} {value}" for key, value in row.items())
-    what = f"row {name}: {words or 'nothing else'}" if name in rows else f"no row for {dataset}"
+    if name in rows:
+        what = f"row {name}: {words or 'nothing else'}"
+    else:
+        others = f" but the {len(rows)} with a row of their own" if rows else ""
+        what = f"{whose} values apply to all its data sets{others}"
     print(f"config: {file}, {what}")
-    return tokens + row_tokens
+    return File(file, values, name, row)
 
 
 # --- YAML files ---------------------------------------------------------------------------------
@@ -148,7 +193,7 @@ def _load_yaml(file):
             return super().construct_mapping(node, deep)
 
     try:
-        with open(file) as text:
+        with open(os.path.expanduser(file), encoding="utf-8") as text:
             content = text.read(LONGEST + 1)
     except (OSError, ValueError) as error:
         fail(f"--config {file}: cannot be read ({getattr(error, 'strerror', None) or error})")
@@ -254,11 +299,20 @@ def _same_file(was, now):
     return os.path.realpath(was) == os.path.realpath(now)
 
 
+def runs_dir(options):
+    """The folder of all runs. Its `~` is the home folder, also where no shell has replaced it."""
+    folder = os.path.expanduser(options.runs_dir)
+    if folder.startswith("~"):
+        fail(f"--runs-dir {folder}: there is no such home folder; give a path without '~'")
+    return Path(folder)
+
+
 def run_folder(cfg, options):
     """`<runs-dir>/<algorithm>/<data set>/<name>`.
 
     Raises:
         SystemExit: code 2 where the folder holds a run and --resume is missing, or another config.
+            Only what growth.py lists may change.
     """
     values = resolved(cfg, options)
     # The name does not depend on how a path is spelled, nor on whether a field was renamed.
@@ -269,19 +323,24 @@ def run_folder(cfg, options):
     name = digest if options.name is None else options.name
     if not re.fullmatch(r"\w[\w.-]*", name):
         fail(f"--name {name!r}: letters, digits, '_', '-' and, inside, '.' only")
-    algorithm, slug = Path(inspect.getfile(type(cfg))).stem, datasets.slug(cfg.dataset)
+    script = Path(inspect.getfile(type(cfg)))
+    algorithm, slug = script.stem, datasets.slug(cfg.dataset)
     if {"", ".", ".."} & {*slug.split("/")}:
         what = "a directory, or no data set's name; pass an HDF5 file or an id"
         fail(f"--dataset {cfg.dataset}: {what}")
-    folder = Path(options.runs_dir) / algorithm / slug / name
+    folder = runs_dir(options) / algorithm / slug / name
+    if options.resume and options.name is None and not (folder / "config.yaml").exists():
+        folder = growth.find(folder, values, cfg, script)
     if (folder / "config.yaml").exists():
         if not options.resume:
             fail(f"{folder} exists; continue it with --resume or start another run with --name")
         before = resolved(*read_run(folder, type(cfg)))
-        for key in sorted({*before, *values}):
+        for key in sorted({*before, *values} - {*growth.MAY_CHANGE}):
             was, now = before.get(key), values.get(key)
-            if was != now and not (key == "dataset" and _same_file(was, now)):
+            is_path = key in ("dataset", "start_from") and was and now
+            if was != now and not (is_path and _same_file(was, now)):
                 fail(f"{folder} has {key} {was}, not {now}; resume with that or choose a --name")
+        growth.check(folder, before["num_updates"], cfg, script)
     return folder
 
 
@@ -309,6 +368,8 @@ def _tokens(values):
         flag = ranges.flag(name)
         if isinstance(value, list):
             yield from (flag, *map(str, value))
+        elif name in IN_YAML and isinstance(value, bool):  # a flag without a word behind it
+            yield from [flag] * value
         else:
             yield f"{flag}={value}"
 

@@ -6,7 +6,7 @@ from functools import partial
 import jax
 import numpy as np
 
-from common.experiment import digests, host_data, meshes, processes
+from common.experiment import digests, host_data, meshes, platforms, processes, ranges
 
 
 def streams(seeds, number):
@@ -14,6 +14,7 @@ def streams(seeds, number):
 
     A seed's keys do not depend on the other seeds.
     """
+    ranges.check_seeds(seeds)
     split = jax.jit(jax.vmap(lambda seed: jax.random.split(jax.random.key(seed), number)))
     return tuple(split(np.asarray(seeds, np.uint32)).T)
 
@@ -23,6 +24,7 @@ def place(data, options):
 
     With `--data host` they stay in host memory.
     """
+    platforms.add_cpu()
     if jax.process_count() > 1:
         processes.require_same({"data with": digests.of_data(data)})
     if options.data == "host":

@@ -22,14 +22,18 @@ def storage(folder):
     try:
         yield
     except (OSError, ValueError) as error:
-        code = re.search(r"os_error_code='(\d+)'", str(error))  # of tensorstore
-        number = int(code[1]) if code else getattr(error, "errno", None)
-        if number not in DISK_ERRORS:
+        if (code := number(error)) not in DISK_ERRORS:
             raise
         fail(
-            f"{folder}: cannot be written ({os.strerror(number)}); when it can be written again, "
+            f"{folder}: cannot be written ({os.strerror(code)}); when it can be written again, "
             "continue with the same command and --resume"
         )
+
+
+def number(error):
+    """The system's number of an error, which may be of tensorstore; None where it has none."""
+    code = re.search(r"os_error_code='(\d+)'", str(error))
+    return int(code[1]) if code else getattr(error, "errno", None)
 
 
 def silence_closed_loops():

@@ -52,7 +52,7 @@ def join(options):
         return options
     folder = tempfile.TemporaryDirectory(prefix="atoll-", ignore_cleanup_errors=True)
     atexit.register(folder.cleanup)
-    sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - process 0 prints for all
+    sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - process 0 prints for all
     return dataclasses.replace(options, runs_dir=folder.name, resume=False, wandb="disabled")
 
 

@@ -5,10 +5,12 @@ import ast
 import contextlib
 import hashlib
 import platform
+import threading
 from importlib import metadata
 
 VERSIONS = ["jax", "jaxlib", "flax", "optax", "numpy", "orbax-checkpoint", "gymnasium"]
 VERSIONS += ["gymnasium-robotics", "mujoco", "minari", "ogbench"]
+PARSER = threading.Lock()  # Python 3.11 fails where two threads parse at the same time
 
 
 def versions():
@@ -26,7 +28,9 @@ def code(paths):
     """
     digest = hashlib.sha256()
     for path in paths:
-        digest.update(repr(_shape(ast.parse(path.read_text()))).encode())
+        with PARSER:
+            tree = ast.parse(path.read_text(encoding="utf-8"))
+        digest.update(repr(_shape(tree)).encode())
     return digest.hexdigest()[:12]
 
 

@@ -17,16 +17,13 @@ def check(cfg):
     """Check ranges, seeds and counts that must divide each other. A message names the remedy."""
     for name, value in vars(cfg).items():
         given = f"{flag(name)} {value}"
-        numbers = value if isinstance(value, tuple) else (value,)
+        numbers = value if isinstance(value, tuple | list) else (value,)
         if value is None:
             continue
         if any(isinstance(x, float) and not math.isfinite(x) for x in numbers):
             fail(f"{given}: must be a finite number")
         if name == "seeds":
-            if not value or len(set(value)) < len(value):
-                fail(f"{given}: give at least one seed, and none twice")
-            if min(value) < 0 or max(value) >= 2**32:
-                fail(f"{given}: seeds go from 0 to {2**32 - 1}")
+            check_seeds(value)
         elif name.endswith("hidden") and not value:
             fail(f"{given}: give at least one hidden layer")
         elif any(type(x) is int and x < 1 for x in numbers):
@@ -56,6 +53,14 @@ def check(cfg):
                 f"{flag(whole)} {number} is no multiple of {flag(part)} {divisor}; "
                 f"{near} would be one{smaller}"
             )
+
+
+def check_seeds(seeds):
+    given = f"--seeds {seeds}"
+    if not seeds or len(set(seeds)) < len(seeds):
+        fail(f"{given}: give at least one seed, and none twice")
+    if min(seeds) < 0 or max(seeds) >= 2**32:
+        fail(f"{given}: seeds go from 0 to {2**32 - 1}")
 
 
 def flag(name):

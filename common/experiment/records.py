@@ -3,7 +3,10 @@
 
 import json
 
+import numpy as np
+
 from common import fail, files
+from common.experiment import growth
 
 SCORES = ("score", "return", "success", "length")  # the last columns of metrics.csv
 
@@ -20,16 +23,42 @@ class Records:
         self.waiting = []
 
     def write_config(self, values):
-        """config.yaml, where there is none yet."""
+        """config.yaml. Where there is one, only what may change at a resumption is written.
+
+        The record's `history` keeps the former values and the update up to which they held.
+        """
+        import yaml
+
+        file = self.folder / "config.yaml"
+        if file.exists():
+            now = {key: values[key] for key in growth.MAY_CHANGE if key in values}
+            values = yaml.safe_load(file.read_text(encoding="utf-8"))
+            changed = {key: values[key] for key, x in now.items() if values.get(key, x) != x}
+            if not changed:
+                return
+            stage = {"until_update": growth.reached(self.folder)} | changed
+            values["record"].setdefault("history", []).append(stage)
+            values.update(now)
+            words = ", ".join(f"{key} {now[key]} (was {x})" for key, x in changed.items())
+            print(f"config.yaml: {words}")
+        files.write(file, yaml.safe_dump(values, sort_keys=False, default_flow_style=None))
+
+    def started_from(self):
+        """What config.yaml records of another run's parameters, None if it does not."""
         import yaml
 
         file = self.folder / "config.yaml"
         if not file.exists():
-            text = yaml.safe_dump(values, sort_keys=False, default_flow_style=None)
-            files.write(file, text)
+            return None
+        return yaml.safe_load(file.read_text(encoding="utf-8"))["record"].get("started_from")
 
     def write_result(self, values):
         files.write(self.folder / "result.json", json.dumps(values, indent=2) + "\n")
+
+    def read_result(self):
+        """result.json, {} where the run is not finished."""
+        file = self.folder / "result.json"
+        return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
 
     def resume(self, start):
         """Drop everything that update `start` and the later ones wrote: it is written again."""
@@ -41,7 +70,7 @@ class Records:
         """Drop the rows from update `first` on, and a row that was not written to its end."""
         file = self.folder / name
         if file.exists():
-            header, *rows = file.read_text().splitlines(keepends=True) or [""]
+            header, *rows = file.read_text(encoding="utf-8").splitlines(keepends=True) or [""]
             rows = [row for row in rows if row[-1] == "\n" and int(row.split(",")[0]) < first]
             files.write(file, "".join([header, *rows] if rows else []))
 
@@ -80,12 +109,21 @@ class Records:
     def append(self, name, header, *rows):
         """Add rows to a CSV file, which gets the header where it is new."""
         header, *rows = (",".join(map(str, line)) + "\n" for line in (header, *rows))
-        with (self.folder / name).open("a+") as out:
+        with (self.folder / name).open("a+", encoding="utf-8") as out:
             out.seek(0)
             if (first := out.readline()) not in ("", header):
                 fail(f"{self.folder / name}: has other columns ({first.strip()}); choose a --name")
             out.write("".join(rows if first else [header, *rows]))
             files.sync(out)
+
+
+def over_seeds(name, numbers):
+    """Mean and std (ddof 0) of [S] numbers over the seeds that have one; None where none has."""
+    known = np.asarray(numbers, float)
+    known = known[np.isfinite(known)]
+    if not len(known):
+        return {f"{name}_mean": None, f"{name}_std": None}
+    return {f"{name}_mean": float(known.mean()), f"{name}_std": float(known.std())}
 
 
 def _cell(x):

@@ -8,19 +8,32 @@ boundary. A run folder `<runs-dir>/<algorithm>/<data set>/<name>/` holds
                   ends at update t (empty at 0) and, where the policy was evaluated, its scores
     timing.csv    seconds; the first chunk of every start includes compiling
     checkpoints/  orbax, the newest two
+    best/         orbax, with --keep best: every seed's policy of its best evaluation
     result.json   written last: final and best score per seed, versions, code, hardware, speed
     wandb/        offline runs, one per seed; wandb.id is the end of their ids
 """
 
+import inspect
 import math
+import os
 import sys
 import time
+from pathlib import Path
 
 import jax
 import numpy as np
 
-from common import fail, files
-from common.experiment import checkpoints, config, disk_errors, processes, signals
+from common import command_line, fail, files
+from common.experiment import (
+    beginning,
+    checkpoints,
+    config,
+    disk_errors,
+    processes,
+    records,
+    signals,
+)
+from common.experiment.best import Best
 from common.experiment.divergence import Divergence
 from common.experiment.origin import Origin
 from common.experiment.progress import Progress, say_result
@@ -30,16 +43,22 @@ from common.experiment.wandb_mirror import Mirror
 
 
 class Run:
-    """The run folder and everything that is written into it; used as in every `train`."""
+    """The run folder and everything that is written into it; used as in every `train`.
 
-    def __init__(self, cfg, options, dataset):
-        self.cfg, self.options, self.dataset = cfg, options, dataset
+    `acting` has plain numbers that acting needs beside the State and the Config, if there are any:
+    they are recorded, so that the policy can be loaded without the data set.
+    """
+
+    def __init__(self, cfg, options, dataset, acting=None):
+        config.check(cfg, options)
+        self.cfg, self.options, self.dataset, self.acting = cfg, options, dataset, acting
+        self.script = Path(inspect.getfile(type(cfg)))
         self.folder = config.run_folder(cfg, options)
-        self.algorithm = self.folder.relative_to(options.runs_dir).parts[0]
+        self.algorithm = self.folder.relative_to(config.runs_dir(options)).parts[0]
         self.origin = Origin(cfg, dataset)
         self.records = Records(self.folder, cfg.seeds)
         self.divergence = Divergence(cfg)
-        self.timing, self.progress = Timing(), Progress()
+        self.timing, self.progress = Timing(), Progress(cfg)
         self.signals = signals.Signals()
         self.scores = np.full(len(cfg.seeds), np.nan)  # [S] of the last evaluation
         self.best = np.full(len(cfg.seeds), np.nan)  # [S] over training; never called the score
@@ -47,6 +66,7 @@ class Run:
         self.start = 0  # the update at which this start of the run began
         self.save_due = 0.0  # when the next checkpoint is due
         self.done = False  # finished by an earlier start
+        self.kept = None  # Best, with --keep best
 
     # --- Opening and closing --------------------------------------------------------------------
     def __enter__(self):
@@ -66,16 +86,48 @@ class Run:
         return self
 
     def _open(self):
-        returns = self.dataset.episode_returns
-        record = {"algorithm": self.algorithm} | (self.dataset.record or {})
-        record["data_return"] = {"mean": float(returns.mean()), "max": float(returns.max())}
-        record["reference"] = [self.dataset.ref_min_score, self.dataset.ref_max_score]
-        record["digest"] = self.origin.world["data"]
-        self.records.write_config(config.resolved(self.cfg, self.options) | {"record": record})
+        record = self._record()
+        values = config.resolved(self.cfg, self.options)
+        started_from = None
+        if self.options.start_from is not None and jax.process_index() == 0:
+            started_from = self.records.started_from()
+            if started_from is None:
+                started_from = beginning.facts(self.options.start_from, self.algorithm)
+            record["started_from"] = started_from
+        self.started_from = started_from
+        places = {"algorithm_file": str(self.script.resolve())}
+        if os.path.exists(file := os.path.expanduser(self.cfg.dataset)):
+            places["data_file"] = os.path.abspath(file)
+        self.records.write_config(values | {"record": record | places})
+        command_line.use_plain_letters()
         print(f"run {self.folder}")
+        if jax.config.jax_enable_x64:
+            print("JAX_ENABLE_X64 is on: the numbers are not those of a run without it")
         self.manager = checkpoints.manager(self.folder)
-        self.wandb = Mirror(self, record)
+        if self.options.keep == "best":
+            self.kept = Best(self.folder, self.cfg.seeds)
+        self.wandb = Mirror(self, record)  # wandb is not told where files are on this machine
         self.signals.listen()
+
+    def _record(self):
+        """Facts about the run: for the reader, and for acting without the data set."""
+        dataset, returns = self.dataset, self.dataset.episode_returns
+        first = dataset.transitions.observation[0], dataset.transitions.action[0]
+        shapes = zip(("observation", "action"), first, strict=True)
+        return (
+            {"algorithm": self.algorithm}
+            | (dataset.record or {})
+            | {
+                "data_return": {"mean": float(returns.mean()), "max": float(returns.max())},
+                "reference": [dataset.ref_min_score, dataset.ref_max_score],
+                "digest": self.origin.world["data"],
+                "shapes": {name: list(np.shape(x)) for name, x in shapes},
+                "num_actions": dataset.num_actions,
+                "horizon": dataset.horizon,
+                "score_is_success": dataset.score_is_success,
+                "acting": self.acting or {},
+            }
+        )
 
     def __exit__(self, kind, error, trace):
         try:
@@ -92,6 +144,8 @@ class Run:
         if isinstance(error, OSError | ValueError):
             raise error  # `storage` turns an error of the disk into one line
         self.manager.close()
+        if self.kept is not None:
+            self.kept.close()
         self.wandb.close()
         ended_early = kind is SystemExit and self.divergence.all_lost
         if not self.done and (kind is None or ended_early):
@@ -110,11 +164,14 @@ class Run:
             "num_updates": cfg.num_updates,
             "eval_episodes": cfg.eval_episodes,
             "score": self._by_seed(self.scores),
+            **records.over_seeds("score", self.scores),
             "best_score": self._by_seed(self.best),
             **{name: self._by_seed(x) for name, x in last.items() if name != "score"},
+            **({} if self.kept is None else {"best_kept_at": self.kept.by_seed()}),
             "diverged": {cfg.seeds[i]: step for i, step in diverged.items()},
             **self.timing.result(cfg),
             "hardware": f"{world['devices']}; {world['processor']}",
+            "x64": bool(jax.config.jax_enable_x64),
             "matmul_precision": jax.config.jax_default_matmul_precision or "default",
             "code": self.origin.code,
             "versions": self.origin.versions,
@@ -138,8 +195,12 @@ class Run:
         if meta is not None:
             state, start, metrics = saved, meta["update"], meta["metrics"]
             self._resume(meta)
-        elif self.options.resume:
-            print(f"nothing to resume in {self.folder}: starting anew")
+        else:
+            if self.options.resume:
+                print(f"nothing to resume in {self.folder}: starting anew")
+            state = self._begin(state)
+        if self.kept is not None:
+            self.kept.restore(state)
         if not self.done:
             self.records.resume(start)
         self.wandb.replay(self.folder / "metrics.csv")
@@ -151,6 +212,15 @@ class Run:
         self.progress.start(start, self.cfg.num_updates)
         return state, metrics, start
 
+    def _begin(self, state):
+        """The State before the first update, with --start-from that of another run."""
+        if self.started_from is None:
+            return state
+        update, folder = self.started_from["update"], self.started_from["folder"]
+        print(f"begins with the parameters of {folder} at update {update:,}")
+        optimiser = self.options.start_optimizer
+        return beginning.begin(state, self.cfg.seeds, self.started_from, optimiser)
+
     def _resume(self, meta):
         """Take over what an earlier start of the run has saved beside the State."""
         start = meta["update"]
@@ -158,11 +228,27 @@ class Run:
         self.records.waiting = meta["waiting"]
         self.best = np.array(meta["best"], float)
         self.divergence.seeds = {int(index): step for index, step in meta["diverged"].items()}
-        finished = (self.folder / "result.json").exists()
-        self.done = start == self.cfg.num_updates and finished
+        result = self.records.read_result()
+        # Both may have grown since: with more episodes the last policy is scored again.
+        same = all(
+            result.get(key) == vars(self.cfg)[key] for key in ("num_updates", "eval_episodes")
+        )
+        self.done = start == self.cfg.num_updates and same
         print("finished before" if self.done else f"resuming at update {start:,}")
-        if not self.done:
+        if self.done:
+            self._read_result()
+        else:
             self.origin.compare(meta)
+
+    def _read_result(self):
+        """The scores of a run that an earlier start finished, said once more."""
+        result, numbers = self.records.read_result(), {}
+        for name in ("score", "best_score", "return"):
+            by_seed = result.get(name, {})
+            numbers[name] = np.array([by_seed.get(str(seed)) for seed in self.cfg.seeds], float)
+        self.scores, self.best = numbers["score"], numbers["best_score"]
+        returns = numbers["return"] if "return" in result else None
+        say_result(self.folder, self.scores, self.best, returns, len(result["diverged"]))
 
     def boundaries(self, start):
         """The chunk boundaries start, start + log_every, ..., num_updates; none if all is done."""
@@ -217,14 +303,18 @@ class Run:
             # the time spent waiting for them counts.
             waited = time.perf_counter() - began
             on_cpu = jax.default_backend() == "cpu"
-            self.timing.add_evaluation(evaluation["seconds"] if on_cpu else waited)
+            seconds = evaluation["seconds"] if on_cpu else waited
+            self.timing.add_evaluation(seconds, evaluation["preparing"])
             self.last_evaluation = {
                 name: self.divergence.blank(evaluation[name])
                 for name in SCORES
                 if evaluation[name] is not None
             }
             self.scores = np.array(self.last_evaluation["score"])
-            self.best = np.fmax(self.best, self.scores)
+            if step > 0:  # the untrained policy is not a result of training
+                self.best = np.fmax(self.best, self.scores)
+                if self.kept is not None:  # `save` was given that state last
+                    self.kept.offer(step, self.divergence.last_state, self.scores)
             self.progress.evaluated(step, self.scores)
         written = self.records.write_metrics(
             step,
@@ -236,7 +326,7 @@ class Run:
         for update, seed, means, numbers in written:
             self.wandb.log(seed, update, means | numbers)
         self.records.write_timing(step, self.timing.row())
-        self.progress.advance(step)
+        self.progress.advance(step, self.timing)
 
 
 def _lists(metrics):

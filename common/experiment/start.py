@@ -2,14 +2,12 @@
 """How a run starts: its config, the other processes, JAX's settings."""
 
 import os
-import shutil
 import signal
-from pathlib import Path
 
 import jax
 
-from common import fail
-from common.experiment import config, meshes, processes, signals
+from common import command_line, fail
+from common.experiment import config, meshes, platforms, processes, signals
 
 
 def parse(config_class, argv=None):
@@ -20,6 +18,8 @@ def parse(config_class, argv=None):
     """
     if argv is None:  # the process is this run: until training begins, Ctrl-C just ends it
         signal.signal(signal.SIGINT, signals.interrupted)
+        command_line.use_plain_letters()
+        command_line.outlive_the_reader()
     cfg, options = config.parse(config_class, argv)
     options = processes.join(options)
     _set_up(cfg, options)
@@ -27,14 +27,9 @@ def parse(config_class, argv=None):
 
 
 def _set_up(cfg, options):
-    """JAX's persistent compilation cache for every program; checks of devices and processes."""
-    cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", Path.home() / ".cache" / "atoll" / "xla")
-    jax.config.update("jax_compilation_cache_dir", str(cache))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-    platforms = jax.config.jax_platforms
-    if platforms and "cpu" not in platforms.split(","):  # the policy acts on the CPU
-        jax.config.update("jax_platforms", f"{platforms},cpu")
+    """JAX's devices and its cache of compiled programs; checks of devices and processes."""
+    platforms.cache_programs()
+    platforms.prepare()
     # The paths of the data set may differ between processes: `place` compares its rows.
     processes.require_same(config.resolved(cfg, options) | {"dataset": None})
     devices, seeds = len(jax.devices()), len(cfg.seeds)
@@ -49,5 +44,3 @@ def _set_up(cfg, options):
             f"--seeds: {seeds} seeds cannot be divided equally among {devices} devices; give a "
             f"multiple of {devices} or show JAX fewer devices (CUDA_VISIBLE_DEVICES)"
         )
-    if not platforms and jax.default_backend() == "cpu" and shutil.which("nvidia-smi"):
-        print("WARNING: there is an NVIDIA GPU but JAX runs on the CPU: pip install 'jax[cuda12]'")

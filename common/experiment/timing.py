@@ -10,6 +10,7 @@ class Timing:
 
     def __init__(self):
         self.train, self.evaluation = 0.0, 0.0
+        self.evaluations, self.evaluation_here = 0, 0.0  # of this start: how many, their seconds
         self.chunks = []  # of this start; its first chunk includes compiling
         self.began, self.away = 0.0, 0.0  # of the present chunk: its start, seconds spent elsewhere
 
@@ -20,10 +21,15 @@ class Timing:
         self.chunks.append(time.perf_counter() - self.began - self.away)
         self.train += self.chunks[-1]
 
-    def add_evaluation(self, seconds):
-        """An evaluation in the time of the present chunk, which is not training."""
-        self.away = seconds
+    def add_evaluation(self, seconds, preparing=0.0):
+        """An evaluation in the time of the present chunk, which is not training.
+
+        `preparing` went to making its environments, and counts as neither.
+        """
+        self.away = seconds + preparing
         self.evaluation += seconds
+        self.evaluations += 1
+        self.evaluation_here += seconds
 
     def saved(self):
         """What a checkpoint keeps of it."""

@@ -11,7 +11,7 @@ import sys
 import threading
 
 from common import datasets, files, one_line
-from common.experiment import config
+from common.experiment import config, wandb_settings
 
 # Sent are the config, the record, the numbers, and the versions of wandb, Python and the platform.
 # Not sent are the code, the host's name, the list of packages and statistics of the machine.
@@ -26,12 +26,12 @@ class Mirror:
     def __init__(self, run, record):
         self.runs, self.record, self.mode = {}, record, None
         modes = {"online": ("online", "offline"), "offline": ("offline",), "disabled": ()}
-        for mode in modes[run.options.wandb]:
+        for name in modes[wandb_settings.mode(run.options)[0]]:
             try:
-                self._start(run, mode)
+                self._start(run, name)
                 break
             except Exception as error:  # no key, no network, no wandb: training goes on
-                self._lost(error, "logging offline" if mode == "online" else "logging without it")
+                self._lost(error, "logging offline" if name == "online" else "logging without it")
 
     def _start(self, run, mode):
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # wandb's reports about itself
@@ -46,26 +46,40 @@ class Mirror:
         token = run.folder / "wandb.id"  # a run that is deleted and made again is another one
         if not token.exists():
             files.write(token, secrets.token_hex(4) + "\n")
+        token = token.read_text(encoding="utf-8").strip()
         for seed in run.cfg.seeds:
+            # What wandb's own variables say goes before what is chosen here.
+            several = f"/{seed}" if len(run.cfg.seeds) > 1 else ""
             name = f"{group}/{seed}"
+            id = re.sub(r"\W+", "-", name)[-110:] + "-" + token
+            if given := os.environ.get("WANDB_RUN_ID"):
+                id = given + several.replace("/", "-")
+            if given := os.environ.get("WANDB_NAME"):
+                name = given + several
+            settings = {
+                key: value
+                for key, value in SETTINGS.items()
+                if f"WANDB_{key.upper()}" not in os.environ
+            }
             self.runs[seed] = wandb.init(
                 mode=mode,
-                project="atoll",
-                group=group,
+                project=wandb_settings.project(run.options)[0],
+                entity=wandb_settings.entity(run.options)[0],
+                group=os.environ.get("WANDB_RUN_GROUP") or group,
                 name=name,
-                id=re.sub(r"\W+", "-", name)[-110:] + "-" + token.read_text().strip(),
-                resume="allow",
+                id=id,
+                resume=os.environ.get("WANDB_RESUME") or "allow",
                 config=values | {"seed": seed},
-                dir=str(run.folder),
+                dir=os.environ.get("WANDB_DIR") or str(run.folder),
                 reinit="create_new",
-                settings=wandb.Settings(**SETTINGS),
+                settings=wandb.Settings(**settings),
             )
 
     def replay(self, file):
         """Log the rows so far again: offline, every start of a run has a folder of its own."""
         if not self.runs or self.mode != "offline" or not file.exists():
             return
-        with file.open(newline="") as rows:
+        with file.open(newline="", encoding="utf-8") as rows:
             for row in csv.DictReader(rows):
                 update, seed = int(row.pop("update")), int(row.pop("seed"))
                 self.log(seed, update, {key: float(x) for key, x in row.items() if x})

@@ -22,6 +22,7 @@ from typing import NamedTuple
 import numpy as np
 
 from common import envs, fail, files, machine
+from common.envs import graphics
 
 STEPS = 1001  # rows per episode: 1000 transitions and the last observation
 EPISODES = 100  # in the training file by default
@@ -61,6 +62,7 @@ def make(name: str, folder: Path, episodes: int | None = None, workers: int | No
     Raises:
         SystemExit: code 2 after one line, where the file on disk has another number of episodes.
     """
+    graphics.check()
     folder.mkdir(parents=True, exist_ok=True)
     with files.locked(folder / f".{name}.lock"):
         _make(name, folder, episodes, workers)
@@ -93,14 +95,15 @@ def _make(name, folder, episodes, workers):
         _join(parts, [job for job in todo if job[0] == split], path)
         if split == "val":
             made_with = {package: version(package) for package in ("ogbench", "mujoco")}
-            about.write_text(json.dumps({"episodes": episodes, **made_with}) + "\n")
+            text = json.dumps({"episodes": episodes, **made_with}) + "\n"
+            about.write_text(text, encoding="utf-8")
     shutil.rmtree(parts, ignore_errors=True)
     print(f"made: {final}")
 
 
 def _episodes_of(about):
     try:
-        return json.loads(about.read_text())["episodes"]
+        return json.loads(about.read_text(encoding="utf-8"))["episodes"]
     except (OSError, ValueError, KeyError):
         return None
 

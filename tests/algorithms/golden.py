@@ -20,7 +20,9 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))  # as a script: compiler_flags, own_files
+# As a script: the project first, since tests/ has folders of the same names as the project's.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import compiler_flags
 
@@ -32,7 +34,7 @@ import own_files
 import probes
 
 from common import experiment
-from common import processor as processors
+from common import machine as this_machine
 
 FILE = Path(__file__).with_name("golden.json")
 TOLERANCES = Path(__file__).with_name("golden_tolerances.json")
@@ -62,7 +64,7 @@ def machine():
     facts += [re.search(r"^model\s*: (.*)$", text, re.M)]
     known = " ".join(fact[1] for fact in facts if fact) or platform.machine()
     flags = [x for x in os.environ["XLA_FLAGS"].split() if x not in compiler_flags.FLAGS]
-    return {"processor": known, "cores": processors.cores(), "xla_flags": " ".join(flags)}
+    return {"processor": known, "cores": this_machine.cores(), "xla_flags": " ".join(flags)}
 
 
 def tolerances():

@@ -263,7 +263,7 @@ def act(module, state, observation, **overrides):
 def q(state, observation, action):
     """min over K of Q(observation, action), for one pair."""
     pair = [np.atleast_2d(np.float32(x)) for x in (observation, action)]
-    if "lagrange" in state._fields:  # critics of many actions per row
+    if "log_multiplier" in state._fields:  # critics of many actions per row
         pair[1] = pair[1][:, None]
     return float(state.critic.apply_fn(state.critic.params, *pair).min())
 

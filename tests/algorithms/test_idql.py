@@ -242,7 +242,7 @@ def acting(generator):
     overrides = {"num_samples": 6, "generator_steps": 3, "dropout": 0.3, "layer_norm": "input"}
     cfg, state, _, _ = setup(**overrides | (FLOW if generator == "flow" else {}))
     act = functools.partial(
-        idql.policy, state.actor.apply_fn, critic=state.critic.apply_fn, cfg=cfg
+        idql.policy, state.actor.apply_fn, apply_critics=state.critic.apply_fn, cfg=cfg
     )
     small = jax.tree.map(lambda x: 0.3 * x, idql.policy_params(state))  # few actions are clipped
     return cfg, state, small, jax.jit(act, compiler_options=nets.QUICK)

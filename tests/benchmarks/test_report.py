@@ -724,3 +724,80 @@ def test_the_committed_runs_can_be_read():
     for folder in sorted(folders - {ROOT / "benchmarks" / "runs" / "speed"}):  # records of speed.py
         found, notes = readers.find((folder,))
         assert found and notes == []
+
+
+# --- A choice of runs -----------------------------------------------------------------------------
+@pytest.fixture
+def trials(tmp_path):
+    """Four runs of one method that differ in four fields, and one of another method."""
+    for number, (alpha, discount) in enumerate([(1.0, 0.9), (1.0, 0.99), (2.0, 0.9), (2.0, 0.99)]):
+        fields = {"alpha": alpha, "discount": discount, "hidden": [8] * (number + 1)}
+        fields |= {"num_updates": 20, "batch_size": 2 ** (number + 1)}
+        folder = tmp_path / "runs" / "td3_bc" / "made" / f"trial{number}"
+        write_run(folder, [1.0 + number], algorithm="td3_bc", **fields)
+    write_run(tmp_path / "runs" / "bc" / "made" / "main", [9.0], num_updates=20)
+    return tmp_path / "runs"
+
+
+def labels(folder, **choice):
+    return sorted(row.label for row in readers.find((folder,), **choice)[0])
+
+
+@pytest.mark.parametrize(
+    ("where", "count"),
+    [
+        ([], 5),
+        (["alpha=1.0"], 2),
+        (["alpha=1.0", "discount=0.9"], 1),
+        (["algorithm=td3_bc"], 4),
+        (["name=trial*"], 4),
+        (["name=trial[13]"], 2),
+        (["hidden=8 8"], 1),
+        (["num_updates=20"], 5),
+        (["seeds=0"], 5),
+        (["dataset=made.*"], 5),
+    ],
+)
+def test_where_takes_some_of_the_runs(trials, where, count):
+    assert len(labels(trials, where=where)) == count
+
+
+@pytest.mark.parametrize(
+    ("where", "says"),
+    [
+        ("alpah=1", "did you mean alpha?"),
+        ("alpha", "must be KEY=VALUE"),
+        ("nothing=1", "known are"),
+        ("alpha=3", "alpha is 1.0, 2.0"),
+        ("record=1", "known are"),
+    ],
+)
+def test_a_choice_that_finds_nothing_says_what_there_is(trials, capsys, where, says):
+    with pytest.raises(SystemExit) as leave:
+        readers.find((trials,), where=[where])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert leave.value.code == 2 and says in line and f"--where {where}" in line
+
+
+def test_rows_are_named_by_the_fields_that_are_asked_for(trials):
+    four = ["algorithm=td3_bc"]
+    assert all(label.count("=") == 4 for label in labels(trials, where=four))
+    assert labels(trials, where=four, named_by=["name"]) == [f"td3_bc trial{i}" for i in range(4)]
+    named = labels(trials, where=four, named_by=["alpha", "discount"])
+    assert named[0] == "td3_bc alpha=1.0 discount=0.9" and len({*named}) == 4
+    two = [*four, "discount=0.9"]
+    assert labels(trials, where=two, named_by=["alpha"]) == ["td3_bc alpha=1.0", "td3_bc alpha=2.0"]
+
+
+def test_two_rows_of_one_name_are_refused(trials, capsys):
+    with pytest.raises(SystemExit) as leave:
+        readers.find((trials,), named_by=["alpha"])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert leave.value.code == 2 and "would both be 'td3_bc alpha=1.0'" in line
+    assert "trial0" in line and "trial1" in line
+
+
+def test_a_page_of_a_choice_says_the_command_that_makes_it_again(trials, tmp_path):
+    text = page(tmp_path, trials, where=("name=trial*",), named_by=("alpha", "discount"))
+    assert "--where 'name=trial*' --named-by alpha discount" in text
+    assert "td3_bc alpha=1.0 discount=0.9" in text and "main" not in text

@@ -120,7 +120,8 @@ def test_one_line_says_what_was_read(toy, capsys):
         ),
         (
             ["--dataset", "maze2d-medium-v1"],
-            "config: configs/toy/maze2d.yaml, no row for maze2d-medium-v1",
+            "config: configs/toy/maze2d.yaml, the suite's values apply to all its data sets but "
+            "the 2 with a row of their own",
         ),
     ):
         config.parse(toy, list(argv))
@@ -138,7 +139,7 @@ def test_no_arguments_is_the_quickstart(name, capsys, monkeypatch, tmp_path):
     assert {key: getattr(cfg, key) for key in values} == {
         key: tuple(value) if isinstance(value, list) else value for key, value in values.items()
     }
-    assert options.config is None and not options.resume and options.wandb == "offline"
+    assert options.config is None and not options.resume and options.wandb is None
     assert f"configs/{name}/pointmaze.yaml" in capsys.readouterr().out
 
 

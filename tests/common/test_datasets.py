@@ -317,7 +317,11 @@ BAD = {
     "inf": (spoilt("rewards", 2, np.inf), "rewards has NaN or inf in 1 rows, first in 2"),
     "float64 beyond float32": (
         ROWS | {"rewards": np.full(6, 1e300)},
-        "rewards has NaN or inf in 6 rows",
+        "rewards has numbers beyond 1e+18 in 6 rows, first in 0",
+    ),
+    "squares beyond float32": (
+        spoilt("observations", 2, -1e19),
+        "observations has numbers beyond 1e+18 in 1 rows, first in 2",
     ),
     "no key": ({k: x for k, x in ROWS.items() if k != "rewards"}, "no array 'rewards'"),
     "text": (ROWS | {"rewards": np.array([b"x"] * 6)}, "rewards is not an array of numbers"),
@@ -326,10 +330,10 @@ BAD = {
     "empty": ({k: x[:0] for k, x in ROWS.items()}, "observations is empty"),
     "lengths": (ROWS | {"actions": ROWS["actions"][:5]}, "5 rows of actions but 6 of rewards"),
     "axes": (
-        ROWS | {"observations": np.zeros(6)},
-        "observations has shape [6], it must have 2 axes",
+        ROWS | {"rewards": np.zeros((6, 2))},
+        "rewards has shape [6, 2], it must have 1 axis",
     ),
-    "images": (ROWS | {"observations": np.zeros((6, 4, 4, 3))}, "it must have 2 axes"),
+    "no columns": (ROWS | {"observations": np.zeros((6, 0))}, "observations is empty"),
     "widths": (ROWS | {"next_observations": np.zeros((6, 2))}, "differ in width"),
     "one row": ({k: x[3:4] for k, x in ROWS.items()}, "no row with a known next observation"),
 }

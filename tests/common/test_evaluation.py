@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from common import evaluation
+from common import envs, evaluation
+from common.experiment import progress
 
 UPDATE = 40
 
@@ -94,7 +95,7 @@ def same(one, two):
 
 
 def evaluation_names(result):
-    return [name for name in result if name != "seconds"]
+    return [name for name in result if name not in ("seconds", "preparing")]
 
 
 def test_one_complete_episode_per_environment():
@@ -146,6 +147,160 @@ def test_score_may_be_the_success():
 def test_success_is_none_where_no_env_reports_it(monkeypatch):
     monkeypatch.setattr(Fickle, "reports", False)
     assert evaluate()[0]["success"] is None
+
+
+@pytest.mark.parametrize(
+    ("info", "expected"),
+    [
+        ({"success": True}, 1.0),
+        ({"success": np.bool_(False)}, 0.0),
+        ({"success": 1.0}, 1.0),
+        ({"success": np.array([True])}, 1.0),
+        ({"success": np.array([True, False])}, 0.0),
+        ({"success": [1, 1]}, 1.0),
+        ({"is_success": True}, 1.0),
+        ({"is_success": 0.0}, 0.0),
+        ({"is_success": np.array([1.0])}, 1.0),
+        ({"success": False, "is_success": True}, 0.0),
+        ({"success": None, "is_success": True}, 1.0),
+        ({"success": None}, None),
+        ({"succeeded": True}, None),
+    ],
+)
+def test_success_by_both_of_its_names(info, expected):
+    class Telling(Fickle):
+        def step(self, action):
+            *rest, _ = super().step(action)
+            return *rest, info
+
+    success = evaluate(make_env=Telling)[0]["success"]
+    assert success is None if expected is None else success.tolist() == [expected]
+
+
+class Paying(Fickle):
+    """Pays `reward`, or what it is for the second seed's actions, which are larger."""
+
+    reward, large = 1.0, None
+
+    def step(self, action):
+        observation, _, *rest = super().step(action)
+        paid = self.large if self.large is not None and action[0] > 0.5 else self.reward
+        return observation, paid, *rest
+
+
+REWARDS = [1, True, np.float32(1), np.float64(1), np.array(1), np.array([1.0]), np.ones((1, 1))]
+REWARDS += [[1.0], (1,), np.int8(1), jnp.ones(1)]
+
+
+@pytest.mark.parametrize("reward", REWARDS, ids=[repr(reward) for reward in REWARDS])
+def test_a_reward_of_any_form_is_one_number(monkeypatch, reward):
+    monkeypatch.setattr(Paying, "reward", reward)
+    result, _ = evaluate(make_env=Paying)
+    np.testing.assert_array_equal(result["return"], [lengths(6).mean()])
+
+
+@pytest.mark.parametrize("reward", [None, "1x", np.ones(2), [], {"a": 1.0}], ids=repr)
+def test_a_reward_that_is_no_number_is_one_line(monkeypatch, capsys, reward):
+    monkeypatch.setattr(Paying, "reward", reward)
+    with pytest.raises(SystemExit) as leave:
+        evaluate(make_env=Paying)
+    assert leave.value.code == 2
+    text = capsys.readouterr().err
+    assert "env Paying: the reward of a step must be one number, not" in text
+    assert text.count("\n") == 1
+
+
+@pytest.mark.parametrize("reward", [np.nan, np.inf, -np.inf])
+def test_a_reward_that_is_not_finite_is_said_and_costs_its_seed_the_score(
+    monkeypatch, capsys, reward
+):
+    constant = lambda params, observation, key: jnp.broadcast_to(  # noqa: E731
+        params["shift"], (len(observation), 1)
+    )
+    alone, _ = evaluate((1,), make_env=Paying, act=constant)
+    monkeypatch.setattr(Paying, "large", reward)
+    capsys.readouterr()
+    result, _ = evaluate((1, 9), make_env=Paying, act=constant)
+    assert capsys.readouterr().out.count("seeds that meet it get no score") == 1
+    assert (
+        np.isnan(result["return"]).tolist() == np.isnan(result["score"]).tolist() == [False, True]
+    )
+    np.testing.assert_array_equal(result["return"][:1], alone["return"])
+
+
+def test_what_is_said_of_seeds_without_a_score(capsys):
+    nan = np.nan
+    progress.say_result("runs/x", [nan, nan], [nan, nan], [nan, nan], 0)
+    progress.say_result("runs/x", [1.0, nan, 3.0], [1.0, nan, 3.0], [1.0, nan, 3.0], 0)
+    progress.say_result("runs/x", [nan], [nan], None, 0)
+    first, second, third = capsys.readouterr().out.splitlines()
+    assert first == "no score, since the env gave rewards that are no finite numbers, in runs/x"
+    assert second.startswith("final score 2.0 ± 1.0 ") and ", 1 without a score, " in second
+    assert third == "trained without an evaluation, in runs/x"
+
+
+@pytest.mark.parametrize("form", [list, tuple, np.float64, lambda x: x[None]])
+def test_observations_of_any_form(form):
+    class Formed(Fickle):
+        def reset(self, **options):
+            observation, info = super().reset(**options)
+            return form(observation), info
+
+        def step(self, action):
+            observation, *rest = super().step(action)
+            return form(observation), *rest
+
+    def make_env():
+        return envs.flat_and_scaled(lambda render_mode: Formed(), (), (-np.ones(1), np.ones(1)))()
+
+    same(evaluate((0, 1), make_env=make_env)[0], evaluate((0, 1))[0])
+
+
+@pytest.mark.parametrize("call", ["reset", "step"])
+def test_an_observation_of_another_shape_is_one_line(capsys, call):
+    class Growing(Fickle):
+        def reset(self, **options):
+            observation, info = super().reset(**options)
+            grows = call == "reset" and options["seed"] == evaluation.EVAL_SEED + 2
+            return observation[: 1 + (not grows)], info
+
+        def step(self, action):
+            observation, *rest = super().step(action)
+            return np.resize(observation, 2 + (call == "step" and self.steps == 3)), *rest
+
+    with pytest.raises(SystemExit) as leave:
+        evaluate(make_env=Growing)
+    assert leave.value.code == 2
+    text = capsys.readouterr().err
+    assert "env Growing: gave an observation of shape (" in text and text.count("\n") == 1
+
+
+def test_an_env_without_info_that_does_not_close(capsys):
+    class Rough(Fickle):
+        def step(self, action):
+            *rest, _ = super().step(action)
+            return *rest, None
+
+        def close(self):
+            raise OSError("no window")
+
+    result, _ = evaluate((0,), make_env=Rough)
+    assert result["success"] is None and np.isfinite(result["return"]).all()
+    assert "env Rough: its close raised OSError: no window" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("call", ["reset", "step"])
+def test_what_an_env_raises_is_one_line_with_its_place(monkeypatch, capsys, call):
+    def unstable(*args, **options):
+        raise RuntimeError("simulator\nunstable")
+
+    monkeypatch.setattr(Fickle, call, unstable)
+    with pytest.raises(SystemExit) as leave:
+        evaluate()
+    assert leave.value.code == 2
+    text = capsys.readouterr().err
+    assert f"env Fickle: its {call} raised RuntimeError: simulator unstable" in text
+    assert "(test_evaluation.py:" in text and text.count("\n") == 1
 
 
 def test_a_success_counts_once_seen():
@@ -242,7 +397,7 @@ def test_beside_the_training_gives_the_same_numbers():
     same(evaluate((0, 1), beside=True)[0], evaluate((0, 1), beside=False)[0])
 
 
-def test_beside_the_training_leaves_an_error_visible():
+def test_beside_the_training_leaves_an_error_visible(capsys):
     class Broken(Fickle):
         def step(self, action):
             if len(self.seeds) > 1:  # past the measurement of its speed
@@ -253,8 +408,11 @@ def test_beside_the_training_leaves_an_error_visible():
             self.__dict__.setdefault("seeds", (None,))
             return super().reset(seed=seed)
 
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(SystemExit) as leave:
         evaluate(beside=True, make_env=Broken)
+    assert leave.value.code == 2
+    text = capsys.readouterr().err
+    assert "env Broken: its step raised ZeroDivisionError" in text and text.count("\n") == 1
 
 
 def test_no_env_no_evaluation(capsys):
@@ -300,8 +458,8 @@ def test_memory_holds_the_past_of_one_episode_only(monkeypatch):
         np.testing.assert_allclose(np.ravel(env.actions), expected, rtol=1e-5)
     monkeypatch.setattr(evaluation, "memory", iter([(0, 10), (1, 10)]).__next__)
     with evaluation.Rollouts(dataset(), recall, policy_keys((0, 3)), cfg, memory) as turns:
-        assert len(turns.envs) == 5
         same(turns.start(parameters((0, 3)), 0).result(), results[0])
+        assert len(turns.envs) == 5
     monkeypatch.undo()
     alone = evaluation.Rollouts(dataset(), recall, policy_keys((3,)), cfg, memory)
     with alone:

@@ -129,7 +129,9 @@ def test_run_folder(name, tiny, reference):
     assert result["score"] == pytest.approx(last)
     for seed in ("0", "1"):
         scores = [float(row["score"]) for row in rows if row["seed"] == seed and row["score"]]
-        assert result["best_score"][seed] == pytest.approx(max(scores))
+        assert result["best_score"][seed] == pytest.approx(max(scores[1:]))  # not the untrained
+    assert result["score_mean"] == pytest.approx(np.mean([*last.values()]))
+    assert result["score_std"] == pytest.approx(np.std([*last.values()]))
     assert result["versions"]["jax"] == jax.__version__
     assert result["algorithm"] == name and result["diverged"] == {}
     assert {"hardware", "matmul_precision", "updates_per_second", "eval_share"} <= set(result)
@@ -765,7 +767,7 @@ def test_a_seed_that_diverges(name, tiny, reference, monkeypatch, capsys, what):
     assert result["diverged"] == {"1": 12}
     assert result["score"]["1"] is None and result["score"]["0"] is not None
     assert result["best_score"]["1"] == pytest.approx(
-        max(float(row["score"]) for row in rows if row["score"])
+        max(float(row["score"]) for row in rows[1:] if row["score"])  # not the untrained policy
     )
     if what == "metrics":
         dies_and_goes_on(name, tiny, monkeypatch, metrics(folder))

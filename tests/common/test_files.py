@@ -2,13 +2,13 @@
 """Whole files and locks between processes."""
 
 import errno
+import fcntl
 import os
 import signal
 import subprocess
 import sys
 import threading
 
-import filelock
 import helpers_runs as runs
 import pytest
 
@@ -75,15 +75,18 @@ def test_never_two_at_once_although_the_file_is_removed(tmp_path):
     assert most == [1] * 20 and not path.exists()
 
 
-def test_a_disk_without_locks_is_a_warning(tmp_path, monkeypatch, capsys):
-    def acquire(*args, **options):
-        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EIO])
+def test_a_disk_without_locks_is_a_warning(tmp_path, monkeypatch, capsys, number):
+    def flock(*_):
+        raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(filelock.FileLock, "acquire", acquire)
+    monkeypatch.setattr(fcntl, "flock", flock)
+    (tmp_path / "x.lock").touch()  # left by an earlier run
     lock = files.try_lock(tmp_path / "x.lock")
+    assert lock is not None
     lock.release()  # as after a real one
     error = capsys.readouterr().err
-    assert error == f"WARNING: {tmp_path}: this disk has no locks (No locks available)\n"
+    assert error == f"WARNING: {tmp_path}: this disk has no locks ({os.strerror(number)})\n"
     with files.locked(tmp_path / "y.lock"):
         pass
 

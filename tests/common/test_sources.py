@@ -18,7 +18,8 @@ import pytest
 from test_datasets import error_of, write
 
 from common import datasets, envs
-from common.datasets import d4rl, download, reference_scores
+from common.datasets import __main__ as command
+from common.datasets import d4rl, download, mirrors, reference_scores
 from common.datasets import minari as minari_reader
 from common.datasets import ogbench as ogbench_reader
 from common.envs import d4rl as d4rl_envs
@@ -577,6 +578,93 @@ def test_maze2d_moves_as_d4rls_point():
             expected = np.concatenate([data.qpos, data.qvel])
             np.testing.assert_allclose(observation, expected, atol=1e-5)
             assert reward == (np.linalg.norm(data.qpos - 1) <= 0.5)
+
+
+# --- Mirrors ------------------------------------------------------------------------------------
+D4RL_FILE = "gym_mujoco_v2/hopper_medium-v2.hdf5"
+MIRRORED = {  # data set -> (the variable, the file's place on a server and in a flat mirror)
+    "hopper-medium-v2": (mirrors.D4RL, D4RL_FILE, "hopper_medium-v2.hdf5"),
+    "pointmaze-medium-navigate-singletask-v0": (
+        mirrors.OGBENCH,
+        "pointmaze-medium-navigate-v0.npz",
+        "pointmaze-medium-navigate-v0.npz",
+    ),
+}
+
+
+@pytest.fixture
+def mirror(server, tmp_path, monkeypatch):
+    """A mirror on the loopback with nothing on it; the original servers have nothing either."""
+    ogbench = pytest.importorskip("ogbench")
+    monkeypatch.setattr(ogbench.utils, "DATASET_URL", server.url + "down")
+    monkeypatch.setattr(d4rl, "SERVERS", (server.url + "down/",))
+    for variable in ("D4RL_DATASET_DIR", "OGBENCH_DATASET_DIR", "MINARI_DATASETS_PATH"):
+        monkeypatch.setenv(variable, str(tmp_path / variable))
+    for variable in (mirrors.D4RL, mirrors.OGBENCH):
+        monkeypatch.delenv(variable, raising=False)
+    server.bodies = {
+        "hopper-medium-v2": Path(write(tmp_path / "x.hdf5", d4rl_rows(11, 3))).read_bytes(),
+        "pointmaze-medium-navigate-singletask-v0": npz(tmp_path),
+    }
+    return server
+
+
+@pytest.mark.parametrize("end", ["", "/", " "])
+@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize("name", MIRRORED)
+def test_a_mirror_named_by_a_variable_is_asked_first(mirror, monkeypatch, name, flat, end):
+    variable, *places = MIRRORED[name]
+    mirror.files["/copies/" + places[flat]] = mirror.bodies[name]
+    mirror.files["/down/" + places[0]] = b"of the original server"
+    monkeypatch.setenv(variable, mirror.url + "copies" + end)
+    assert len(datasets.load(name).transitions.reward)
+    assert mirror.asked[-1][0] == "/copies/" + places[flat]
+
+
+@pytest.mark.parametrize("name", MIRRORED)
+def test_a_mirror_named_by_the_flag(mirror, monkeypatch, capsys, name):
+    variable, place, _ = MIRRORED[name]
+    monkeypatch.setenv(variable, "")  # so that what the command sets is undone
+    monkeypatch.setenv({mirrors.D4RL: mirrors.OGBENCH, mirrors.OGBENCH: mirrors.D4RL}[variable], "")
+    mirror.files["/copies/" + place] = mirror.bodies[name]
+    command.main([name, "--mirror", mirror.url + "copies"])
+    assert "transitions" in capsys.readouterr().out
+    assert mirror.asked[-1][0] == "/copies/" + place
+
+
+@pytest.mark.parametrize("answer", [None, b"<html>no such file</html>"])
+@pytest.mark.parametrize("name", MIRRORED)
+def test_where_a_mirror_has_no_usable_file_the_original_server_is_asked(
+    mirror, monkeypatch, tmp_path, name, answer
+):
+    variable, place, flat = MIRRORED[name]
+    if answer:
+        mirror.files["/copies/" + place] = mirror.files["/copies/" + flat] = answer
+    mirror.files["/down/" + place] = mirror.bodies[name]
+    monkeypatch.setenv(variable, mirror.url + "copies")
+    assert len(datasets.load(name).transitions.reward)
+    assert mirror.asked[-1][0] == "/down/" + place
+
+
+@pytest.mark.parametrize("url", ["nonsense", "htp://x/y", "http://127.0.0.1:1/x"])
+@pytest.mark.parametrize("name", MIRRORED)
+def test_without_a_server_the_message_names_the_variable_of_a_mirror(
+    mirror, monkeypatch, capsys, name, url
+):
+    variable, place, _ = MIRRORED[name]
+    assert f"name a mirror: {variable}=URL" in error_of(capsys, datasets.load, name)
+    monkeypatch.setenv(variable, url)
+    assert "the download failed" in error_of(capsys, datasets.load, name)
+    mirror.files["/copies/" + place] = mirror.bodies[name]  # the remedy
+    monkeypatch.setenv(variable, mirror.url + "copies")
+    assert len(datasets.load(name).transitions.reward)
+
+
+def test_a_folder_of_this_machine_is_a_mirror_too(mirror, monkeypatch, tmp_path):
+    (tmp_path / "copies").mkdir()
+    (tmp_path / "copies/hopper_medium-v2.hdf5").write_bytes(mirror.bodies["hopper-medium-v2"])
+    monkeypatch.setenv(mirrors.D4RL, (tmp_path / "copies").as_uri())
+    assert len(datasets.load("hopper-medium-v2").transitions.reward) and not mirror.asked
 
 
 # --- Minari -------------------------------------------------------------------------------------

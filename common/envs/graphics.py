@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""MuJoCo's graphics library, which the variable MUJOCO_GL chooses: egl, osmesa or glfw.
+
+Only pictures need one. Training and evaluating need none, but MuJoCo cannot be imported with a
+MUJOCO_GL whose library is missing.
+"""
+
+import ctypes.util
+import functools
+import importlib
+import os
+import warnings
+
+from common import fail, one_line
+
+PACKAGES = {"egl": "libegl1", "osmesa": "libosmesa6", "glfw": "libglfw3 and a display"}  # of Debian
+
+
+def check():
+    """Exit with one line, code 2, where MUJOCO_GL keeps MuJoCo from being imported."""
+    if not os.environ.get("MUJOCO_GL"):
+        return
+    try:
+        importlib.import_module("mujoco")
+    except ModuleNotFoundError as error:
+        if error.name != "mujoco":
+            _fail(error)
+    except Exception as error:  # of PyOpenGL, of ctypes, of MuJoCo itself
+        _fail(error)
+
+
+def choose():
+    """Draw without a display where none is there and nothing was chosen."""
+    display = os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
+    if not display and not os.environ.get("MUJOCO_GL") and ctypes.util.find_library("EGL"):
+        os.environ["MUJOCO_GL"] = "egl"
+
+
+def check_rendering(env):
+    """Exit with one line, code 2, where the pictures of a MuJoCo environment cannot be drawn."""
+    bases = type(env.unwrapped).__mro__
+    if any("mujoco" in base.__module__.lower() for base in bases):
+        _check_context()
+
+
+@functools.cache
+def _check_context():
+    """Draw nothing, once: a library that is there may still find no device."""
+    name = (os.environ.get("MUJOCO_GL") or "glfw").lower()
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of GLFW, without a display
+            import mujoco
+
+            library = importlib.import_module(f"mujoco.{name}")
+            context = library.GLContext(16, 16)
+            context.make_current()
+            model = mujoco.MjModel.from_xml_string("<mujoco/>")
+            mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_150).free()
+            context.free()
+    except Exception as error:  # of PyOpenGL, of ctypes, of MuJoCo itself
+        _fail(error)
+
+
+def _fail(error):
+    name = os.environ.get("MUJOCO_GL", "").lower()
+    setting = f"MUJOCO_GL={name}" if name else "MUJOCO_GL is not set"
+    if name and name not in PACKAGES:
+        fail(f"{setting}: must be egl, osmesa or glfw, or not set")
+    others = [other for other in PACKAGES if other not in (name, "glfw")]
+    fail(
+        f"{setting}: MuJoCo cannot draw with it here ({one_line(error)}); install "
+        f"{PACKAGES[name or 'glfw']} or set MUJOCO_GL={' or '.join(others)}; without pictures no "
+        "MUJOCO_GL is needed"
+    )
