@@ -5,12 +5,12 @@ Paper       https://arxiv.org/abs/2202.02446
 Reference   https://github.com/microsoft/ATAC
 Run         python algorithms/atac.py --config configs/atac/mujoco.yaml
 Parent      none
-Results     benchmarks/results
+Results     docs/results.md
 Deviations  The networks, their initialisation, the limits of the targets and action_margin are
-            those of chinganc/lightATAC. Unlike this file, it does not sum log pi over the action
-            dimensions, ends the warm start by resetting the target critics to their initial
-            parameters and the critics' optimiser too, and projects no weights before that. Neither
-            code has the paper's beta per data set. Rows at truncations are kept.
+            those of chinganc/lightATAC. lightATAC differs from this file in that it does not sum
+            log pi over the action dimensions, resets the target critics to their initial parameters
+            and the critics' optimiser at the end of the warm start, and projects no weights before
+            that. Neither code has the paper's beta per data set. Rows at truncations are kept.
 
 Shapes: S seeds, K critics, B batch, E episodes, O observation, A action. Arrays are float32.
 """
@@ -102,7 +102,7 @@ class TrainState(train_state.TrainState):
 
     @classmethod
     def create(cls, apply_fn, params, tx):
-        # The targets are a copy: params and targets are donated, so they must not share buffers.
+        # A copy: JAX reuses the memory of the old state, so params and targets must not share any.
         target = jax.tree.map(jnp.copy, params)
         return super().create(apply_fn=apply_fn, params=params, target_params=target, tx=tx)
 
@@ -247,7 +247,7 @@ def update(state, step, key, data, cfg):
     """One step of the critics, the temperature, the actor and the targets. Algorithm 2. One seed.
 
     Randomness is a function of (key, step) alone, so neither the length of a chunk nor a resumed
-    run changes the result. `key` is folded with the step, never split.
+    run changes the result. The key of a step is fold_in(key, step).
     """
     key_batch, key_noise = jax.random.split(jax.random.fold_in(key, step))
     batch = sample_batch(data, key_batch, cfg)
@@ -347,7 +347,7 @@ def train(cfg, options):
     action = dataset.transitions.action.clip(-limit, limit)
     data = experiment.place(dataset.transitions._replace(action=action), options)
     example = jax.tree.map(lambda x: x[:1], data)  # one row, for its shapes
-    init_keys, train_keys, policy_keys = experiment.streams(cfg.seeds, 3)  # [S] each
+    init_keys, train_keys, policy_keys = experiment.streams(cfg.seeds, 3)  # [S] keys each
     create = partial(create_state, batch=example, cfg=cfg)
     state = jax.vmap(create)(init_keys)
     # Compiled once for all seeds. `update` shows which rows a step reads, for --data host.

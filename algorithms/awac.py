@@ -5,7 +5,7 @@ Paper       https://arxiv.org/abs/2006.09359
 Reference   https://github.com/corl-team/CORL (algorithms/offline/awac.py)
 Run         python algorithms/awac.py --config configs/awac/mujoco.yaml
 Parent      iql.py (186 lines)
-Results     benchmarks/results
+Results     docs/results.md
 Deviations  The initialisation, the tanh on the mean and the range [-5, 2] of log_std are those of
             ikostrikov's IQL (his AWAC has [-10, 2]). CORL has PyTorch's initialisation, no tanh
             and [-20, 2]. The paper's rlkit code has a 4 x 256 actor with weight decay, batch 1024
@@ -86,7 +86,7 @@ class TrainState(train_state.TrainState):
 
     @classmethod
     def create(cls, apply_fn, params, tx):
-        # The targets are a copy: params and targets are donated, so they must not share buffers.
+        # A copy: JAX reuses the memory of the old state, so params and targets must not share any.
         target = jax.tree.map(jnp.copy, params)
         return super().create(apply_fn=apply_fn, params=params, target_params=target, tx=tx)
 
@@ -200,7 +200,7 @@ def update(state, step, key, data, cfg):
     """One step of the critics, then the actor, then the target critics, on one batch. One seed.
 
     Randomness is a function of (key, step) alone, so neither the length of a chunk nor a resumed
-    run changes the result. `key` is folded with the step, never split.
+    run changes the result. The key of a step is fold_in(key, step).
     """
     key_batch, key_critic, key_actor = jax.random.split(jax.random.fold_in(key, step), 3)
     batch = sample_batch(data, key_batch, cfg)
@@ -262,7 +262,7 @@ def train(cfg, options):
     data, statistics = normalise(dataset.transitions._replace(reward=reward))
     data = experiment.place(data, options)
     example = jax.tree.map(lambda x: x[:1], data)  # one row, for its shapes
-    init_keys, train_keys, policy_keys = experiment.streams(cfg.seeds, 3)  # [S] each
+    init_keys, train_keys, policy_keys = experiment.streams(cfg.seeds, 3)  # [S] keys each
     create = partial(create_state, batch=example, cfg=cfg, statistics=statistics)
     # Not jitted: XLA can hang on the QR decompositions of two orthogonal initialisers.
     state = jax.vmap(create)(init_keys)

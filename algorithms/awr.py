@@ -5,7 +5,7 @@ Paper       https://arxiv.org/abs/1910.00177
 Reference   https://github.com/xbpeng/awr
 Run         python algorithms/awr.py --config configs/awr/mujoco.yaml
 Parent      none
-Results     benchmarks/results
+Results     docs/results.md
 Deviations  The replay buffer is the fixed data set, as in the paper's offline experiments. Batches
             are drawn with replacement; the reference shuffles. Observations are normalised by the
             data set's statistics, not running ones, with 1e-3 added to the std, whose least value
@@ -213,11 +213,11 @@ def lambda_returns(state, data, cfg):
 def update(state_and_returns, step, key, data, cfg):
     """One iteration: `critic_updates` steps of V, then `actor_updates` of the actor. Algorithm 1.
 
-    The lambda-returns [N] under the new V weight this iteration's actor steps, and are what the
-    next iteration fits V to.
+    The lambda-returns [N] are computed with the new V. This iteration's actor steps get their
+    weights from them, and the next iteration fits V to them.
 
     Randomness is a function of (key, step) alone, so neither the length of a chunk nor a resumed
-    run changes the result. `key` is folded with the step, never split.
+    run changes the result. The key of a step is fold_in(key, step).
     """
     state, returns = state_and_returns
     key_value, key_actor = jax.random.split(jax.random.fold_in(key, step))
@@ -244,17 +244,18 @@ def advantage_weights(state, returns, data, cfg):
     return jnp.minimum(jnp.exp(cfg.inverse_temperature * advantage), cfg.max_weight)
 
 
-def gradient_steps(count, net, loss, numbers, state, key, data, cfg):
+def gradient_steps(count, net, loss, row_values, state, key, data, cfg):
     """`count` gradient steps of `net`, the network that `loss` trains, and the mean metrics.
 
-    `numbers` [N] are the returns or weights of all rows; a loss gets those of its batch.
+    `row_values` [N] are the returns or weights of all rows; a loss gets those of its batch.
     """
 
     def gradient_step(net, step):
         key_batch = jax.random.fold_in(key, step)
         index = jax.random.randint(key_batch, (cfg.batch_size,), 0, len(data.reward))
         batch = jax.tree.map(lambda column: column[index], data)
-        grads, metrics = jax.grad(loss, has_aux=True)(net.params, state, batch, numbers[index], cfg)
+        batch_values = row_values[index]
+        grads, metrics = jax.grad(loss, has_aux=True)(net.params, state, batch, batch_values, cfg)
         return net.apply_gradients(grads=grads), metrics
 
     net, metrics = jax.lax.scan(gradient_step, net, jnp.arange(count))
@@ -300,7 +301,7 @@ def train(cfg, options):
     data, statistics = normalise(dataset.transitions._replace(reward=reward))
     data = experiment.place(data, options)
     example = jax.tree.map(lambda x: x[:1], data)  # one row, for its shapes
-    init_keys, train_keys, policy_keys = experiment.streams(cfg.seeds, 3)  # [S] each
+    init_keys, train_keys, policy_keys = experiment.streams(cfg.seeds, 3)  # [S] keys each
     create = partial(create_state, batch=example, cfg=cfg, statistics=statistics)
     state = jax.vmap(create)(init_keys)
     # Compiled once for all seeds.

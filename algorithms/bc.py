@@ -5,7 +5,7 @@ Paper       https://arxiv.org/abs/2106.01345 (%BC, Section 5.1)
 Reference   https://github.com/corl-team/CORL (algorithms/offline/any_percent_bc.py)
 Run         python algorithms/bc.py --config configs/bc/mujoco.yaml
 Parent      none
-Results     benchmarks/results
+Results     docs/results.md
 Deviations  CORL cuts episodes every 1000 rows and at terminals, so on AntMaze it ranks segments
             that end at the goal. This file ranks whole episodes, and of two with the same return
             it prefers the shorter one. Integer actions are an addition. Rows at a truncation are
@@ -153,7 +153,7 @@ def update(state, step, key, data, cfg):
     """One gradient step of the actor on one batch. One seed.
 
     Randomness is a function of (key, step) alone, so neither the length of a chunk nor a resumed
-    run changes the result. `key` is folded with the step, never split.
+    run changes the result. The key of a step is fold_in(key, step).
     """
     key_batch = jax.random.fold_in(key, step)
     batch = sample_batch(data, key_batch, cfg)
@@ -207,7 +207,7 @@ def train(cfg, options):
     data, statistics = normalise(kept.transitions)
     data = experiment.place(data, options)
     example = jax.tree.map(lambda x: x[:1], data)  # one row, for its shapes
-    init_keys, train_keys, policy_keys = experiment.streams(cfg.seeds, 3)  # [S] each
+    init_keys, train_keys, policy_keys = experiment.streams(cfg.seeds, 3)  # [S] keys each
     create = partial(
         create_state,
         batch=example,

@@ -5,7 +5,7 @@ Paper       https://arxiv.org/abs/1812.02900
 Reference   https://github.com/sfujim/BCQ (continuous_BCQ)
 Run         python algorithms/bcq.py --config configs/bcq/mujoco.yaml
 Parent      td3_bc.py (236 lines)
-Results     benchmarks/results
+Results     docs/results.md
 Deviations  none known from the code. Data with recorded next observations keep the rows at a
             truncation, which D4RL's loader drops.
 
@@ -148,7 +148,7 @@ class TrainState(train_state.TrainState):
 
     @classmethod
     def create(cls, apply_fn, params, tx):
-        # The targets are a copy: params and targets are donated, so they must not share buffers.
+        # A copy: JAX reuses the memory of the old state, so params and targets must not share any.
         target = jax.tree.map(jnp.copy, params)
         return super().create(apply_fn=apply_fn, params=params, target_params=target, tx=tx)
 
@@ -252,7 +252,7 @@ def update(state, step, key, data, cfg):
     """One step of the VAE, the critics and the actor, then of the targets, on one batch. One seed.
 
     Randomness is a function of (key, step) alone, so neither the length of a chunk nor a resumed
-    run changes the result. `key` is folded with the step, never split.
+    run changes the result. The key of a step is fold_in(key, step).
     """
     key_batch, key_vae, key_critic, key_actor = jax.random.split(jax.random.fold_in(key, step), 4)
     batch = sample_batch(data, key_batch, cfg)
@@ -333,7 +333,7 @@ def train(cfg, options):
     dataset = datasets.load(cfg.dataset, options.env, options.env_steps)
     data = experiment.place(dataset.transitions, options)
     example = jax.tree.map(lambda x: x[:1], data)  # one row, for its shapes
-    init_keys, train_keys, policy_keys = experiment.streams(cfg.seeds, 3)  # [S] each
+    init_keys, train_keys, policy_keys = experiment.streams(cfg.seeds, 3)  # [S] keys each
     create = partial(create_state, batch=example, cfg=cfg)
     state = jax.vmap(create)(init_keys)
     # Compiled once for all seeds. `update` shows which rows a step reads, for --data host.

@@ -5,7 +5,7 @@ Paper       https://arxiv.org/abs/2006.04779
 Reference   https://github.com/young-geng/JaxCQL, with the settings of corl-team/CORL
 Run         python algorithms/cql.py --config configs/cql/antmaze.yaml
 Parent      none
-Results     benchmarks/results
+Results     docs/results.md
 Deviations  The actor is initialised orthogonally too (CORL's ignores that setting), and on AntMaze
             both critics have 5 layers (CORL's second one has 3). As in CORL, the TD error has no
             factor 1/2, and training does not begin with behaviour cloning. Rows at a truncation
@@ -91,7 +91,7 @@ class SmallHeadCritic(nn.Module):
     def __call__(self, observation, action):  # [B, O], [B, M, A] -> [B, M]
         # Rows and actions share one axis, since gradients are faster than with two.
         actions_per_row = action.shape[1]
-        observation = observation.repeat(actions_per_row, axis=0)  # [B M, O]
+        observation = observation.repeat(actions_per_row, axis=0)  # [B*M, O]
         flat_action = action.reshape(len(observation), -1)  # [B M, A]
         x = jnp.concatenate([observation, flat_action], axis=-1)
         for width in self.hidden:
@@ -106,7 +106,7 @@ class TrainState(train_state.TrainState):
 
     @classmethod
     def create(cls, apply_fn, params, tx):
-        # The targets are a copy: params and targets are donated, so they must not share buffers.
+        # A copy: JAX reuses the memory of the old state, so params and targets must not share any.
         target = jax.tree.map(jnp.copy, params)
         return super().create(apply_fn=apply_fn, params=params, target_params=target, tx=tx)
 
@@ -290,7 +290,7 @@ def update(state, step, key, data, cfg):
     """One gradient step of every network at once, then one of the target critics. One seed.
 
     Randomness is a function of (key, step) alone, so neither the length of a chunk nor a resumed
-    run changes the result. `key` is folded with the step, never split.
+    run changes the result. The key of a step is fold_in(key, step).
     """
     key_batch, key_critic, key_actor = jax.random.split(jax.random.fold_in(key, step), 3)
     batch = sample_batch(data, key_batch, cfg)
@@ -374,7 +374,7 @@ def train(cfg, options):
         data, statistics = normalise(data)
     data = experiment.place(data, options)
     example = jax.tree.map(lambda x: x[:1], data)  # one row, for its shapes
-    init_keys, train_keys, policy_keys = experiment.streams(cfg.seeds, 3)  # [S] each
+    init_keys, train_keys, policy_keys = experiment.streams(cfg.seeds, 3)  # [S] keys each
     create = partial(create_state, batch=example, cfg=cfg, statistics=statistics)
     # Not jitted: XLA can hang on the QR decompositions of two orthogonal initialisers.
     state = jax.vmap(create)(init_keys)

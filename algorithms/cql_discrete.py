@@ -5,7 +5,7 @@ Paper       https://arxiv.org/abs/2006.04779
 Reference   https://github.com/aviralkumar2907/CQL (atari), https://github.com/takuseno/d3rlpy
 Run         python algorithms/cql_discrete.py --config configs/cql_discrete/classic.yaml
 Parent      none
-Results     benchmarks/results
+Results     docs/results.md
 Deviations  The authors' Atari code has a quantile network (QR-DQN, 200 quantiles) over images. Here
             observations are vectors, and the method stands on double DQN with plain Q values and a
             Huber error, as in d3rlpy. The target critic is copied first after update
@@ -81,7 +81,7 @@ class TrainState(train_state.TrainState):
 
     @classmethod
     def create(cls, apply_fn, params, tx):
-        # The targets are a copy: params and targets are donated, so they must not share buffers.
+        # A copy: JAX reuses the memory of the old state, so params and targets must not share any.
         target = jax.tree.map(jnp.copy, params)
         return super().create(apply_fn=apply_fn, params=params, target_params=target, tx=tx)
 
@@ -126,7 +126,7 @@ def update(state, step, key, data, cfg):
     """One gradient step; after every `target_every` of them the target critic is copied. One seed.
 
     Randomness is a function of (key, step) alone, so neither the length of a chunk nor a resumed
-    run changes the result. `key` is folded with the step, never split.
+    run changes the result. The key of a step is fold_in(key, step).
     """
     key_batch = jax.random.fold_in(key, step)
     batch = sample_batch(data, key_batch, cfg)
@@ -173,7 +173,7 @@ def train(cfg, options):
     dataset = datasets.load(cfg.dataset, options.env, options.env_steps, actions="discrete")
     data = experiment.place(dataset.transitions, options)
     example = jax.tree.map(lambda x: x[:1], data)  # one row, for its shapes
-    init_keys, train_keys, policy_keys = experiment.streams(cfg.seeds, 3)  # [S] each
+    init_keys, train_keys, policy_keys = experiment.streams(cfg.seeds, 3)  # [S] keys each
     create = partial(create_state, batch=example, cfg=cfg, num_actions=dataset.num_actions)
     state = jax.vmap(create)(init_keys)
     # Compiled once for all seeds. `update` shows which rows a step reads, for --data host.

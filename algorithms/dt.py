@@ -5,7 +5,7 @@ Paper       https://arxiv.org/abs/2106.01345
 Reference   https://github.com/kzl/decision-transformer (gym)
 Run         python algorithms/dt.py --config configs/dt/mujoco.yaml
 Parent      bc.py (277 lines)
-Results     benchmarks/results
+Results     docs/results.md
 Deviations  Training pads windows at their end, the reference at their start; padding is masked, so
             this has no effect. The keys' bias and the heads for observations and returns have none
             either and are left out. 1e-3 is added to the std, not 1e-6. `dropout` is that of the
@@ -280,7 +280,7 @@ def update(state, step, key, data, cfg):
     """One gradient step of the transformer on a batch of windows. One seed.
 
     Randomness is a function of (key, step) alone, so neither the length of a chunk nor a resumed
-    run changes the result. `key` is folded with the step, never split.
+    run changes the result. The key of a step is fold_in(key, step).
     """
     key_batch, key_dropout = jax.random.split(jax.random.fold_in(key, step))
     # A window may begin at any row, so episodes are drawn in proportion to their length.
@@ -356,7 +356,7 @@ def train(cfg, options):
     data, statistics = normalise(dataset.transitions)
     data = experiment.place(episode_steps(dataset, data), options)
     example = jax.tree.map(lambda x: x[:1], data)  # one row, for its shapes
-    init_keys, train_keys, policy_keys = experiment.streams(cfg.seeds, 3)  # [S] each
+    init_keys, train_keys, policy_keys = experiment.streams(cfg.seeds, 3)  # [S] keys each
     create = partial(create_state, batch=example, cfg=cfg, statistics=statistics)
     state = jax.vmap(create)(init_keys)
     # Compiled once for all seeds. `update` shows which rows a step reads, for --data host.

@@ -5,7 +5,7 @@ Paper       https://arxiv.org/abs/2502.02538
 Reference   https://github.com/seohongpark/fql
 Run         python algorithms/fql.py --config configs/fql/ogbench.yaml
 Parent      none
-Results     benchmarks/results
+Results     docs/results.md
 Deviations  Each network has an Adam of its own, which makes the same steps as the reference's one
             Adam for all. Rows at a truncation are kept where their next observation is known.
             Observations are vectors, not images. As in the released code, the target critics
@@ -88,7 +88,7 @@ class TrainState(train_state.TrainState):
 
     @classmethod
     def create(cls, apply_fn, params, tx):
-        # The targets are a copy: params and targets are donated, so they must not share buffers.
+        # A copy: JAX reuses the memory of the old state, so params and targets must not share any.
         target = jax.tree.map(jnp.copy, params)
         return super().create(apply_fn=apply_fn, params=params, target_params=target, tx=tx)
 
@@ -201,7 +201,7 @@ def update(state, step, key, data, cfg):
     """One gradient step of every network at once, on one batch. One seed.
 
     Randomness is a function of (key, step) alone, so neither the length of a chunk nor a resumed
-    run changes the result. `key` is folded with the step, never split.
+    run changes the result. The key of a step is fold_in(key, step).
     """
     keys = jax.random.split(jax.random.fold_in(key, step), 4)
     key_batch, key_critic, key_actor, key_flow = keys
@@ -270,7 +270,7 @@ def train(cfg, options):
     data = dataset.transitions._replace(action=action, reward=reward)
     data = experiment.place(data, options)
     example = jax.tree.map(lambda x: x[:1], data)  # one row, for its shapes
-    init_keys, train_keys, policy_keys = experiment.streams(cfg.seeds, 3)  # [S] each
+    init_keys, train_keys, policy_keys = experiment.streams(cfg.seeds, 3)  # [S] keys each
     create = partial(create_state, batch=example, cfg=cfg)
     state = jax.vmap(create)(init_keys)
     # Compiled once for all seeds. `update` shows which rows a step reads, for --data host.

@@ -5,7 +5,7 @@ Paper       https://arxiv.org/abs/2304.10573, IFQL (generator=flow) https://arxi
 Reference   https://github.com/philippe-eecs/IDQL, https://github.com/seohongpark/fql
 Run         python algorithms/idql.py --config configs/idql/antmaze.yaml
 Parent      iql.py (267 lines)
-Results     benchmarks/results
+Results     docs/results.md
 Deviations  As in the authors' code since 7582571, each update is one step of every network on one
             batch. Only the best sample acts (the paper also draws one by its weight). All rows
             train, not 95 %, also those at a truncation whose next observation is known. IFQL's code
@@ -150,7 +150,7 @@ class TrainState(train_state.TrainState):
 
     @classmethod
     def create(cls, apply_fn, params, tx):
-        # The targets are a copy: params and targets are donated, so they must not share buffers.
+        # A copy: JAX reuses the memory of the old state, so params and targets must not share any.
         target = jax.tree.map(jnp.copy, params)
         return super().create(apply_fn=apply_fn, params=params, target_params=target, tx=tx)
 
@@ -277,8 +277,8 @@ def update(state, step, key, data, cfg):
     """One gradient step of V, the actor and Q in turn, then one step of the targets. One seed.
 
     All of them use the same batch. Randomness is a function of (key, step) alone, so neither the
-    length of a chunk nor a resumed run changes the result. `key` is folded with the step, never
-    split.
+    length of a chunk nor a resumed run changes the result. The key of a step is
+    fold_in(key, step).
     """
     key_batch, key_actor = jax.random.split(jax.random.fold_in(key, step))
     batch = sample_batch(data, key_batch, cfg)
@@ -394,7 +394,7 @@ def train(cfg, options):
         reward = reward * (cfg.return_scale / datasets.return_span(dataset))
     data = experiment.place(dataset.transitions._replace(action=action, reward=reward), options)
     example = jax.tree.map(lambda x: x[:1], data)  # one row, for its shapes
-    init_keys, train_keys, policy_keys = experiment.streams(cfg.seeds, 3)  # [S] each
+    init_keys, train_keys, policy_keys = experiment.streams(cfg.seeds, 3)  # [S] keys each
     create = partial(create_state, batch=example, cfg=cfg)
     state = jax.vmap(create)(init_keys)
     # Compiled once for all seeds. `update` shows which rows a step reads, for --data host.

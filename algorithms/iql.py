@@ -5,7 +5,7 @@ Paper       https://arxiv.org/abs/2110.06169
 Reference   https://github.com/ikostrikov/implicit_q_learning
 Run         python algorithms/iql.py --config configs/iql/antmaze.yaml
 Parent      none
-Results     benchmarks/results
+Results     docs/results.md
 Deviations  Rows at a truncation are kept where their next observation is known, and they count in
             return_scale. extraction=ddpg_bc and layer_norm follow seohongpark/fql, which also has
             GELU, Glorot initialisation, no tanh on the mean, one state that all losses read, awr
@@ -102,7 +102,7 @@ class TrainState(train_state.TrainState):
 
     @classmethod
     def create(cls, apply_fn, params, tx):
-        # The targets are a copy: params and targets are donated, so they must not share buffers.
+        # A copy: JAX reuses the memory of the old state, so params and targets must not share any.
         target = jax.tree.map(jnp.copy, params)
         return super().create(apply_fn=apply_fn, params=params, target_params=target, tx=tx)
 
@@ -227,8 +227,8 @@ def update(state, step, key, data, cfg):
     """One gradient step of V, the actor and Q in turn, then one step of the targets. One seed.
 
     All of them use the same batch. Randomness is a function of (key, step) alone, so neither the
-    length of a chunk nor a resumed run changes the result. `key` is folded with the step, never
-    split.
+    length of a chunk nor a resumed run changes the result. The key of a step is
+    fold_in(key, step).
     """
     key_batch, key_actor = jax.random.split(jax.random.fold_in(key, step))
     batch = sample_batch(data, key_batch, cfg)
@@ -295,7 +295,7 @@ def train(cfg, options):
         reward = reward * (cfg.return_scale / datasets.return_span(dataset))
     data = experiment.place(dataset.transitions._replace(action=action, reward=reward), options)
     example = jax.tree.map(lambda x: x[:1], data)  # one row, for its shapes
-    init_keys, train_keys, policy_keys = experiment.streams(cfg.seeds, 3)  # [S] each
+    init_keys, train_keys, policy_keys = experiment.streams(cfg.seeds, 3)  # [S] keys each
     create = partial(create_state, batch=example, cfg=cfg)
     # Not jitted: XLA can hang on the QR decompositions of two orthogonal initialisers.
     state = jax.vmap(create)(init_keys)

@@ -5,7 +5,7 @@ Paper       https://arxiv.org/abs/2402.00348
 Reference   https://github.com/maoliyuan/ODICE-Pytorch
 Run         python algorithms/odice.py --config configs/odice/mujoco.yaml
 Parent      none
-Results     benchmarks/results
+Results     docs/results.md
 Deviations  Rows at a truncation are kept where their next observation is known, and count in
             return_scale. Its range is over episodes; the code's is over pieces of at most 1000 rows
             that join timed-out episodes, without the last piece (5 % less on
@@ -110,7 +110,7 @@ class TrainState(train_state.TrainState):
 
     @classmethod
     def create(cls, apply_fn, params, tx):
-        # The targets are a copy: params and targets are donated, so they must not share buffers.
+        # A copy: JAX reuses the memory of the old state, so params and targets must not share any.
         target = jax.tree.map(jnp.copy, params)
         return super().create(apply_fn=apply_fn, params=params, target_params=target, tx=tx)
 
@@ -173,13 +173,13 @@ def actor_loss(params, state, batch, cfg):
     }
 
 
-def dual_loss(params, state, batch, residual, cfg):
+def dual_loss(params, state, batch, residual_fn, cfg):
     """lambda f*(e / alpha), mean over K and B, with f*(y) = max(0, 1 + y / 2)^2 - 1 (chi-square).
 
-    `residual` computes e: one of the three functions below. With lambda = 1/2, twice the sum of
+    `residual_fn` computes e: one of the three functions below. With lambda = 1/2, twice the sum of
     value_loss and dual_loss is E max(0, 1 + e / (2 alpha))^2 + E V / alpha, minus 1.
     """
-    y = residual(params, state, batch, cfg) / cfg.alpha  # [K, B]
+    y = residual_fn(params, state, batch, cfg) / cfg.alpha  # [K, B]
     conjugate = jnp.square(jnp.maximum(1.0 + y / 2, 0.0)) - 1.0
     loss = cfg.lam * conjugate.mean()
     return loss, {"dual_loss": loss}
@@ -232,8 +232,8 @@ def update(state, step, key, data, cfg):
     """One gradient step of V and the actor, then one step of the targets. One seed.
 
     Both gradients are of the state before the update. Randomness is a function of (key, step)
-    alone, so neither the length of a chunk nor a resumed run changes the result. `key` is folded
-    with the step, never split.
+    alone, so neither the length of a chunk nor a resumed run changes the result. The key of a step
+    is fold_in(key, step).
     """
     key_batch = jax.random.fold_in(key, step)
     batch = sample_batch(data, key_batch, cfg)
@@ -255,10 +255,10 @@ def value_gradient(state, batch, cfg):
     times the backward gradient, the one through V(s'), projected orthogonally to the forward one.
     """
     params = state.value_net.params
-    residual = full_residual if cfg.gradient == "true" else forward_residual
+    residual_fn = full_residual if cfg.gradient == "true" else forward_residual
     grads, value_metrics = jax.grad(value_loss, has_aux=True)(params, state, batch, cfg)
     dual_grads, dual_metrics = jax.grad(dual_loss, has_aux=True)(
-        params, state, batch, residual, cfg
+        params, state, batch, residual_fn, cfg
     )
     if cfg.gradient == "orthogonal":
         backward_grads, _ = jax.grad(dual_loss, has_aux=True)(
@@ -325,7 +325,7 @@ def train(cfg, options):
         reward = reward * (cfg.return_scale / datasets.return_span(dataset))
     data = experiment.place(dataset.transitions._replace(reward=reward), options)
     example = jax.tree.map(lambda x: x[:1], data)  # one row, for its shapes
-    init_keys, train_keys, policy_keys = experiment.streams(cfg.seeds, 3)  # [S] each
+    init_keys, train_keys, policy_keys = experiment.streams(cfg.seeds, 3)  # [S] keys each
     create = partial(create_state, batch=example, cfg=cfg)
     state = jax.vmap(create)(init_keys)
     # Compiled once for all seeds. `update` shows which rows a step reads, for --data host.

@@ -5,7 +5,7 @@ Paper       https://arxiv.org/abs/2507.07969
 Reference   https://github.com/ColinQiyangLi/qc
 Run         python algorithms/qc.py --config configs/qc/ogbench.yaml
 Parent      fql.py (201 lines)
-Results     benchmarks/results
+Results     docs/results.md
 Deviations  Those of fql.py. Offline only; the paper continues online. Rewards after a termination
             inside a chunk do not count (in the reference they do, and only the bootstrap stops).
             The critics also learn from chunks in which a termination ends the episode (the
@@ -107,7 +107,7 @@ class TrainState(train_state.TrainState):
 
     @classmethod
     def create(cls, apply_fn, params, tx):
-        # The targets are a copy: params and targets are donated, so they must not share buffers.
+        # A copy: JAX reuses the memory of the old state, so params and targets must not share any.
         target = jax.tree.map(jnp.copy, params)
         return super().create(apply_fn=apply_fn, params=params, target_params=target, tx=tx)
 
@@ -268,7 +268,7 @@ def update(state, step, key, data, cfg):
     """One gradient step of every network at once, on one batch. One seed.
 
     Randomness is a function of (key, step) alone, so neither the length of a chunk nor a resumed
-    run changes the result. `key` is folded with the step, never split.
+    run changes the result. The key of a step is fold_in(key, step).
     """
     keys = jax.random.split(jax.random.fold_in(key, step), 4)
     key_batch, key_critic, key_actor, key_flow = keys
@@ -362,7 +362,7 @@ def chunked(dataset, cfg):
     rows = dataset.transitions
     # A chunk runs on past a termination inside its episode, as OGBench's episodes do after a
     # success. The view would stop there, so it is shown no terminations.
-    no_terminations = rows._replace(termination=0 * rows.termination)
+    no_terminations = rows._replace(termination=jnp.zeros_like(rows.termination))
     index, valid = datasets.chunks(replace(dataset, transitions=no_terminations), cfg.horizon)
     first = index[:, 0]  # [N], and `valid` is [N, h]
 
@@ -398,7 +398,7 @@ def train(cfg, options):
     data = chunked(replace(dataset, transitions=rows), cfg)
     data = experiment.place(data, options)
     example = jax.tree.map(lambda x: x[:1], rows)  # one row, for its shapes
-    init_keys, train_keys, policy_keys = experiment.streams(cfg.seeds, 3)  # [S] each
+    init_keys, train_keys, policy_keys = experiment.streams(cfg.seeds, 3)  # [S] keys each
     create = partial(create_state, batch=example, cfg=cfg)
     state = jax.vmap(create)(init_keys)
     # Compiled once for all seeds. `update` shows which rows a step reads, for --data host.

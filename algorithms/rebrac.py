@@ -5,7 +5,7 @@ Paper       https://arxiv.org/abs/2305.09836
 Reference   https://github.com/tinkoff-ai/ReBRAC
 Run         python algorithms/rebrac.py --config configs/rebrac/antmaze.yaml
 Parent      td3_bc.py (99 lines)
-Results     benchmarks/results
+Results     docs/results.md
 Deviations  none known in the method. Rows at a truncation are kept if the data record their next
             observation (0.1 % of the rows of 1000-step episodes). Their next action is unknown, so
             their own action takes its place. The reference drops these rows.
@@ -99,7 +99,7 @@ class TrainState(train_state.TrainState):
 
     @classmethod
     def create(cls, apply_fn, params, tx):
-        # The targets are a copy: params and targets are donated, so they must not share buffers.
+        # A copy: JAX reuses the memory of the old state, so params and targets must not share any.
         target = jax.tree.map(jnp.copy, params)
         return super().create(apply_fn=apply_fn, params=params, target_params=target, tx=tx)
 
@@ -167,7 +167,7 @@ def update(state, step, key, data, cfg):
     """`policy_delay` critic updates; after the first, one of actor and targets. One seed.
 
     Randomness is a function of (key, step) alone, so neither the length of a chunk nor a resumed
-    run changes the result. `key` is folded with the step, never split.
+    run changes the result. The key of a step is fold_in(key, step).
     """
     critic_metrics = []
     for i in range(cfg.policy_delay):  # a Python loop: only the first round updates the actor
@@ -209,7 +209,7 @@ def mean_metrics(metrics):
 
 def train_chunk(state, key, start, data, cfg):
     """`log_every` updates of one seed, compiled as one program. Metrics are chunk means."""
-    steps = start + jnp.arange(0, cfg.log_every, cfg.policy_delay)
+    steps = start + jnp.arange(0, cfg.log_every, cfg.policy_delay)  # one per call of `update`
     state, metrics = jax.lax.scan(partial(update, key=key, data=data, cfg=cfg), state, steps)
     return state, jax.tree.map(jnp.mean, metrics)
 
@@ -236,7 +236,7 @@ def train(cfg, options):
     data = dataset.transitions
     data = experiment.place(data, options)
     example = jax.tree.map(lambda x: x[:1], data)  # one row, for its shapes
-    init_keys, train_keys, policy_keys = experiment.streams(cfg.seeds, 3)  # [S] each
+    init_keys, train_keys, policy_keys = experiment.streams(cfg.seeds, 3)  # [S] keys each
     create = partial(create_state, batch=example, cfg=cfg)
     state = jax.vmap(create)(init_keys)
     # Compiled once for all seeds. `update` shows which rows a step reads, for --data host.

@@ -5,7 +5,7 @@ Paper       https://arxiv.org/abs/2301.02328
 Reference   https://github.com/Div99/XQL (offline)
 Run         python algorithms/xql.py --config configs/xql/antmaze.yaml
 Parent      iql.py (119 lines)
-Results     benchmarks/results
+Results     docs/results.md
 Deviations  As in the authors' code, not the paper: Q has a Huber loss, the actor's temperature is
             not beta, V and the actor learn from target critics, and z has an upper clip only.
             Unlike that code: every value update draws new noise and uniform actions, the uniform
@@ -111,7 +111,7 @@ class TrainState(train_state.TrainState):
 
     @classmethod
     def create(cls, apply_fn, params, tx):
-        # The targets are a copy: params and targets are donated, so they must not share buffers.
+        # A copy: JAX reuses the memory of the old state, so params and targets must not share any.
         target = jax.tree.map(jnp.copy, params)
         return super().create(apply_fn=apply_fn, params=params, target_params=target, tx=tx)
 
@@ -234,8 +234,8 @@ def update(state, step, key, data, cfg):
     """`value_updates` gradient steps of V, one of the actor and of Q, then the targets. One seed.
 
     All of them use the same batch. Randomness is a function of (key, step) alone, so neither the
-    length of a chunk nor a resumed run changes the result. `key` is folded with the step, never
-    split.
+    length of a chunk nor a resumed run changes the result. The key of a step is
+    fold_in(key, step).
     """
     key_batch, key_value, key_actor = jax.random.split(jax.random.fold_in(key, step), 3)
     batch = sample_batch(data, key_batch, cfg)
@@ -303,7 +303,7 @@ def train(cfg, options):
         reward = reward * (cfg.return_scale / datasets.return_span(dataset))
     data = experiment.place(dataset.transitions._replace(action=action, reward=reward), options)
     example = jax.tree.map(lambda x: x[:1], data)  # one row, for its shapes
-    init_keys, train_keys, policy_keys = experiment.streams(cfg.seeds, 3)  # [S] each
+    init_keys, train_keys, policy_keys = experiment.streams(cfg.seeds, 3)  # [S] keys each
     create = partial(create_state, batch=example, cfg=cfg)
     # Not jitted: XLA can hang on the QR decompositions of two orthogonal initialisers.
     state = jax.vmap(create)(init_keys)

@@ -10,9 +10,9 @@ import urllib.request
 import numpy as np
 
 from common import envs, fail, folders, one_line, told
-from common.datasets import names, reference_scores, unreadable
+from common.datasets import minari_envs, names, reference_scores, unreadable
 from common.datasets.source import Source
-from common.envs import d4rl, recorded
+from common.envs import d4rl
 
 # Dict observations of D4RL's tasks: the parts that are used, in this order.
 ANTMAZE = ("achieved_goal", "observation", "desired_goal")  # x and y first, as in D4RL
@@ -43,14 +43,14 @@ def read(dataset_id, env, env_steps):
 def _read(dataset_id, folder, env, env_steps):
     import minari
 
-    recorded.trusted(dataset_id, folder, env)
+    minari_envs.trusted(dataset_id, folder, env)
     source = minari.load_dataset(dataset_id)
     metadata = source.storage.metadata
     keys, left_out = _keys(dataset_id, source)
     _check_spaces(dataset_id, source, keys)
     _tell_of_images(dataset_id, source, keys)
     rows = _rows(source, keys)
-    options = {} if env else recorded.recovered(dataset_id, source)
+    options = {} if env else minari_envs.recovered(dataset_id, source)
     options |= {} if env_steps is None else {"max_episode_steps": env_steps}
     env_id = env or (source.env_spec and source.env_spec.id)
     flipped = d4rl.flipped(env_id, rows)

@@ -5,8 +5,7 @@
 become flat float32 arrays and actions lie in [-1, 1]. `columns` writes out the values of a space as
 such arrays, for recorded data as well (spaces.py). Behind these names are the point maze that this
 project registers (pointmaze.py), the wrappers that give Gymnasium's environments D4RL's behaviour
-(d4rl.py), and the checks of the environment that a Minari data set names (recorded.py). What a run
-records of its env is in again.py.
+(d4rl.py). What a run records of its env is in again.py.
 """
 
 from common.envs.again import Translator, make_remembered, remembered
