@@ -45,7 +45,11 @@ REASONS = {
     "cql_discrete": [("stop_gradient", "the target has no gradient: no error")],
     "dt": [("timestep) - 1", "a gather beyond the end reads the last row anyway: no error")],
     "iql": [("", "extraction=ddpg_bc is seohongpark/fql's, which updates otherwise: no case")],
-    "ivr": [("-1.0", "a bound that no batch reaches")],
+    "ivr": [
+        ("1.0", "a bound that no batch reaches"),
+        ("weight > 0", "in a number that is only logged"),
+        ("jnp.mean", "in a number that is only logged"),
+    ],
     "odice": [("1e-10", "guards against a division by zero: not reached")],
     "qc": [("jnp.abs(q)", "normalize_q is an addition, without authors' code")],
 }
