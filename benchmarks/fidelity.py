@@ -285,8 +285,8 @@ observations are compared: [test_parity.py](../../tests/algorithms/test_parity.p
 authors' code made is stored in [tests/fixtures/parity](../../tests/fixtures/parity), with a text
 that says how. Two hidden layers of 16 units, in float64 on both sides unless the text says
 otherwise; "difference" is the largest one of all those numbers, relative to the largest number of
-its array, and includes the rounding of the stored numbers: 7e-12, 5e-10 in IDQL's wide layers. dt.py
-computes the learning rate of its warm-up in float32, which is all of its difference.
+its array, and includes the rounding of the stored numbers: 7e-12, 5e-10 in IDQL's wide layers.
+dt.py computes the learning rate of its warm-up in float32, which is all of its difference.
 
 A mutant is a copy of a file with one small error, such as a sign, a mean for a sum, or a target
 network in place of the online one. It is caught if the comparison fails. Where a number of possible
