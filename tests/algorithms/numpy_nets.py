@@ -12,12 +12,12 @@ import numpy as np
 import optax
 import probes
 import pytest
+from compiler_flags import QUICK
 
 from common import datasets, experiment
 from common.experiment import config
 
 CFG = {"hidden": (16, 16), "batch_size": 32}  # as many rows as the data: one program serves both
-QUICK = {"xla_backend_optimization_level": 0}  # to compile: half the time, the same program
 
 
 # --- NumPy --------------------------------------------------------------------------------------

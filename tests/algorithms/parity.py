@@ -39,11 +39,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import probes
+from compiler_flags import QUICK
 from flax.core import Scope
 
-# Every program runs a few times only. Without XLA's fusion emitters it compiles in a third of the
-# time.
-COMPILER_OPTIONS = {"xla_cpu_use_fusion_emitters": False}
 FOLDER = Path(__file__).resolve().parents[1] / "fixtures" / "parity"
 
 
@@ -323,7 +321,7 @@ def _compare(module, case, arrays, dtype, stop_above):
             return module.update(state, step, key, turns[0], cfg)
 
     if not whole:  # else a scan asks for a draw in each of its rounds, not once as it is compiled
-        one_update = jax.jit(one_update, compiler_options=COMPILER_OPTIONS)
+        one_update = jax.jit(one_update, compiler_options=QUICK)
 
     found = collections.defaultdict(dict)
 
@@ -360,7 +358,7 @@ def play_once(module, case, state, cfg, recorded, draws, example):
     """The policy's actions at all observations at once."""
     policy = acting(module, case, state, cfg)
 
-    @functools.partial(jax.jit, compiler_options=COMPILER_OPTIONS)
+    @functools.partial(jax.jit, compiler_options=QUICK)
     def act(params, observation, draws):
         with replayed(module, [], draws):
             return policy(params=params, observation=observation, key=jax.random.key(0))
@@ -371,7 +369,7 @@ def play_once(module, case, state, cfg, recorded, draws, example):
 def play_steps(module, case, state, cfg, recorded, draws, example):
     """The actions of a policy with a memory, step by step, [T, E, A]."""
     act = functools.partial(module.policy, state.actor.apply_fn)
-    act = jax.jit(act, compiler_options=COMPILER_OPTIONS)
+    act = jax.jit(act, compiler_options=QUICK)
     observation, reward = recorded["observation"], recorded["reward"]
     memory = module.blank_steps(len(reward[0]), example, recorded["target_return"], cfg)
     memory = jax.tree.map(lambda x: jnp.asarray(x, _like(x, observation.dtype)), memory)
