@@ -8,9 +8,9 @@ Parent      none
 Results     benchmarks/results
 Deviations  The replay buffer is the fixed data set, as in the paper's offline experiments. Batches
             are drawn with replacement; the reference shuffles. Observations are normalised by the
-            data set's statistics, not running ones, with 1e-3 added to the std. optimiser=adam and
-            fixed_std=None are additions. Rows at a truncation are kept if their next observation
-            is known.
+            data set's statistics, not running ones, with 1e-3 added to the std, whose least value
+            in the reference is 0.01. optimiser=adam and fixed_std=None are additions. Rows at a
+            truncation are kept if their next observation is known.
 
 Shapes: S seeds, N data, B batch, E episodes, O observation, A action. Arrays are float32.
 """

@@ -6,10 +6,11 @@ Reference   https://github.com/aviralkumar2907/CQL (atari), https://github.com/t
 Run         python algorithms/cql_discrete.py --config configs/cql_discrete/classic.yaml
 Parent      none
 Results     benchmarks/results
-Deviations  The authors' Atari code has a quantile network (QR-DQN, 200 quantiles) over images.
-            Here observations are vectors, and the method stands on double DQN with plain Q values
-            and a Huber error, as in d3rlpy. Rows at a truncation are kept where their next
-            observation is known.
+Deviations  The authors' Atari code has a quantile network (QR-DQN, 200 quantiles) over images. Here
+            observations are vectors, and the method stands on double DQN with plain Q values and a
+            Huber error, as in d3rlpy. The target critic is copied first after update
+            `target_every`; d3rlpy's also after the first update. Rows at a truncation are kept
+            where their next observation is known.
 
 Shapes: S seeds, B batch, E episodes, O observation, A number of actions.
 """

@@ -8,10 +8,11 @@ Parent      bc.py (277 lines)
 Results     benchmarks/results
 Deviations  Training pads windows at their end, the reference at their start; padding is masked, so
             this has no effect. The keys' bias and the heads for observations and returns have none
-            either and are left out. 1e-3 is added to the std, not 1e-6. A run has one target
-            return, not two. A row at a truncation is dropped if its next observation is unknown,
-            and its reward is missing in the returns-to-go (the reference keeps both). An unfinished
-            last episode is kept (the reference drops it).
+            either and are left out. 1e-3 is added to the std, not 1e-6. `dropout` is that of the
+            tokens too, for which the reference always has 0.1. A run has one target return, not
+            two. A row at a truncation is dropped if its next observation is unknown, and its reward
+            is missing in the returns-to-go (the reference keeps both). An unfinished last episode
+            is kept (the reference drops it).
 
 Shapes: S seeds, N data, B batch, K context, T = 3 K tokens, D embedding, O observation, A action.
 """

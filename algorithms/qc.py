@@ -10,7 +10,8 @@ Deviations  Those of fql.py. Offline only; the paper continues online. Rewards a
             inside a chunk do not count (in the reference they do, and only the bootstrap stops).
             The critics also learn from chunks in which a termination ends the episode (the
             reference drops them; OGBench has few); their remaining actions are those of the rows
-            that follow in the data.
+            that follow in the data. A chunk may start in the data's last h - 1 rows (there: none
+            does). normalize_q is an addition: the reference has the setting, but does not read it.
 
 Shapes: S seeds, K critics, N samples, h steps of a chunk, B batch or rows, E episodes,
         O observation, A action. Arrays are float32. A chunk of actions is one vector, [h A].

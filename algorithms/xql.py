@@ -9,8 +9,9 @@ Results     benchmarks/results
 Deviations  As in the authors' code, not the paper: Q has a Huber loss, the actor's temperature is
             not beta, V and the actor learn from target critics, and z has an upper clip only.
             Unlike that code: every value update draws new noise and uniform actions, the uniform
-            ones get no noise, and V has no dropout, which the code never turns on. Rows at a
-            truncation are kept where their next observation is known, and count in return_scale.
+            ones get no noise (the code fails with both), and V has no dropout, which the code never
+            turns on. Rows at a truncation are kept where their next observation is known, and count
+            in return_scale.
 
 Shapes: S seeds, K critics, B batch, E episodes, O observation, A action. Arrays are float32.
 """

@@ -20,8 +20,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import golden
 import helpers_runs
 import own_files
+import parity
 import probes
 import sync
+import test_parity
 import test_static
 
 ROOT = own_files.ROOT
@@ -61,6 +63,11 @@ def places(name):
         )
     if name not in golden.tolerances():
         found.append(f"tests/algorithms/golden_tolerances.json: no measured spread of {name}")
+    for suffix in (".npz", ".md"):
+        if not (parity.FOLDER / f"{name}{suffix}").exists():
+            found.append(f"tests/fixtures/parity/{name}{suffix}: no numbers of its authors' code")
+    if name not in {case.algorithm for case in test_parity.CASES}:
+        found.append("tests/algorithms/test_parity.py: no case in CASES")
     return found
 
 

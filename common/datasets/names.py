@@ -93,7 +93,9 @@ def _minari_root(path):
     """The folder from which the id of a data set counts; the id is in its metadata."""
     path = path.resolve()
     try:
-        named = json.loads((path / "data" / "metadata.json").read_text(encoding="utf-8"))["dataset_id"]
+        named = json.loads((path / "data" / "metadata.json").read_text(encoding="utf-8"))[
+            "dataset_id"
+        ]
         if str(path).endswith(f"/{named}"):
             return path.parents[named.count("/")]
     except (OSError, ValueError, KeyError, TypeError, IndexError):

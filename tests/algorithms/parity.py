@@ -2,7 +2,8 @@
 """Runs an algorithm file on the batches and random numbers that its authors' code was run on.
 
 A fixture, tests/fixtures/parity/<algorithm>.npz, has what the authors' code started from and what
-it made of it. The text beside it says how it was made. A fixture holds one case or more, each with
+it made of it. The text beside it says how it was made. Where one file would exceed 200 kB, further
+cases are in <algorithm>.<name>.npz. A fixture holds one case or more, each with
 its own settings. The names of its arrays are paths in our names:
 
     <case>/init/<field>/params/...          parameters before the first update, and `target_params`
@@ -40,6 +41,9 @@ import optax
 import probes
 from flax.core import Scope
 
+# Every program runs a few times only. Without XLA's fusion emitters it compiles in a third of the
+# time.
+COMPILER_OPTIONS = {"xla_cpu_use_fusion_emitters": False}
 FOLDER = Path(__file__).resolve().parents[1] / "fixtures" / "parity"
 
 
@@ -58,31 +62,24 @@ class Case:
 
 
 CONFIG = {"hidden": (16, 16), "log_every": 2}
-# Fields of State and Config under their new names, which fixtures and cases use.
-RENAMED = {
-    "temperature": "log_temperature",
-    "lagrange": "log_multiplier",
-    "importance": "importance_sampling",
-    "gap": "target_action_gap",
-    "lowest_difference": "clip_diff_min",
-    "num_choices": "num_eval_samples",
-}
+# What a policy takes besides its parameters, and the field of State whose apply function it is.
+NETWORKS = {"apply_critics": "critic", "critic": "critic", "apply_vae": "vae"}
 
 
 @functools.cache
 def fixture(algorithm):
     """{case: {path: array}}"""
-    path = FOLDER / f"{algorithm}.npz"
-    if not path.exists():
-        raise AssertionError(f"{algorithm} has no parity fixture ({path.name} is missing)")
-    with np.load(path) as stored:
-        numbers = dict(stored)
-    index = json.loads(numbers.pop("index").tobytes())
     cases = collections.defaultdict(dict)
-    for key, (dtype, start, shape) in index.items():
-        case, rest = key.split("/", 1)
-        size = int(np.prod(shape))
-        cases[case][rest] = numbers[dtype][start : start + size].reshape(shape)
+    for path in sorted(FOLDER.glob(f"{algorithm}.*npz")):
+        with np.load(path) as stored:
+            numbers = dict(stored)
+        index = json.loads(numbers.pop("index").tobytes())
+        for key, (dtype, start, shape) in index.items():
+            case, rest = key.split("/", 1)
+            size = int(np.prod(shape))
+            cases[case][rest] = numbers[dtype][start : start + size].reshape(shape)
+    if not cases:
+        raise AssertionError(f"{algorithm} has no parity fixture ({algorithm}.npz is missing)")
     return dict(cases)
 
 
@@ -187,8 +184,8 @@ def initial_state(module, case, cfg, batch, arrays, dtype):
         batch = batch._replace(action=batch.action[..., : case.action_dim])
     state = jax.eval_shape(create, jax.random.key(0), batch)
     used = set()
-    for own_name in state._fields:
-        field, net = RENAMED.get(own_name, own_name), getattr(state, own_name)
+    for field in state._fields:
+        net = getattr(state, field)
         if not hasattr(net, "params"):  # such as the mean and std of the observations
             leaves, structure = jax.tree.flatten(net)
             names = [f"{field}/{i}" for i in range(len(leaves))]
@@ -203,7 +200,7 @@ def initial_state(module, case, cfg, batch, arrays, dtype):
                 used.update(join(field, trees, name) for name in leaf_names(tree))
                 new = new.replace(**{trees: tree})
             new = new.replace(step=jnp.zeros((), int), opt_state=net.tx.init(new.params))
-        state = state._replace(**{own_name: new})
+        state = state._replace(**{field: new})
     assert used == set(arrays), f"not used: {sorted(set(arrays) - used)}"
     return state
 
@@ -211,8 +208,8 @@ def initial_state(module, case, cfg, batch, arrays, dtype):
 def trees_of(state):
     """{field/params/..., field/target_params/..., field/mu/...: array} of a state."""
     found = {}
-    for own_name in state._fields:
-        field, net = RENAMED.get(own_name, own_name), getattr(state, own_name)
+    for field in state._fields:
+        net = getattr(state, field)
         if not hasattr(net, "params"):
             continue
         trees = {"params": net.params, "mu": memory_of(net.opt_state)}
@@ -252,27 +249,28 @@ def rows(module, columns):
 
 
 def config_of(module, case):
+    """The file's Config, with those settings of `CONFIG` that the file has."""
     names = {field.name for field in dataclasses.fields(module.Config)}
-    old = {new: old for old, new in RENAMED.items() if old in names}
-    settings = {old.get(name, name): x for name, x in (CONFIG | case.config).items()}
-    settings = {name: x for name, x in settings.items() if name in names or name in case.config}
-    return module.Config(**settings)
+    common = {name: x for name, x in CONFIG.items() if name in names}
+    return module.Config(**(common | case.config))
 
 
 def acting(module, case, state, cfg):
-    """The policy of a state, (params, observation, key) -> action.
-
-    What it takes besides is `cfg` and functions of networks, named like the fields of State.
-    """
-    policy, networks = getattr(module, case.policy), {}
-    for field in state._fields:
-        if hasattr(getattr(state, field), "apply_fn"):
-            networks[field] = getattr(state, field).apply_fn
+    """The policy of a state, (params=, observation=, key=) -> action."""
+    policy = getattr(module, case.policy)
+    networks = {
+        field: getattr(state, field).apply_fn
+        for field in state._fields
+        if hasattr(getattr(state, field), "apply_fn")
+    }
     acts = next(field for field in ("actor", "flow", "critic") if field in networks)
-    facts = networks | {"cfg": cfg}
-    wanted = list(inspect.signature(policy).parameters.values())[4:]
-    extra = {x.name: facts[x.name] for x in wanted if x.default is inspect.Parameter.empty}
-    return functools.partial(policy, networks[acts], **extra)
+    bound = {"apply_fn": networks[acts]}
+    for name in inspect.signature(policy).parameters:
+        if name == "cfg":
+            bound[name] = cfg
+        elif name in NETWORKS:
+            bound[name] = networks[NETWORKS[name]]
+    return functools.partial(policy, **bound)
 
 
 def precision(arrays):
@@ -288,7 +286,12 @@ def compare(module, case, arrays=None, stop_above=None):
     """
     arrays = fixture(case.algorithm)[case.name] if arrays is None else arrays
     dtype = precision(arrays)
-    with jax.enable_x64(dtype == np.float64):
+    # The tests' debug modes cost a quarter of the time, and a NaN differs from every number.
+    with (
+        jax.enable_x64(dtype == np.float64),
+        jax.debug_nans(False),
+        jax.debug_key_reuse(False),
+    ):
         return _compare(module, case, arrays, dtype, stop_above)
 
 
@@ -320,7 +323,7 @@ def _compare(module, case, arrays, dtype, stop_above):
             return module.update(state, step, key, turns[0], cfg)
 
     if not whole:  # else a scan asks for a draw in each of its rounds, not once as it is compiled
-        one_update = jax.jit(one_update)
+        one_update = jax.jit(one_update, compiler_options=COMPILER_OPTIONS)
 
     found = collections.defaultdict(dict)
 
@@ -357,17 +360,18 @@ def play_once(module, case, state, cfg, recorded, draws, example):
     """The policy's actions at all observations at once."""
     policy = acting(module, case, state, cfg)
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=COMPILER_OPTIONS)
     def act(params, observation, draws):
         with replayed(module, [], draws):
-            return policy(params, observation, jax.random.key(0))
+            return policy(params=params, observation=observation, key=jax.random.key(0))
 
     return act(module.policy_params(state), recorded["observation"], draws)
 
 
 def play_steps(module, case, state, cfg, recorded, draws, example):
     """The actions of a policy with a memory, step by step, [T, E, A]."""
-    act = jax.jit(functools.partial(module.policy, state.actor.apply_fn))
+    act = functools.partial(module.policy, state.actor.apply_fn)
+    act = jax.jit(act, compiler_options=COMPILER_OPTIONS)
     observation, reward = recorded["observation"], recorded["reward"]
     memory = module.blank_steps(len(reward[0]), example, recorded["target_return"], cfg)
     memory = jax.tree.map(lambda x: jnp.asarray(x, _like(x, observation.dtype)), memory)
