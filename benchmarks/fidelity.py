@@ -23,7 +23,7 @@ import jax
 import tyro
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "algorithms")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "algorithms")]
 
 parity = importlib.import_module("parity")
 test_parity = importlib.import_module("test_parity")

@@ -15,11 +15,12 @@ import shlex
 from pathlib import Path
 
 import helpers_runs as runs
+import own_files
 import pytest
 import tyro
 
 import figures
-from benchmarks import data_table, host_data, report, soak, speed
+from benchmarks import data_table, fidelity, host_data, report, soak, speed
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -77,13 +78,16 @@ def written(name, record):
     return host_data.page(record)
 
 
-FROM_JSON = sorted(file.stem for file in RESULTS.glob("*.json"))
+# fidelity.json has the mutants alone: the rest of its page comes from fixtures, see below.
+FROM_JSON = sorted(file.stem for file in RESULTS.glob("*.json") if file.stem != "fidelity")
 
 
 def test_every_page_has_a_record():
-    made = {page.name for page in of_runs()} | {f"{name}.md" for name in [*FROM_JSON, *SPEED]}
+    made = {page.name for page in of_runs()} | {
+        f"{name}.md" for name in [*FROM_JSON, *SPEED, "fidelity"]
+    }
     assert {page.name for page in RESULTS.glob("*.md")} <= made | WITHOUT
-    for name in {f"{name}.md" for name in [*FROM_JSON, *SPEED]} | WITHOUT:
+    for name in {f"{name}.md" for name in [*FROM_JSON, *SPEED, "fidelity"]} | WITHOUT:
         page = RESULTS / name
         assert not page.exists() or "python benchmarks/" in page.read_text()  # to measure again
 
@@ -113,6 +117,18 @@ def test_such_a_page_shows_every_number_of_the_json(name):
                 rows = [dict(x) for x in record["rows"]]
                 rows[i][column] = 1.1 * number + 1
                 assert written(name, record | {"rows": rows}) != page_of(name), (i, column)
+
+
+def test_the_page_of_fidelity_is_of_the_files_as_they_are(monkeypatch):
+    """Its table compares with the fixtures, as test_parity.py does; here that part is left out."""
+    results = json.loads((RESULTS / "fidelity.json").read_text())
+    text = (RESULTS / "fidelity.md").read_text()
+    for name in own_files.NAMES:
+        (row,) = [line for line in text.splitlines() if line.startswith(f"| [{name}](")]
+        assert f"| {results[name]['caught']} of {results[name]['mutants']}" in row
+    monkeypatch.setattr(fidelity, "row", lambda *_: [])
+    remain = "## Deviations that remain"
+    assert text.split(remain)[1] == fidelity.page(results).split(remain)[1]
 
 
 @pytest.mark.parametrize("stem", SPEED)
