@@ -236,21 +236,16 @@ def policy(module, state, **overrides):
     Config. One of chunks begins a new one at every call.
     """
     params, keys = module.policy_params(state), map(jax.random.key, itertools.count())
-    wanted = list(inspect.signature(module.policy).parameters)[4:]  # beside those of every file
-    facts = {name: getattr(state, name).apply_fn for name in wanted if name in state._fields}
-    if "apply_critics" in wanted:
-        facts["apply_critics"] = state.critic.apply_fn
     cfg = config(module, **overrides)
-    facts |= {"cfg": cfg} if "cfg" in wanted else {}
-    apply_fn = (state.actor or state.flow).apply_fn
+    play = module.policy_fn(state, cfg)
 
     @jax.jit
     def act(params, observation, key):
-        if "memory" not in wanted:
-            return module.policy(apply_fn, params, observation, key, **facts)
+        if "memory" not in inspect.signature(module.policy).parameters:
+            return play(params, observation, key)
         size = state.flow.params["params"]["head"]["bias"].size // cfg.horizon
         memory = np.zeros((*observation.shape[:-1], cfg.horizon, size), np.float32), 0
-        return module.policy(apply_fn, params, observation, key, memory, None, **facts)[0]
+        return play(params, observation, key, memory, None)[0]
 
     return lambda observation: act(params, observation, next(keys))
 

@@ -320,6 +320,9 @@ def test_chunks_are_executed_open_loop_and_nothing_is_computed_meanwhile(overrid
     with evaluation.Rollouts(
         dataset, act, jax.random.clone(policy_keys), sizes, memory
     ) as rollouts:
+        rollouts.run(two, 4)  # makes the environments and tries them out
+        jax.effects_barrier()
+        calls.clear()
         for env in envs:
             env.actions.clear()
         rollouts.run(two, 5)

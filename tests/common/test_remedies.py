@@ -581,7 +581,7 @@ def test_an_evaluation_without_an_env(place, capsys):
     file()
     for env, said in ((None, True), ("Plain-v0", False)):
         with evaluation.Rollouts(datasets.load("own.hdf5", env=env), act, key, cfg) as rollouts:
-            assert bool(rollouts.envs) != said
+            assert (rollouts.start({}, 0) is None) == said  # envs are made at the first evaluation
         assert ("(set --env)" in capsys.readouterr().out) == said
 
 
@@ -682,7 +682,8 @@ def test_a_renderer_that_is_not_there_is_named(place, name):
         if done.returncode == 2 and f"MUJOCO_GL={name}" not in done.stderr:
             assert "not in" in done.stderr, done.stderr  # this machine can render with it
             continue
-        assert done.returncode == 2 and "unset MUJOCO_GL" in done.stderr
+        remedies = ("without pictures no MUJOCO_GL is needed", "or not set")
+        assert done.returncode == 2 and any(words in done.stderr for words in remedies)
         assert "Traceback" not in done.stderr
 
 
@@ -737,7 +738,7 @@ REMEDY += r"|did you mean|move it|unset|install|put |or neither|near it"
 ELSEWHERE = {
     "the download failed": "test_sources.py serves files from a mirror and from a server",
     "needs ogbench": "the package is installed where tests run",
-    "unset MUJOCO_GL": "test_a_renderer_that_is_not_there_is_named",
+    "MuJoCo cannot draw with it": "test_a_renderer_that_is_not_there_is_named",
     "is damaged": "test_a_damaged_file_of_ogbench_is_to_be_deleted, and the table",
     "beside it, then start again": "test_a_changed_download_is_to_be_deleted",
     "near it": "the table",
