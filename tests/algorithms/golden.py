@@ -48,6 +48,7 @@ MARGIN = 10  # elsewhere: so many times the measured spread, but at least
 # this, since any network may meet what odice and cql met: a ReLU that rounding flips after 50
 # updates, which changes values by 1e-4 after 100.
 LEAST = {10: 2e-6, 100: 1e-4}
+RELATIVE = {10: 1e-5, 100: 1e-3}  # and no more of a value, unless the measured spread asks for it
 OTHER_JAX = 1e-3  # after 10 updates; later values are not compared
 ROWS_OFF = 5 / (10 * SETTINGS["batch_size"])  # shares: so many rows of a chunk's 10 batches
 
@@ -86,11 +87,18 @@ def tolerance(name, updates, recorded):
     return max(LEAST[updates], MARGIN * tolerances()[name][str(updates)])
 
 
-def differences(old, new, continuous):
-    """[what differs between two {metric or norm: value}], beyond a tolerance of `continuous`."""
+def differences(old, new, continuous, relative=None, spread=0.0):
+    """[what differs between two {metric or norm: value}], beyond a tolerance of `continuous`.
+
+    Where `relative` is given, a value may differ by that share of itself at most, or by ten times
+    the `spread` that was measured, if that is more.
+    """
     found = [f"{key} is in one of them only" for key in sorted({*old} ^ {*new})]
     for key in sorted({*old} & {*new}):
-        allowed = ROWS_OFF if key in shares() else continuous * max(1.0, abs(old[key]))
+        size = max(1.0, abs(old[key]))
+        allowed = ROWS_OFF if key in shares() else continuous * size
+        if relative is not None and key not in shares():
+            allowed = min(allowed, max(relative * abs(old[key]), MARGIN * spread * size))
         if not abs(new[key] - old[key]) <= allowed:
             found.append(
                 f"{key} was {old[key]:.9g}, is {new[key]:.9g}, may differ by {allowed:.1e}"

@@ -51,7 +51,9 @@ def test_golden_values(name, alone):
     same_jax = entry["versions"]["jax"] == now["jax"]
     for updates in golden.AFTER if same_jax else golden.AFTER[:1]:
         old, new = entry["after"][str(updates)], found[str(updates)]
-        problems = golden.differences(old, new, golden.tolerance(name, updates, entry))
+        tolerance, relative = golden.tolerance(name, updates, entry), golden.RELATIVE[updates]
+        spread = golden.tolerances()[name][str(updates)]
+        problems = golden.differences(old, new, tolerance, relative if same_jax else None, spread)
         assert not problems, (
             f"after {updates} updates {'; '.join(problems)} (recorded with {entry['versions']}, "
             f"this is {now}). If meant: python tests/algorithms/golden.py {name}, and a line in "
@@ -86,6 +88,9 @@ def test_what_differs_is_named():
     rows = 10 * golden.SETTINGS["batch_size"]
     near = {"q": 0.5 + 9e-6, "positive": 0.25 + 4 / rows, "norm of actor.params": 20.0 + 1e-4}
     assert golden.differences(old, near, 1e-5) == []
+    assert golden.differences({"kl": 0.01}, {"kl": 0.01 + 9e-6}, 1e-5) == []
+    assert golden.differences({"kl": 0.01}, {"kl": 0.01 + 9e-6}, 1e-5, 1e-4, 1e-7)
+    assert golden.differences({"kl": 0.01}, {"kl": 0.01 + 9e-6}, 1e-5, 1e-4, 1e-6) == []
     far = {"q": 0.5 + 2e-5, "positive": 0.25 + 6 / rows, "norm of actor.params": 20.0 + 3e-4}
     assert len(golden.differences(old, far, 1e-5)) == 3
     assert golden.differences(old, near | {"q": float("nan")}, 1.0)
