@@ -11,8 +11,12 @@ PLAIN = {"±": "+-", "…": "..."}
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a command so that Ctrl-C, SIGTERM and a closed pipe end it without a traceback."""
+    """Run a command so that Ctrl-C, SIGTERM and a closed pipe end it without a traceback.
+
+    It may read its words from sys.argv, where `~` is replaced.
+    """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    sys.argv = [at_home(word) for word in sys.argv]
     use_plain_letters()
     try:
         main()
@@ -22,6 +26,12 @@ def run(main: Callable[[], None]) -> None:
         raise SystemExit(130) from None
     except BrokenPipeError:  # as in `... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def at_home(word: str) -> str:
+    """A word of the command line with its `~` replaced: no shell does that in `--plot=~/x.png`."""
+    flag, sign, value = word.partition("=")
+    return f"{flag}={os.path.expanduser(value)}" if flag.startswith("--") and sign else word
 
 
 # --- Encodings ----------------------------------------------------------------------------------

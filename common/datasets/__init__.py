@@ -10,6 +10,8 @@ more than transitions: episodes, returns-to-go, chunks of several steps, the bes
 
 from common.datasets.dataset import Dataset, Transitions
 from common.datasets.loading import load
+from common.datasets.mirrors import chosen as mirror
+from common.datasets.mirrors import use as use_mirror
 from common.datasets.names import config_name, refuse_missing_version, slug, suite
 from common.datasets.transitions import cut
 from common.datasets.views import (
@@ -30,10 +32,12 @@ __all__ = [
     "episodes",
     "filter_by_return",
     "load",
+    "mirror",
     "refuse_missing_version",
     "return_range",
     "return_span",
     "returns_to_go",
     "slug",
     "suite",
+    "use_mirror",
 ]

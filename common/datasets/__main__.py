@@ -19,8 +19,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--mirror",
         metavar="URL",
-        help="folder on a server to download D4RL's and OGBench's files from; training reads it "
-        f"from the variables {mirrors.D4RL} and {mirrors.OGBENCH}",
+        help="folder on a server to download D4RL's and OGBench's files from (default: "
+        f"{mirrors.D4RL} and {mirrors.OGBENCH})",
     )
     args = parser.parse_args(sys.argv[1:] if argv is None else argv)
     if args.mirror:

@@ -51,10 +51,12 @@ def read_file(path: Path, env: str | None, env_steps: int | None, row: dict) -> 
         options |= d4rl_envs.options(row)
     width = np.shape(rows["observations"])[-1]
     flipped = row.get("suite") == "adroit" or d4rl_envs.flipped(env_id, rows)
+    known = {} if chosen else {key: row[key] for key in ("suite", "dataset") if key in row}
+    adapted = {"row": known, "width": width, "flipped": flipped}
 
     def make_env(render_mode=None):
         made = envs.make(env_id, render_mode=render_mode, **options)
-        return d4rl_envs.adapt(made, {} if chosen else row, width, flipped)
+        return d4rl_envs.adapt(made, **adapted)
 
     try:
         termination_ends_episode = repair(row.get("suite"), rows)
@@ -67,6 +69,7 @@ def read_file(path: Path, env: str | None, env_steps: int | None, row: dict) -> 
         bounds=(facts.get("action_low"), facts.get("action_high")),
         horizon=recorded_limit or env_steps,
         termination_ends_episode=termination_ends_episode,
+        adapted=adapted,
         facts={"file": str(path), "file_bytes": path.stat().st_size},
     )
 

@@ -98,6 +98,8 @@ def _from_any(urls, part):
             before = part.stat().st_size if part.exists() else 0
             try:
                 _get(url, part)
+                if reasons:
+                    print(f"downloaded from {url}, since {'; '.join(reasons)}")
                 return url
             except (OSError, ValueError, http.client.HTTPException) as error:
                 reason = " ".join(str(getattr(error, "reason", error)).split())

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Load a data set: read it, check it, cut it into transitions, and say in one line what it is."""
 
+import os
+
 import numpy as np
 
 from common import envs, fail
@@ -21,6 +23,10 @@ def load(dataset_id, env=None, env_steps=None, actions="continuous") -> Dataset:
     Raises:
         SystemExit: code 2 after one clear line, for anything wrong with the id or the data.
     """
+    try:
+        dataset_id = os.fspath(dataset_id)
+    except TypeError:
+        fail(f"{dataset_id!r} is no data set id; docs/data.md lists the forms of an id")
     if env_steps is not None and env_steps < 1:
         fail(f"--env-steps {env_steps}: an episode needs at least one step")
     dataset = _dataset(dataset_id, reading.read(dataset_id, env, env_steps))
@@ -67,7 +73,9 @@ def _dataset(dataset_id, source):
         "action_box": [] if bounds is None else [np.asarray(bound).tolist() for bound in bounds],
         **_action_facts(source.action_space if env is None else envs.action_space(env)),
         "rows_left_out": count - len(transitions.reward),  # their next observation is unknown
-        "env_facts": envs.remembered(env, transitions.observation.shape[1], num_actions, bounds),
+        "env_facts": envs.remembered(
+            env, transitions.observation.shape[1], num_actions, bounds, source.adapted
+        ),
     }
     return Dataset(
         id=dataset_id,

@@ -54,6 +54,8 @@ def _read(dataset_id, folder, env, env_steps):
     options |= {} if env_steps is None else {"max_episode_steps": env_steps}
     env_id = env or (source.env_spec and source.env_spec.id)
     flipped = d4rl.flipped(env_id, rows)
+    width = rows["observations"].shape[1]
+    adapted = {"row": {}, "width": width, "flipped": True} if flipped else {}
 
     def make_env(render_mode=None):
         render = {} if render_mode is None else {"render_mode": render_mode}
@@ -62,7 +64,7 @@ def _read(dataset_id, folder, env, env_steps):
         else:
             recover = source.recover_environment
             made = envs.make_quietly(env_id, recover, eval_env=True, **options, **render)
-        return d4rl.palm_reward(made) if flipped else made
+        return d4rl.adapt(made, **adapted) if adapted else made
 
     has_env = env or source.env_spec or metadata.get("eval_env_spec")
     reference = metadata.get("ref_min_score"), metadata.get("ref_max_score")
@@ -76,6 +78,7 @@ def _read(dataset_id, folder, env, env_steps):
         left_out=left_out,
         observation_space=source.observation_space,
         action_space=source.action_space,
+        adapted=adapted,
         facts={"minari_version": str(metadata.get("minari_version", ""))},
     )
 

@@ -27,6 +27,18 @@ def use(url: str) -> None:
     os.environ[D4RL] = os.environ[OGBENCH] = url
 
 
+def chosen(flag: str | None) -> tuple[str | None, str]:
+    """(the mirror that is asked, what says so): `flag` is that of the command line, None without.
+
+    Where the variables name two, both are said.
+    """
+    named = {variable: os.environ.get(variable, "").strip() for variable in (D4RL, OGBENCH)}
+    named = {variable: url for variable, url in named.items() if url}
+    if flag is not None or not named:
+        return flag, "default" if flag is None else "command line"
+    return " ".join(dict.fromkeys(named.values())), " ".join(named)
+
+
 def _mirrored(variable, file):
     url = os.environ.get(variable, "").strip().rstrip("/")
     if not url:

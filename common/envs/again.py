@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a run records of its env, so that its policy acts and is evaluated without the data set.
 
-`remembered` makes plain values of it. `make_remembered` makes the env again where its id is enough
-for that, and `Translator` takes observations and gives actions in the env's own terms without any
-env.
+`remembered` makes plain values of it. `make_remembered` makes the env again from its id, the
+wrappers of Gymnasium's that were around it, and what gave it D4RL's behaviour. `Translator` takes
+observations and gives actions in the env's own terms without any env.
 """
 
 import contextlib
@@ -11,10 +11,10 @@ import json
 
 import numpy as np
 
-from common.envs import making, spaces
+from common.envs import d4rl, making, pointmaze, spaces
 
 
-def remembered(env, size: int, num_actions: int | None, bounds) -> dict:
+def remembered(env, size: int, num_actions: int | None, bounds, adapted: dict) -> dict:
     """Plain values that tell of an env, or of the data where there is none.
 
     Args:
@@ -22,11 +22,12 @@ def remembered(env, size: int, num_actions: int | None, bounds) -> dict:
         size: numbers per observation of the data.
         num_actions: for integer actions.
         bounds: (low, high) of the actions, None for integer actions.
+        adapted: what `d4rl.adapt` was given beside the env, {} where it was not called.
     """
     facts = {"spec": None, "observation_space": {"box": [size]}}
     if env is not None:
         facts = {
-            "spec": _spec(env.spec),
+            "spec": _spec(env, adapted),
             "observation_space": _space(env.observation_space),
         }
     if bounds is None:
@@ -42,35 +43,68 @@ def remembered(env, size: int, num_actions: int | None, bounds) -> dict:
     return facts
 
 
-def _spec(spec):
-    """What makes the env of this spec again: its id, options and step limit.
+def _spec(env, adapted):
+    """What makes this env again: its id, options, step limit, and what is around it.
 
-    None where that is not enough: the env has wrappers of this project, or its id leads elsewhere.
+    None where that is not enough: an option has no plain values, a wrapper is a user's own, or the
+    id makes another env.
     """
     import gymnasium
 
-    if spec is None or spec.additional_wrappers:
-        return None
-    registered = gymnasium.registry.get(spec.id)
-    if registered is None or str(registered.entry_point) != str(spec.entry_point):
+    spec = env.spec
+    registered = spec and gymnasium.registry.get(spec.id)
+    if registered is None or _entry_point(registered) != _entry_point(spec):
         return None
     options = {name: x for name, x in spec.kwargs.items() if name != "render_mode"}
+    facts = {"id": spec.id, "options": options, "max_episode_steps": spec.max_episode_steps}
+    if wrappers := spec.additional_wrappers:
+        facts |= {"adapted": adapted} if adapted else {}
+        # Some of them belong to what the id makes. The others are put around it.
+        made = make_remembered(facts)
+        inside = [wrapper.entry_point for wrapper in made.spec.additional_wrappers]
+        made.close()
+        if [wrapper.entry_point for wrapper in wrappers[: len(inside)]] != inside:
+            return None
+        if outside := wrappers[len(inside) :]:
+            facts["wrappers"] = [
+                {"entry_point": wrapper.entry_point, "options": wrapper.kwargs}
+                for wrapper in outside
+            ]
+            if not all(_is_gymnasium(wrapper.entry_point) for wrapper in outside):
+                return None
     try:
-        plain = json.loads(json.dumps(options))
+        plain = json.loads(json.dumps(facts))
     except (TypeError, ValueError):
         return None
-    if plain != options:
-        return None
-    return {"id": spec.id, "options": options, "max_episode_steps": spec.max_episode_steps}
+    return plain if plain == facts else None
 
 
-def make_remembered(spec: dict, env: str | None = None, render_mode: str | None = None):
+def _entry_point(spec):
+    """What makes the env; recordings of earlier versions have a former name of ours."""
+    name = str(spec.entry_point)
+    return pointmaze.ENTRY_POINT if name == pointmaze.FORMER_ENTRY_POINT else name
+
+
+def _is_gymnasium(entry_point):
+    """Whether a wrapper is one of Gymnasium's: a run folder may name no other code to run."""
+    return entry_point.startswith("gymnasium.wrappers.")
+
+
+def make_remembered(facts: dict, env: str | None = None, render_mode: str | None = None):
     """The env that a recorded spec tells of. `env` is the id that --env gave, if it did."""
-    if "singletask" in spec["id"]:  # importing OGBench registers its ids
+    from gymnasium.envs.registration import load_env_creator
+
+    if "singletask" in facts["id"]:  # importing OGBench registers its ids
         with contextlib.suppress(ImportError):
             import ogbench  # noqa: F401
-    limit = {"max_episode_steps": spec["max_episode_steps"], "render_mode": render_mode}
-    return making.make(env or spec["id"], **spec["options"], **limit)
+    limit = {"max_episode_steps": facts["max_episode_steps"], "render_mode": render_mode}
+    made = making.make(env or facts["id"], **facts["options"], **limit)
+    if facts.get("adapted"):
+        made = d4rl.adapt(made, **facts["adapted"])
+    for wrapper in facts.get("wrappers", ()):
+        if _is_gymnasium(wrapper["entry_point"]):
+            made = load_env_creator(wrapper["entry_point"])(made, **(wrapper["options"] or {}))
+    return made
 
 
 # --- Spaces -------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import ctypes.util
 import functools
 import importlib
 import os
+import sys
 import warnings
 
 from common import fail, one_line
@@ -38,9 +39,15 @@ def choose():
 
 def check_rendering(env):
     """Exit with one line, code 2, where the pictures of a MuJoCo environment cannot be drawn."""
-    bases = type(env.unwrapped).__mro__
-    if any("mujoco" in base.__module__.lower() for base in bases):
+    if is_mujoco(env):
         _check_context()
+
+
+def is_mujoco(env):
+    """Whether MuJoCo draws an environment, by where it comes from and what it is built on."""
+    bases = [f"{base.__module__}.{base.__name__}" for base in type(env.unwrapped).__mro__]
+    packages = ("gymnasium_robotics.", "ogbench.", "common.envs.")
+    return any(name.startswith(packages) or "mujoco" in name.lower() for name in bases)
 
 
 @functools.cache
@@ -57,6 +64,9 @@ def _check_context():
             model = mujoco.MjModel.from_xml_string("<mujoco/>")
             mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_150).free()
             context.free()
+        # MuJoCo's own renderer has the library that was chosen when MuJoCo was imported.
+        if renderer := sys.modules.get("mujoco.rendering.classic.gl_context"):
+            renderer.GLContext = library.GLContext
     except Exception as error:  # of PyOpenGL, of ctypes, of MuJoCo itself
         _fail(error)
 

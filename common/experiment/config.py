@@ -45,6 +45,15 @@ class Options:
     distributed: str | None = None  # auto or HOST:PORT/COUNT/INDEX: a run over several processes
     env: str | None = None  # Gymnasium id to evaluate in instead of the data set's own
     env_steps: int | None = None  # step limit of that env
+    mirror: str | None = None  # folder on a server to download D4RL's and OGBench's files from
+
+    def __post_init__(self):
+        """Replace `~` in paths. The mirror counts from here on: data are loaded without Options."""
+        for name in ("config", "runs_dir", "start_from"):
+            if isinstance(given := getattr(self, name), str):
+                object.__setattr__(self, name, os.path.expanduser(given))
+        if isinstance(self.mirror, str):
+            datasets.use_mirror(self.mirror)
 
 
 # Options that change results, so a YAML may set them.
@@ -193,7 +202,7 @@ def _load_yaml(file):
             return super().construct_mapping(node, deep)
 
     try:
-        with open(os.path.expanduser(file), encoding="utf-8") as text:
+        with open(file, encoding="utf-8") as text:
             content = text.read(LONGEST + 1)
     except (OSError, ValueError) as error:
         fail(f"--config {file}: cannot be read ({getattr(error, 'strerror', None) or error})")
@@ -300,8 +309,8 @@ def _same_file(was, now):
 
 
 def runs_dir(options):
-    """The folder of all runs. Its `~` is the home folder, also where no shell has replaced it."""
-    folder = os.path.expanduser(options.runs_dir)
+    """The folder of all runs."""
+    folder = options.runs_dir
     if folder.startswith("~"):
         fail(f"--runs-dir {folder}: there is no such home folder; give a path without '~'")
     return Path(folder)
@@ -332,14 +341,14 @@ def run_folder(cfg, options):
     if options.resume and options.name is None and not (folder / "config.yaml").exists():
         folder = growth.find(folder, values, cfg, script)
     if (folder / "config.yaml").exists():
-        if not options.resume:
-            fail(f"{folder} exists; continue it with --resume or start another run with --name")
         before = resolved(*read_run(folder, type(cfg)))
         for key in sorted({*before, *values} - {*growth.MAY_CHANGE}):
             was, now = before.get(key), values.get(key)
             is_path = key in ("dataset", "start_from") and was and now
             if was != now and not (is_path and _same_file(was, now)):
                 fail(f"{folder} has {key} {was}, not {now}; resume with that or choose a --name")
+        if not options.resume:
+            fail(f"{folder} exists; continue it with --resume or start another run with --name")
         growth.check(folder, before["num_updates"], cfg, script)
     return folder
 

@@ -11,6 +11,7 @@ import functools
 from pathlib import Path
 
 from common import fail
+from common.experiment import provenance
 
 MAY_CHANGE = ("num_updates", "eval_every", "eval_episodes")
 
@@ -35,7 +36,7 @@ def length_dependence(script, cfg):
 
 @functools.lru_cache(8)
 def _parsed(text):
-    return ast.parse(text)
+    return provenance.parsed(text)
 
 
 def _first_use(node, cfg, comparisons):

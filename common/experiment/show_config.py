@@ -6,12 +6,14 @@ No data are read and nothing is trained. `--config` takes what is printed.
 
 import dataclasses
 
+from common import datasets
 from common.experiment import wandb_settings
 
-ENVIRONMENT = {  # options that wandb's variables may decide
+ENVIRONMENT = {  # options that variables may decide: (value, what says so)
     "wandb": wandb_settings.mode,
     "wandb_project": wandb_settings.project,
     "wandb_entity": wandb_settings.entity,
+    "mirror": lambda options: datasets.mirror(options.mirror),
 }
 
 

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import gymnasium
 import helpers_runs as runs
@@ -18,6 +19,8 @@ import yaml
 from own_files import NAMES
 
 from common import envs, evaluation, experiment
+from common.datasets import reference_scores
+from common.envs import d4rl, graphics
 from common.experiment import __main__ as program
 from common.experiment import beginning, checkpoints, config, growth, look, stored
 
@@ -50,6 +53,8 @@ def made(base, tiny):
     return Path(shutil.copytree(base[0] / "runs" / "rebrac" / "data" / "made", COPY))
 
 
+OGBENCH = "pointmaze-medium-navigate-singletask-v0"
+OGBENCH_ENV = "cube-single-singletask-v0"
 COPY = "runs/rebrac/data/made"
 SEEDS = ["--name", "made", "--seeds", "0", "1"]
 
@@ -158,11 +163,26 @@ def test_more_updates_and_other_evaluations(made, tiny, capsys):
     assert np.array_equal(scores, again)  # a finished run returns its scores
 
 
+def test_a_schedule_that_is_switched_off_lets_a_run_grow(tiny):
+    """IQL's actor has a cosine schedule over the whole run, unless --cosine is False."""
+    argv = [*tiny, "--cosine", "False", "--name"]
+    runs.start("iql", [*argv, "grown", "--num-updates", "4"])
+    runs.start("iql", [*argv, "grown", "--num-updates", "8", "--resume"])
+    runs.start("iql", [*argv, "whole", "--num-updates", "8"])
+    grown, whole = (Path("runs/iql/data", name) for name in ("grown", "whole"))
+    assert (grown / "metrics.csv").read_bytes() == (whole / "metrics.csv").read_bytes()
+    states = [checkpoints.read(checkpoints.manager(folder), 8)[0] for folder in (grown, whole)]
+    assert all(np.array_equal(x, states[1][name]) for name, x in states[0].items())
+
+
 def test_fewer_updates_than_there_are(made, tiny, capsys):
     line = refused(capsys, [*tiny, *SEEDS, "--resume", "--num-updates", "4"])
     assert "has trained for 8 updates already, more than --num-updates 4" in line
     line = refused(capsys, [*tiny, *SEEDS, "--num-updates", "16"])
     assert "exists; continue it with --resume" in line
+    runs.write_hdf5("data.hdf5")  # another file of the same name: --resume would be refused as well
+    line = refused(capsys, [*tiny, *SEEDS, "--num-updates", "8", "--dataset", "data.hdf5"])
+    assert "has dataset" in line and "choose a --name" in line and "--resume" not in line
     longer = [*tiny, *SEEDS, "--resume", "--num-updates", "16"]
     assert "discount" in refused(capsys, [*longer, "--discount", "0.5"])
 
@@ -374,7 +394,7 @@ def test_the_translator_agrees_with_the_env(space, bounds, keys):
             return self.observation_space.sample(), 0.0, False, False, {}
 
     env, bounds = Env(), bounds and tuple(map(np.float32, bounds))
-    facts = json.loads(json.dumps(envs.remembered(env, 2, 3, bounds)))
+    facts = json.loads(json.dumps(envs.remembered(env, 2, 3, bounds, {})))
     translator = envs.Translator(facts, keys, bounds)
     flat = envs.flat_and_scaled(lambda _: env, keys, bounds)()
     env.observation_space.seed(0)
@@ -384,6 +404,116 @@ def test_the_translator_agrees_with_the_env(space, bounds, keys):
     for action in (1, 2) if bounds is None else np.float32([[-1, 0.3], [0.1, 1]]):
         flat.step(action)
         assert np.array_equal(translator.action(action), told[-1])
+
+
+D4RL = {  # data set -> numbers per observation
+    "hopper-medium-v2": 11,
+    "ant-medium-v2": 111,
+    "antmaze-umaze-v2": 29,
+    "maze2d-umaze-dense-v1": 4,
+    "kitchen-partial-v0": 60,
+    "pen-human-v1": 45,
+    "relocate-human-v1": 39,
+}
+
+
+@pytest.mark.parametrize("name", D4RL)
+def test_an_env_with_d4rls_behaviour_is_made_again_without_the_data(name):
+    pytest.importorskip("gymnasium_robotics")
+    row = reference_scores.table()[name]
+    adapted = {"row": {key: row[key] for key in ("suite", "dataset")}, "width": D4RL[name]}
+    adapted["flipped"] = row["suite"] == "adroit"
+    options = d4rl.options(row) | {"max_episode_steps": 4}
+    env = d4rl.adapt(envs.make(row["env_id"], **options), **adapted)
+    assert env.observation_space.shape == (D4RL[name],)
+    spec = remembered_spec(env, adapted)
+    assert ("adapted" in spec) == (name != "hopper-medium-v2")
+    assert_same_episode(env, envs.make_remembered(spec))
+
+
+def remembered_spec(env, adapted=None):
+    """What config.yaml would hold of an env."""
+    bounds = env.action_space.low, env.action_space.high
+    facts = envs.remembered(env, 1, None, bounds, adapted or {})
+    return yaml.safe_load(yaml.safe_dump(facts))["spec"]
+
+
+def assert_same_episode(one, other):
+    assert one.observation_space == other.observation_space
+    assert one.action_space == other.action_space
+    one.action_space.seed(0)
+    np.testing.assert_array_equal(one.reset(seed=3)[0], other.reset(seed=3)[0])
+    over = False
+    while not over:
+        action = one.action_space.sample()
+        (seen, *rest, _), (again, *others, _) = one.step(action), other.step(action)
+        np.testing.assert_array_equal(seen, again)
+        assert rest == others
+        over = rest[1] or rest[2]
+
+
+def inside(render_mode=None):
+    return gymnasium.wrappers.RecordEpisodeStatistics(runs.Endless(render_mode))
+
+
+class Own(gymnasium.Wrapper):
+    """A wrapper of a user's own: no run folder names its code."""
+
+
+@pytest.mark.parametrize(
+    ("wrapper", "names"),
+    [
+        (lambda env: env, None),
+        (gymnasium.wrappers.ClipAction, ["ClipAction"]),
+        (lambda env: gymnasium.wrappers.ClipAction(gymnasium.wrappers.FlattenObservation(env)),
+         ["FlattenObservation", "ClipAction"]),
+        (lambda env: gymnasium.wrappers.RescaleAction(env, -2.0, 2.0), ["RescaleAction"]),
+        (lambda env: gymnasium.wrappers.TransformReward(env, lambda reward: -reward), "data"),
+        (Own, "data"),
+        (lambda env: gymnasium.wrappers.ClipAction(Own(env)), "data"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("entry", [runs.Endless, inside])
+def test_an_env_in_wrappers_is_made_again(wrapper, names, entry):
+    gymnasium.register("Inner-v0", entry, max_episode_steps=4)
+    try:
+        spec = remembered_spec(env := wrapper(gymnasium.make("Inner-v0")))
+        if names == "data":  # then the data tell it, if they can
+            assert spec is None
+            return
+        places = [wrapper["entry_point"].rpartition(":")[2] for wrapper in spec.get("wrappers", [])]
+        assert places == (names or [])
+        assert_same_episode(env, envs.make_remembered(spec))
+    finally:
+        del gymnasium.registry["Inner-v0"]
+
+
+@pytest.mark.parametrize("name", ["maze2d-umaze-v1", OGBENCH])
+def test_a_run_of_a_benchmark_is_evaluated_without_its_data(tmp_path, monkeypatch, capsys, name):
+    """Its env is not the plain one of an id: D4RL's wrappers, a task that OGBench registers."""
+    pytest.importorskip("gymnasium_robotics")
+    pytest.importorskip("ogbench")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("D4RL_DATASET_DIR", str(tmp_path))
+    monkeypatch.setenv("OGBENCH_DATASET_DIR", str(tmp_path))
+    place = np.random.default_rng(0).normal(1, 0.1, (12, 4))
+    columns = dict.fromkeys(("observations", "actions", "qpos", "qvel"), place[:, :2])
+    columns["actions"] = columns["actions"] / 10
+    np.savez("pointmaze-medium-navigate-v0.npz", **columns, terminals=np.arange(12) % 6 == 5)
+    columns = {"observations": place, "actions": place[:, :2] / 10}
+    runs.write_hdf5("maze2d-umaze-sparse-v1.hdf5", 12, {}, **columns)
+    argv = ["--dataset", name, *runs.TINY, *ONE_EPISODE, "--env-steps", "4", "--name", "a"]
+    runs.start("rebrac", [*argv, "--num-updates", "4", "--eval-every", "4"])
+    for file in (*tmp_path.glob("*.npz"), *tmp_path.glob("*.hdf5")):
+        file.unlink()
+    row = runs.read_csv(f"runs/rebrac/{name}/a/metrics.csv")[-1]
+    Path("elsewhere").mkdir()
+    shutil.move(f"runs/rebrac/{name}/a", "elsewhere/b")
+    program.main(["elsewhere/b", "--evaluate", "1"])
+    number = f"{float(row['return']):.2f}"
+    assert f"seed 0 at update 4: score {float(row['score']):.2f}, return {number}," in (
+        capsys.readouterr().out
+    )
 
 
 # --- Looking at a run ---------------------------------------------------------------------------
@@ -430,6 +560,47 @@ def test_video(made, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         program.main([COPY, "--video", "film.gif"])
     assert "--video: the env" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("env_id", ["InvertedPendulum-v5", OGBENCH_ENV])
+def test_video_of_mujoco(env_id, tmp_path, capsys, monkeypatch):
+    """Also where MuJoCo was imported before anything was to be drawn. Without a library: a line."""
+    pytest.importorskip("ogbench")
+    for variable in ("MUJOCO_GL", "DISPLAY", "WAYLAND_DISPLAY"):
+        monkeypatch.delenv(variable, raising=False)
+    env = envs.make(env_id)
+    assert graphics.is_mujoco(env)
+    env.close()
+    graphics._check_context.cache_clear()
+
+    def make_env(self, render_mode=None):
+        env = envs.make(env_id, render_mode=render_mode, max_episode_steps=3)
+        bounds = env.action_space.low, env.action_space.high
+        return envs.flat_and_scaled(lambda _: env, (), bounds)()
+
+    dataset = type("Dataset", (), {"make_env": make_env})()
+    size = make_env(None).action_space.shape
+    policy = SimpleNamespace(dataset=dataset, act_flat=lambda *_: np.zeros(size, np.float32))
+    args = SimpleNamespace(folder="x", video=str(tmp_path / "film.gif"), starts="same")
+    try:
+        program.film(policy, args)
+    except SystemExit as leave:
+        line = capsys.readouterr().err
+        assert leave.code == 2 and "MUJOCO_GL" in line and "MuJoCo cannot draw" in line
+        pytest.skip(line)
+    assert "3 steps" in capsys.readouterr().out
+    assert Path(args.video).read_bytes()[:3] == b"GIF"
+
+
+@pytest.mark.parametrize(
+    ("env_id", "drawn"),
+    [("PointMaze_UMaze-v3", True), ("AdroitHandDoor-v1", True), ("Hopper-v4", True),
+     ("atoll/PointMaze_UMaze-v0", True), ("CartPole-v1", False), ("Pendulum-v1", False)],
+)  # fmt: skip
+def test_which_envs_mujoco_draws(env_id, drawn):
+    pytest.importorskip("gymnasium_robotics")
+    assert graphics.is_mujoco(envs.make(env_id)) == drawn
 
 
 def test_export_acts_in_numpy(made, capsys):

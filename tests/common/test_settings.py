@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 import yaml
 
-from common import datasets, experiment, folders
-from common.datasets import reference_scores
+from common import command_line, datasets, experiment, folders
+from common.datasets import __main__ as datasets_program
+from common.datasets import d4rl, mirrors, reference_scores
 from common.envs import graphics
 from common.experiment import config, show_config, wandb_mirror, wandb_settings
 
@@ -327,8 +328,61 @@ def test_a_tilde_is_the_home_folder(rows, monkeypatch, tmp_path, capsys):
     assert (folder / "result.json").exists() and not Path("~").exists()
     cfg = experiment.load(runs.module("rebrac"), "~/runs/rebrac/data/a")[0]
     assert cfg.discount == 0.5
+    more = ["--dataset=~/data.hdf5", "--start-from=~/runs/rebrac/data/a", "--runs-dir=~/runs"]
+    assert config.parse(runs.module("rebrac").Config, more)[1].start_from == str(folder)
+    Path("more.yaml").write_text("start_from: ~/runs/rebrac/data/a\n")
+    _, options = config.parse(runs.module("rebrac").Config, [more[0], "--config=more.yaml"])
+    assert options.start_from == str(folder) == config.Options(start_from=str(folder)).start_from
     line = refused(capsys, config.runs_dir, config.Options(runs_dir="~no-such-user/runs"))
     assert "--runs-dir ~no-such-user/runs" in line
+
+
+def test_a_tilde_in_the_words_of_a_program(rows, monkeypatch, tmp_path):
+    """The programs of common/ and the report start by `command_line.run`."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
+    monkeypatch.setattr(command_line.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(sys, "argv", ["program", "data.hdf5", "--plot=~/look.png"])
+    command_line.run(datasets_program.main)
+    assert (tmp_path / "home" / "look.png").exists() and not Path("~").exists()
+    assert command_line.at_home("--where=a=~/b") == "--where=a=~/b"
+    assert command_line.at_home("x=~/b") == "x=~/b"
+
+
+# --- Mirrors ------------------------------------------------------------------------------------
+@pytest.fixture
+def no_mirror(monkeypatch):
+    """No mirror is named, and what a flag sets is undone. The original server has nothing."""
+    for variable in (mirrors.D4RL, mirrors.OGBENCH):
+        monkeypatch.setenv(variable, "")
+    monkeypatch.setattr(d4rl, "SERVERS", ("file:///nowhere/",))
+
+
+@pytest.mark.parametrize("by", ["flag", "Python"])
+def test_a_run_downloads_from_the_mirror_of_its_flag(no_mirror, rows, monkeypatch, tmp_path, by):
+    pytest.importorskip("mujoco")
+    monkeypatch.setenv("D4RL_DATASET_DIR", str(tmp_path / "data"))
+    (tmp_path / "copies").mkdir()
+    columns = {"observations": np.ones((60, 11)), "actions": np.zeros((60, 3))}
+    runs.write_hdf5(tmp_path / "copies" / "hopper_medium-v2.hdf5", attributes={}, **columns)
+    url = (tmp_path / "copies").as_uri()
+    argv = ["--dataset", "hopper-medium-v2", *rows[2:], "--num-updates", "4", "--env-steps", "3"]
+    if by == "flag":
+        runs.start("rebrac", [*argv, "--mirror", url, "--name", "a"])
+        assert "mirror" not in (tmp_path / "runs/rebrac/hopper-medium-v2/a/config.yaml").read_text()
+    else:
+        config.Options(mirror=url)
+        assert len(datasets.load("hopper-medium-v2").transitions.reward)
+    assert (tmp_path / "data" / "hopper_medium-v2.hdf5").exists()
+
+
+def test_show_config_names_the_mirror_and_its_source(no_mirror, monkeypatch):
+    assert datasets.mirror(None) == (None, "default")
+    assert datasets.mirror("file:///x") == ("file:///x", "command line")
+    monkeypatch.setenv(mirrors.D4RL, "http://a/b")
+    assert datasets.mirror(None) == ("http://a/b", mirrors.D4RL)
+    monkeypatch.setenv(mirrors.OGBENCH, "http://c")
+    assert datasets.mirror(None)[1] == f"{mirrors.D4RL} {mirrors.OGBENCH}"
 
 
 # --- Python -------------------------------------------------------------------------------------
