@@ -1,11 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """What every command does with its output and its end: closed pipes, encodings, Ctrl-C."""
 
+import argparse
 import codecs
 import os
 import signal
 import sys
 from collections.abc import Callable
+from typing import NoReturn
+
+from common import fail
+
+
+class Parser(argparse.ArgumentParser):
+    """Words that it cannot read are one line and exit code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        fail(f"{self.prog}: {message}; --help lists the words")
+
 
 PLAIN = {"±": "+-", "…": "..."}
 

@@ -45,11 +45,13 @@ class _Played:
 def _success(info):
     """Whether a step was successful, as `success` or `is_success` of its info tells it; else None.
 
-    Where that is an array, as with several goals, all of them must be reached.
+    Where that is an array, as with several goals, all of them must be reached. What is no number,
+    or an empty array, tells nothing; NaN is no success.
     """
     for name in ("success", "is_success"):
-        if info.get(name) is not None:
-            return bool(np.all(info[name]))
+        told = np.asarray(info.get(name))
+        if told.dtype.kind in "biuf" and told.size:
+            return bool((told > 0).all())
     return None
 
 
@@ -74,6 +76,12 @@ def _step(env, action):
     except (TypeError, ValueError):
         fail(f"env {_name(env)}: the reward of a step must be one number, not {reward!r}")
     return observation, number, bool(termination or truncation), info or {}
+
+
+def _is_finite(observation):
+    """Whether an observation is made of finite numbers, as far as it is made of numbers."""
+    observation = np.asarray(observation)
+    return observation.dtype.kind != "f" or bool(np.isfinite(observation).all())
 
 
 def _check_shape(env, observation, first):
@@ -118,7 +126,7 @@ class Rollouts:
         self.pool = ThreadPoolExecutor(1)
         self.envs, self.asked = [], False  # asked: whether they were to be made
         self.preparing = 0.0  # seconds it took to make them
-        self.said_of_reward = False
+        self.said_not_finite = False
         self.memory = jax.tree.map(lambda x: np.stack([x] * len(policy_keys)), memory)
 
         def step(params, observation, keys, update, env_step, past):
@@ -217,7 +225,10 @@ class Rollouts:
         shape = (len(self.keys), self.cfg.eval_episodes)
         first = [self._reset(i) for i in episodes.tolist()]
         for i, given in zip(episodes, first, strict=True):
-            _check_shape(self.envs[i % len(self.envs)], given, first[0])
+            env = self.envs[i % len(self.envs)]
+            _check_shape(env, given, first[0])
+            if not self._check(env, given, "observation"):
+                played.returns[i] = np.nan
         first = np.stack(first)
         observation = np.zeros((len(played.returns), *first.shape[1:]), first.dtype)
         observation[episodes] = first
@@ -239,7 +250,8 @@ class Rollouts:
                 env = self.envs[i % len(self.envs)]
                 given, reward, over[i], info = _step(env, action[i])
                 _check_shape(env, given, first[0])
-                self._check(env, reward)
+                if not (self._check(env, reward) and self._check(env, given, "observation")):
+                    played.returns[i] = np.nan
                 observation[i] = given
                 rewards.flat[i] = reward
                 played.add(i, reward, info)
@@ -250,11 +262,16 @@ class Rollouts:
         seed = self.first_start + i % self.cfg.eval_episodes
         return _reset(self.envs[i % len(self.envs)], seed)
 
-    def _check(self, env, reward):
-        """Say once that a reward is no finite number. Its seed then has no score."""
-        if not np.isfinite(reward) and not self.said_of_reward:
-            self.said_of_reward = True
-            print(f"env {_name(env)}: a step's reward is {reward}; seeds that meet it get no score")
+    def _check(self, env, numbers, what="reward"):
+        """Whether a step's numbers are finite. Say once that a seed has no score otherwise."""
+        if _is_finite(numbers):
+            return True
+        if not self.said_not_finite:
+            self.said_not_finite = True
+            bad = np.ravel(numbers)[~np.isfinite(np.ravel(numbers))][0]
+            has = f"is {bad}" if what == "reward" else f"has {bad} in it"
+            print(f"env {_name(env)}: a step's {what} {has}; seeds that meet it get no score")
+        return False
 
     def _estimate(self):
         """An upper bound on the time of all evaluations, from the speed of a few steps."""

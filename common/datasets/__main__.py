@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """`python -m common.datasets ID [--plot FILE.png] [--mirror URL]`: what a data set holds."""
 
-import argparse
 import sys
 
 from common import command_line, fail
@@ -9,7 +8,7 @@ from common.datasets import loading, look, mirrors
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
+    parser = command_line.Parser(
         "python -m common.datasets", description="Show what a data set holds."
     )
     parser.add_argument("id", help="data set id or path; docs/data.md lists the forms")

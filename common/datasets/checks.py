@@ -15,6 +15,7 @@ from common.datasets import unreadable
 TOLERANCE = 1e-3
 # The square of a larger number, as in a standard deviation or a loss, is no float32.
 LARGEST = 1e18
+SMALLEST_CHOICE, LARGEST_CHOICE = -(2**31), 2**31 - 2  # of integer actions: int32, with its count
 
 
 def rows(dataset_id, recorded):
@@ -41,6 +42,11 @@ def _array(dataset_id, name, array):
     if name in ("rewards", "terminals", "timeouts") and array.ndim != 1:
         fail(f"{dataset_id}: {name} has shape {list(array.shape)}, it must have 1 axis")
     if name == "actions" and array.dtype.kind in "iu":
+        if array.min() < SMALLEST_CHOICE or array.max() > LARGEST_CHOICE:
+            fail(
+                f"{dataset_id}: integer actions {array.min()} to {array.max()} are no numbers of "
+                "choices; number the actions from 0 on, or store continuous ones as floats"
+            )
         return array.astype(np.int32)
     low, high = float(array.min()), float(array.max())  # NaN where one is
     if not (low >= -LARGEST and high <= LARGEST):
@@ -120,6 +126,11 @@ def _discrete(dataset_id, action, space):
     first = 0 if space is None else int(space.start)
     action = action.reshape(len(action))
     number = int(action.max()) + 1 if space is None else int(space.n)
+    if space is None and action.min() < 0:
+        fail(
+            f"{dataset_id}: integer actions from {action.min()} on; number the actions from 0 on, "
+            "or name the env by --env, whose action space tells the first one"
+        )
     if action.min() < first or action.max() >= first + number:
         exist = f"only {number} exist" + (f", from {first} on" if first else "")
         fail(f"{dataset_id}: actions {action.min()} to {action.max()}, but {exist}")
@@ -128,8 +139,9 @@ def _discrete(dataset_id, action, space):
 
 def _check_bounds(dataset_id, low, high, env_id):
     """Exit with code 2 after one line where an action has no bound."""
-    if np.isfinite(low).all() and np.isfinite(high).all():
-        return
+    with np.errstate(over="ignore"):
+        if np.isfinite(high - low).all():  # Bounds of 1e38 are none for float32.
+            return
     if env_id is None:
         fail(
             f"{dataset_id}: the action space (Box) has no bounds; give finite attributes "
@@ -146,7 +158,9 @@ def _scaled(dataset_id, action, low, high, env):
     """Actions from their bounds to [-1, 1]."""
     scaled = action
     if (low != -1).any() or (high != 1).any():
-        scaled = 2 * (action - low) / (high - low) - 1
+        fixed = high == low
+        scaled = 2 * (action - low) / np.where(fixed, 1, high - low) - 1
+        scaled[:, fixed] += 1  # an action that has one value only is 0 then
     excess = np.abs(scaled).max(axis=1) - 1
     if excess.max() > TOLERANCE:
         row = excess.argmax()

@@ -23,10 +23,9 @@ def load(dataset_id, env=None, env_steps=None, actions="continuous") -> Dataset:
     Raises:
         SystemExit: code 2 after one clear line, for anything wrong with the id or the data.
     """
-    try:
-        dataset_id = os.fspath(dataset_id)
-    except TypeError:
+    if not isinstance(dataset_id, str | os.PathLike):
         fail(f"{dataset_id!r} is no data set id; docs/data.md lists the forms of an id")
+    dataset_id = os.fspath(dataset_id)
     if env_steps is not None and env_steps < 1:
         fail(f"--env-steps {env_steps}: an episode needs at least one step")
     dataset = _dataset(dataset_id, reading.read(dataset_id, env, env_steps))

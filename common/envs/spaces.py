@@ -208,7 +208,9 @@ def _scaled(env, bounds):
         action = np.reshape(action, space.shape)
         return action.clip(space.low, space.high).astype(space.dtype)  # scaling has rounded it
 
-    flat = Box(space.low.reshape(-1), space.high.reshape(-1), dtype=space.dtype)
+    # An action with one value only would be divided by 0. `unflat` puts it back to that value.
+    high = np.where(space.low == space.high, space.high + 1, space.high).astype(space.dtype)
+    flat = Box(space.low.reshape(-1), high.reshape(-1), dtype=space.dtype)
     env = TransformAction(env, unflat, flat)
     return env if whole else RescaleAction(env, np.float32(-1), np.float32(1))
 

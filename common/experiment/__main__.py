@@ -4,7 +4,6 @@
 It is a program above the rooms of common/: it evaluates, which no module of this room does.
 """
 
-import argparse
 import contextlib
 import dataclasses
 
@@ -50,9 +49,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _arguments(argv):
-    parser = argparse.ArgumentParser(
-        "python -m common.experiment", description="Look at a run folder."
-    )
+    parser = command_line.Parser("python -m common.experiment", description="Look at a run folder.")
     parser.add_argument("folder", help="run folder, runs/<algorithm>/<data set>/<name>")
     parser.add_argument("--plot", metavar="FILE.png", help="draw the learning curve")
     parser.add_argument("--video", metavar="FILE.gif", help="film one episode of the policy")

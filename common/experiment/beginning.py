@@ -11,10 +11,9 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import yaml
 
 from common import fail
-from common.experiment import checkpoints, digests, growth
+from common.experiment import checkpoints, digests, growth, yaml_files
 
 PARAMETERS = ("params", "target_params")
 OPTIMISERS = ("opt_state", "step")
@@ -33,11 +32,11 @@ def check(options, cfg, script):
 
 def facts(folder, algorithm):
     """What a run's record tells of its beginning: {folder, seeds, update, digest}."""
-    flag, file = f"--start-from {folder}", Path(folder) / "config.yaml"
-    if not file.exists():
+    flag = f"--start-from {folder}"
+    if not (Path(folder) / "config.yaml").exists():
         fail(f"{flag}: no config.yaml in it, so no run folder")
-    config = yaml.safe_load(file.read_text(encoding="utf-8"))
-    other = config["record"]["algorithm"]
+    config = yaml_files.of_run(folder)
+    other = config["record"].get("algorithm")
     if other != algorithm:
         fail(f"{flag}: a run of {other}; {algorithm} begins with its own runs only")
     update = growth.reached(folder)

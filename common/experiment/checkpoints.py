@@ -105,8 +105,9 @@ def restore(checkpoints, target, keep=False, only=None):
         checkpoints.reload()
         return jax.tree.map(jnp.asarray, saved["state"]) if keep else saved["state"], saved["meta"]
     if damaged:
-        remedy = "delete the run or choose a --name" if proven else "choose a --name"
-        fail(f"{checkpoints.directory}: no checkpoint can be read; {remedy}")
+        remedy = "; delete the run or choose a --name" if proven else "; choose a --name"
+        remedy = "" if keep else remedy  # who only looks has no run to begin
+        fail(f"{checkpoints.directory}: no checkpoint can be read{remedy}")
     return None, None
 
 

@@ -21,7 +21,15 @@ from typing import Annotated, Literal
 import tyro
 
 from common import datasets, fail
-from common.experiment import beginning, growth, kinds, ranges, show_config, wandb_settings
+from common.experiment import (
+    beginning,
+    growth,
+    kinds,
+    ranges,
+    show_config,
+    wandb_settings,
+    yaml_files,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,6 +113,8 @@ def check(cfg, options):
     ranges.check(cfg)
     if not 0 <= options.save_seconds < float("inf"):
         fail(f"--save-seconds {options.save_seconds}: must be 0 or more")
+    if options.devices < 1:
+        fail(f"--devices {options.devices}: must be at least 1")
     wandb_settings.check(cfg, options)
     beginning.check(options, cfg, Path(inspect.getfile(type(cfg))))
 
@@ -170,13 +180,12 @@ def _read_file(file, config_class, chosen, whose):
 
 
 # --- YAML files ---------------------------------------------------------------------------------
-LONGEST = 1_000_000  # characters of a config, and values in it once aliases are written out
-
-
 def read_yaml(file, config_class):
     """Fields and `datasets:` rows of a YAML file. Unknown and doubled keys end with exit code 2."""
-    values = _load_yaml(file)
-    if "record" in values:  # a run's config.yaml, which may have former names of fields
+    values = yaml_files.load(file)
+    if isinstance(
+        values.get("record"), dict
+    ):  # a run's config.yaml, which may have former names of fields
         values = current_names(values, renamed(config_class))
         del values["record"]  # facts about the run, for the reader
     rows = values.pop("datasets", None) or {}
@@ -186,50 +195,6 @@ def read_yaml(file, config_class):
     for name, row in rows.items():
         _check_keys(file, f"datasets: {name}: ", row, config_class)
     return values, rows
-
-
-def _load_yaml(file):
-    """The mapping that a YAML file holds."""
-    import yaml
-
-    class Loader(yaml.SafeLoader):
-        def construct_mapping(self, node, deep=False):
-            keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-            for key in keys:
-                if not isinstance(key, str) or keys.count(key) > 1:
-                    what = "appears twice" if isinstance(key, str) else "is not a word"
-                    fail(f"{file}: key {key!r} {what} (line {node.start_mark.line + 1} ff.)")
-            return super().construct_mapping(node, deep)
-
-    try:
-        with open(file, encoding="utf-8") as text:
-            content = text.read(LONGEST + 1)
-    except (OSError, ValueError) as error:
-        fail(f"--config {file}: cannot be read ({getattr(error, 'strerror', None) or error})")
-    if len(content) > LONGEST:
-        fail(f"--config {file}: longer than {LONGEST:,} characters, so no config")
-    try:
-        values = yaml.load(content, Loader)
-    except Exception as error:  # of many kinds, where a tag does not fit its text
-        fail(f"{file}: not valid YAML ({' '.join(str(error).split())})")
-    values = {} if values is None else values
-    if _is_too_large(values):
-        fail(f"{file}: its aliases make more than {LONGEST:,} values")
-    if not isinstance(values, dict):
-        fail(f"{file}: must be a mapping of fields to values, not a {type(values).__name__}")
-    return values
-
-
-def _is_too_large(values):
-    """Whether there are too many values once aliases of aliases are written out."""
-    parts, count = [values], 0
-    while parts and count <= LONGEST:
-        part, count = parts.pop(), count + 1
-        if isinstance(part, dict):
-            parts += part.values()
-        elif isinstance(part, list):
-            parts += part
-    return count > LONGEST
 
 
 def _check_keys(file, where, mapping, config_class):
@@ -287,12 +252,9 @@ def _printable(what, text):
 
 def read_run(folder, config_class):
     """Config and Options that a run folder's config.yaml holds."""
+    yaml_files.of_run(folder)
     file = Path(folder) / "config.yaml"
-    if not file.exists():
-        fail(f"{folder}: no config.yaml in it, so no run folder")
     values, _ = read_yaml(file, config_class)
-    if not values:
-        fail(f"{file} is empty, so nothing tells what this run was; choose a --name")
     return _command_line(config_class, list(_tokens(values)), str(file))
 
 

@@ -4,16 +4,14 @@
 import csv
 import importlib
 import importlib.util
-import json
 import sys
 from pathlib import Path
 
 import numpy as np
-import yaml
 
 from common import fail
-from common.experiment import best, growth
-from common.experiment.records import SCORES
+from common.experiment import best, growth, yaml_files
+from common.experiment.records import SCORES, read_result
 
 ALGORITHMS = Path(__file__).resolve().parents[2] / "algorithms"
 
@@ -24,7 +22,7 @@ def find_module(folder, file=None):
     Without `file` it is the file that the run was started from, or, on another machine, the one of
     that name in `algorithms/`.
     """
-    record = _config(folder).get("record", {})
+    record = yaml_files.of_run(folder)["record"]
     name = record.get("algorithm") or Path(folder).resolve().parts[-3]
     places = [record.get("algorithm_file"), f"{name}.py", ALGORITHMS / f"{name}.py"]
     places = [file] if file is not None else [place for place in places if place is not None]
@@ -35,25 +33,18 @@ def find_module(folder, file=None):
     if found.resolve().parent == ALGORITHMS:
         return importlib.import_module(f"algorithms.{found.stem}")
     spec = importlib.util.spec_from_file_location(found.stem, found)
+    if spec is None:
+        fail(f"{folder}: --file {found}: no Python file")
     module = importlib.util.module_from_spec(spec)
     sys.modules[found.stem] = module
     spec.loader.exec_module(module)
     return module
 
 
-def _config(folder):
-    file = Path(folder) / "config.yaml"
-    if not file.exists():
-        fail(f"{folder}: no config.yaml in it, so no run folder")
-    return yaml.safe_load(file.read_text(encoding="utf-8")) or {}
-
-
 def describe(folder) -> str:
     """What a run is and how far it has come, in a dozen lines."""
-    folder, values = Path(folder), _config(folder)
-    record = values.get("record", {})
-    file = folder / "result.json"
-    result = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    folder, values = Path(folder), yaml_files.of_run(folder)
+    record, result = values["record"], read_result(folder)
     reached = growth.reached(folder)
     state = "finished" if result else "not finished"
     checkpoints = sorted(
@@ -65,7 +56,7 @@ def describe(folder) -> str:
         ("data set", f"{values.get('dataset')} ({record.get('digest')})"),
         ("evaluated in", record.get("env") or "nothing: no env is known"),
         ("seeds", " ".join(map(str, values.get("seeds", [])))),
-        ("updates", f"{reached:,} of {values.get('num_updates'):,}, {state}"),
+        ("updates", f"{reached:,} of {values.get('num_updates', 0):,}, {state}"),
         ("checkpoints", f"{', '.join(map(str, checkpoints)) or 'none'}{kept}"),
     ]
     if origin := record.get("started_from"):
@@ -104,6 +95,8 @@ def plot(folder, file: str) -> None:
         fail(f"{folder}: no metrics.csv in it yet")
     with metrics.open(newline="", encoding="utf-8") as text:
         rows = list(csv.DictReader(text))
+    if not rows:
+        fail(f"{folder}: no row in its metrics.csv yet")
     names = ["score"]
     if not any(row["score"] for row in rows):
         names = [name for name in rows[0] if name not in ("update", "seed", *SCORES)]

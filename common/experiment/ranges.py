@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Ranges of a Config's fields, by their names: a name means the same in every algorithm file."""
 
-import math
 import re
 
 from common import fail
 
 SHARES = ("discount", "target_rate", "actor_target_rate", "td_lambda", "lam", "residual")
+LARGEST = 3.4e38  # of float32, in which the networks compute
 # Patterns of names.
 POSITIVE = "learning_rate$|^fixed_std$|^return_scale$|^beta$|^(sql|eql)_alpha$|^huber_delta$"
 POSITIVE += "|^weight_norm$|^max_(weight|clip|gradient_norm)$"
@@ -20,8 +20,10 @@ def check(cfg):
         numbers = value if isinstance(value, tuple | list) else (value,)
         if value is None:
             continue
-        if any(isinstance(x, float) and not math.isfinite(x) for x in numbers):
-            fail(f"{given}: must be a finite number")
+        if any(isinstance(x, float) and not abs(x) <= LARGEST for x in numbers):
+            fail(f"{given}: must be a finite number of at most {LARGEST:.1e}")
+        if any(type(x) is int and abs(x) >= 2**31 for x in numbers) and name != "seeds":
+            fail(f"{given}: must be below {2**31:,}")
         if name == "seeds":
             check_seeds(value)
         elif name.endswith("hidden") and not value:

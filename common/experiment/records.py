@@ -5,7 +5,7 @@ import json
 
 import numpy as np
 
-from common import fail, files
+from common import fail, files, one_line
 from common.experiment import growth
 
 SCORES = ("score", "return", "success", "length")  # the last columns of metrics.csv
@@ -56,9 +56,7 @@ class Records:
         files.write(self.folder / "result.json", json.dumps(values, indent=2) + "\n")
 
     def read_result(self):
-        """result.json, {} where the run is not finished."""
-        file = self.folder / "result.json"
-        return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        return read_result(self.folder)
 
     def resume(self, start):
         """Drop everything that update `start` and the later ones wrote: it is written again."""
@@ -115,6 +113,17 @@ class Records:
                 fail(f"{self.folder / name}: has other columns ({first.strip()}); choose a --name")
             out.write("".join(rows if first else [header, *rows]))
             files.sync(out)
+
+
+def read_result(folder):
+    """The result.json of a run folder, {} where the run is not finished."""
+    file = folder / "result.json"
+    if not file.exists():
+        return {}
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:  # it is written whole, so something changed it
+        fail(f"{file}: no JSON ({one_line(error)}); delete it, --resume writes it again")
 
 
 def over_seeds(name, numbers):

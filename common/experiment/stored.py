@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Read a run folder back, on any machine and from any working folder, with or without its data."""
 
+import dataclasses
 import functools
 import inspect
 import os
@@ -9,10 +10,9 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-import yaml
 
 from common import datasets, envs, fail
-from common.experiment import best, checkpoints, config, devices, digests
+from common.experiment import best, checkpoints, config, devices, digests, yaml_files
 
 
 def load(module, folder, which="last"):
@@ -36,6 +36,7 @@ def load(module, folder, which="last"):
 def load_all(module, folder, which="last"):
     """The same, and the update [S] at which each seed's parameters were saved."""
     folder = Path(os.path.expanduser(folder))
+    _check_file(module, folder)
     cfg, options = config.read_run(folder, module.Config)
     dataset = StoredDataset(folder, cfg, options)
     example = dataset.example()
@@ -49,6 +50,18 @@ def load_all(module, folder, which="last"):
         fail(f"{folder}: no readable checkpoint in it")
     updates = meta.get("updates") or [meta["update"]] * len(cfg.seeds)
     return cfg, dataset, state, updates
+
+
+def _check_file(module, folder):
+    """Exit with code 2 after one line, where the run is of another algorithm's file.
+
+    A copy of that file under another name will do, as long as its Config has the run's fields.
+    """
+    values = config.current_names(yaml_files.of_run(folder), config.renamed(module.Config))
+    fields = {field.name for field in dataclasses.fields(module.Config)}
+    file, name = Path(module.__file__), values["record"].get("algorithm")
+    if name not in (None, file.stem) and {*values} - fields - {"record", *config.IN_YAML}:
+        fail(f"{folder}: a run of {name}, whose settings {file.name} does not have")
 
 
 def _manager(folder, which):
@@ -79,8 +92,7 @@ class StoredDataset:
     score = datasets.Dataset.score
 
     def __init__(self, folder, cfg, options):
-        values = yaml.safe_load((Path(folder) / "config.yaml").read_text(encoding="utf-8"))
-        self.record = values.get("record") or {}
+        self.record = yaml_files.of_run(folder)["record"]
         self.id, self._options = cfg.dataset, options
         known = "shapes" in self.record  # runs before that need their data set
         source = self.record if known else vars(self._loaded)
@@ -214,7 +226,9 @@ class Policy:
         arrays = {name: np.asarray(x) for name, x in checkpoints.names(self.params).items()}
         low, high = self.record["action_box"] or ([], [])
         arrays |= {"action_low": np.float32(low), "action_high": np.float32(high)}
-        np.savez(file, observation_keys=np.array(self.record["observation_keys"], str), **arrays)
+        arrays |= {"observation_keys": np.array(self.record["observation_keys"], str)}
+        with open(file, "wb") as out:  # a name alone would get the suffix npz
+            np.savez(out, **arrays)
 
 
 def acting(module, cfg, dataset, state):

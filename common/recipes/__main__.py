@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """`python -m common.recipes ID [--episodes N] [--workers W]`: make a data set of some size."""
 
-import argparse
 import difflib
 from pathlib import Path
 
@@ -10,7 +9,7 @@ from common import command_line, fail, folders, recipes
 
 def main(argv: list[str] | None = None) -> None:
     ids = [*recipes.IDS, *(f"local/ogbench/{name}" for name in recipes.OGBENCH_RECIPES)]
-    parser = argparse.ArgumentParser("python -m common.recipes", description="Make a data set.")
+    parser = command_line.Parser("python -m common.recipes", description="Make a data set.")
     parser.add_argument("id", help="one of " + ", ".join(ids))
     parser.add_argument("--episodes", type=int, help="number of episodes for training")
     parser.add_argument("--workers", type=int, help="number of processes (local/ogbench/ only)")

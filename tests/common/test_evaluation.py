@@ -164,6 +164,9 @@ def test_success_is_none_where_no_env_reports_it(monkeypatch):
         ({"success": False, "is_success": True}, 0.0),
         ({"success": None, "is_success": True}, 1.0),
         ({"success": None}, None),
+        ({"success": np.nan}, 0.0),
+        ({"success": np.array([]), "is_success": True}, 1.0),
+        ({"success": "no"}, None),
         ({"succeeded": True}, None),
     ],
 )
@@ -175,6 +178,19 @@ def test_success_by_both_of_its_names(info, expected):
 
     success = evaluate(make_env=Telling)[0]["success"]
     assert success is None if expected is None else success.tolist() == [expected]
+
+
+@pytest.mark.parametrize("number", [np.nan, np.inf])
+def test_an_observation_that_is_not_finite_is_said_and_costs_the_score(capsys, number):
+    class Blind(Fickle):
+        def step(self, action):
+            observation, *rest = super().step(action)
+            return observation * np.float32(number), *rest
+
+    result, _ = evaluate(make_env=Blind)
+    assert np.isnan(result["return"]).all() and np.isnan(result["score"]).all()
+    said = capsys.readouterr().out
+    assert said.count("seeds that meet it get no score") == 1 and "a step's observation has" in said
 
 
 class Paying(Fickle):

@@ -120,6 +120,7 @@ ENTRIES = {
     "FlatParts-v0": wrapped(Flat, {"action": "dict"}),
     "Words-v0": wrapped(Words, {"observation": "text in a dict"}),
     "Choice-v0": lambda render_mode=None: Toy(action="discrete"),
+    "Below-v0": lambda render_mode=None: Toy(action="discrete from -2"),
     "Text-v0": lambda render_mode=None: Toy("text in a dict"),
     "Filtered-v0": lambda render_mode=None: wrappers.FlattenObservation(
         wrappers.FilterObservation(Toy("text in a dict"), ["state"])
@@ -439,6 +440,24 @@ TABLE = {
         {},
         "store continuous actions as floats",
         own(actions=np.ones((COUNT, 2))),
+    ),
+    "integers that are no choices": (
+        own(actions=np.full(COUNT, 2**40)),
+        {},
+        "number the actions from 0 on, or store continuous ones as floats",
+        own(actions=np.zeros(COUNT, int)),
+    ),
+    "integers below 0": (
+        own(actions=np.full(COUNT, -2)),
+        {},
+        "number the actions from 0 on",
+        own(actions=np.zeros(COUNT, int)),
+    ),
+    "integers below 0, of an env": (
+        own(actions=np.full(COUNT, -2)),
+        {},
+        "name the env by --env, whose action space tells the first one",
+        by_env("Below-v0"),
     ),
     "floats for a discrete env": (
         own(actions=np.zeros(COUNT)),

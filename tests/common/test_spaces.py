@@ -62,6 +62,15 @@ OBSERVATIONS = {
     ),
     "tuple": (spaces.Tuple((box(2), spaces.Discrete(3))), 5),
     "tuple of discretes": (spaces.Tuple((spaces.Discrete(3), spaces.Discrete(2))), 5),
+    "image and a choice far below": (
+        spaces.Dict(
+            {
+                "cam": spaces.Dict({"b w": box(4, 4, 3, kind=np.uint8, low=0, high=255)}),
+                "gear.2": spaces.Tuple((spaces.Discrete(4, start=-1), spaces.MultiBinary((2, 2)))),
+            }
+        ),
+        56,
+    ),
     "dict of a tuple of a dict": (
         spaces.Dict({"x": spaces.Tuple((spaces.Dict({"y": spaces.Discrete(2)}), box(2)))}),
         4,
@@ -85,6 +94,7 @@ ACTIONS = {
     "box of float64": box(2, kind=np.float64, low=-0.3, high=0.7),
     "box of float16": box(2, kind=np.float16, low=-2, high=2),
     "box of several bounds": spaces.Box(np.float32([0, -3.3]), np.float32([10, 7.7])),
+    "box with a fixed number": spaces.Box(np.float32([0.5, -1]), np.float32([0.5, 3])),
     "discrete": spaces.Discrete(3),
     "discrete from 1": spaces.Discrete(3, start=1),
     "discrete from -2": spaces.Discrete(4, start=-2),
@@ -98,6 +108,7 @@ USELESS_ACTIONS = {
     "text": spaces.Text(8),
     "dict": spaces.Dict({"arm": box(2), "hand": spaces.Discrete(2)}),
     "tuple": spaces.Tuple((box(2), box(1))),
+    "dict of one box": spaces.Dict({"arm": box(2)}),
 }
 
 
