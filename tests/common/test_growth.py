@@ -605,8 +605,8 @@ def test_which_envs_mujoco_draws(env_id, drawn):
 
 def test_export_acts_in_numpy(made, capsys):
     """The lines of docs: two hidden layers of ReLU and a tanh, in NumPy alone."""
-    program.main([COPY, "--export", "policy.npz", "--seed", "1"])
-    p = np.load("policy.npz")
+    program.main([COPY, "--export", "policy", "--seed", "1"])  # under exactly that name
+    p = np.load("policy")
     observation = np.float32([0.1, -0.2, 0.3])
     x = observation
     layers = sorted(name[: -len(".kernel")] for name in p if name.endswith(".kernel"))
@@ -643,11 +643,77 @@ def test_the_file_of_a_run_is_found(made, tiny, capsys):
         ([COPY, "--export", "no/where.npz"], "--export no/where.npz: cannot be written"),
         ([COPY, "--plot", "no/where.png"], "--plot no/where.png: cannot be written"),
         ([COPY, "--export", "x.npz", "--seed", "9"], "no seed 9; there are 0, 1"),
+        ([], "the following arguments are required: folder"),
+        ([COPY, "--plot"], "--plot: expected one argument"),
+        ([COPY, "--starts", "old"], "--starts: invalid choice"),
+        ([COPY, "--evaluate", "1", "--file", f"{COPY}/config.yaml"], "no Python file"),
     ],
 )
 def test_wrong_words_are_one_line(made, words, said, capsys):
+    assert_refused(words, said, capsys)
+
+
+def assert_refused(words, said, capsys):
     with pytest.raises(SystemExit) as leave:
         program.main(words)
     assert leave.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert said in line
+
+
+def write(name, text):
+    return lambda folder: (folder / name).write_bytes(text)
+
+
+def cut_checkpoints(folder):
+    for file in (folder / "checkpoints").rglob("*"):
+        if file.is_file():
+            file.write_bytes(file.read_bytes()[:20])
+
+
+@pytest.mark.parametrize(
+    ("change", "words", "said"),
+    [
+        (write("config.yaml", b""), [], "is empty, so nothing tells what this run was"),
+        (write("config.yaml", b"[1]"), [], "must be a mapping"),
+        (write("config.yaml", b"a: b: c"), [], "not valid YAML"),
+        (write("config.yaml", b"\xff\xfe"), [], "cannot be read"),
+        (write("config.yaml", b"record: 3"), [], "record: must be a mapping"),
+        (write("result.json", b"{"), [], "delete it, --resume writes it again"),
+        (write("result.json", b"3"), [], "delete it, --resume writes it again"),
+        (write("metrics.csv", b""), ["--plot", "x.png"], "no row in its metrics.csv yet"),
+        (write("metrics.csv", b"update,seed\n"), ["--plot", "x.png"], "no row in its"),
+        (lambda x: shutil.rmtree(x / "checkpoints"), ["--evaluate", "1"], "no readable checkpoint"),
+        (cut_checkpoints, ["--evaluate", "1"], "no checkpoint can be read"),
+    ],
+)
+def test_a_damaged_run_folder_is_one_line(made, change, words, said, capsys):
+    """What is looked at is not advised to be deleted, but for a file that --resume writes again."""
+    change(made)
+    with pytest.raises(SystemExit) as leave:
+        program.main([COPY, *words])
+    lines = capsys.readouterr().err.splitlines()
+    assert leave.value.code == 2 and said in lines[-1] and lines[-1].startswith("error: ")
+    assert all(line.startswith("WARNING: checkpoint") for line in lines[:-1])
+    assert "delete" not in lines[-1] or "result.json" in lines[-1]
+
+
+def test_a_damaged_result_is_written_again(made, tiny, capsys):
+    """The remedy of its message."""
+    before = json.loads((made / "result.json").read_text())
+    (made / "result.json").write_bytes(b"{")
+    argv = [*tiny, *SEEDS, "--resume", "--num-updates", "8"]
+    assert "no JSON" in refused(capsys, argv)
+    (made / "result.json").unlink()
+    runs.start("rebrac", argv)
+    after = json.loads((made / "result.json").read_text())
+    assert before["score"] == after["score"] and before["best_score"] == after["best_score"]
+
+
+def test_a_run_of_another_file_is_told_as_such(made, capsys):
+    with pytest.raises(SystemExit) as leave:
+        experiment.load(runs.module("td3_bc"), made)
+    line = capsys.readouterr().err
+    assert leave.value.code == 2 and "a run of rebrac, whose settings td3_bc.py does not have" in (
+        line
+    )
