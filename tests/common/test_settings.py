@@ -13,14 +13,13 @@ import jax
 import numpy as np
 import pytest
 import yaml
+from own_files import NAMES
 
 from common import command_line, datasets, experiment, folders
 from common.datasets import __main__ as datasets_program
 from common.datasets import d4rl, mirrors, reference_scores
 from common.envs import graphics
 from common.experiment import config, show_config, wandb_mirror, wandb_settings
-
-ALL = ["bc", *runs.CONTINUOUS, *runs.DISCRETE]
 
 
 def refused(capsys, call, *args, **options):
@@ -173,7 +172,7 @@ def test_a_platform_that_is_not_there_is_refused(tmp_path):
     assert "JAX_PLATFORMS=cuda,cpu: there is no cuda here, so the CPU trains" in out
 
 
-@pytest.mark.parametrize("name", runs.slow_but(ALL, ["rebrac"]))
+@pytest.mark.parametrize("name", runs.slow_but(NAMES, ["rebrac"]))
 def test_runs_with_64_bits(rows, tmp_path, name, capsys):
     """A run, its resumption and its loading, where JAX_ENABLE_X64 is set."""
     if name in runs.DISCRETE:
@@ -498,7 +497,7 @@ def test_a_finished_run_returns_its_scores_again(rows, capsys, kind):
 
 
 # --- --show-config ------------------------------------------------------------------------------
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", NAMES)
 def test_show_config_prints_every_value_and_its_source(name, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     algorithm = runs.module(name)
