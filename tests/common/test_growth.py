@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Run folders that grow, begin with others, keep their best policy, and act without their data."""
 
+import ast
 import dataclasses
 import importlib
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -18,7 +20,7 @@ import pytest
 import yaml
 from own_files import NAMES
 
-from common import envs, evaluation, experiment
+from common import datasets, envs, evaluation, experiment
 from common.datasets import reference_scores
 from common.envs import d4rl, graphics
 from common.experiment import __main__ as program
@@ -241,7 +243,7 @@ def test_start_from(made, tiny, optimiser, capsys):
         assert (Path("runs/rebrac/other/new") / "metrics.csv").read_text().startswith(before)
 
 
-def test_every_seed_begins_with_a_run_of_one_seed(made):
+def test_every_seed_begins_with_a_run_of_one_seed(made, capsys):
     state = experiment.load(runs.module("rebrac"), made, 4)[2]
     facts = beginning.facts(COPY, "rebrac")
     there = checkpoints.read(checkpoints.manager(made), 8)[0]
@@ -252,6 +254,11 @@ def test_every_seed_begins_with_a_run_of_one_seed(made):
                 assert np.array_equal(array, there[name][np.array(rows)])
     with pytest.raises(SystemExit):
         beginning.begin(state, (7, 8), facts | {"digest": "another"}, optimiser=False)
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        beginning.begin({"params": {"new": np.zeros((2, 3))}}, (0, 1), facts, optimiser=False)
+    said = capsys.readouterr().err
+    assert "has no params.new, which this config makes; give the settings of that run" in said
 
 
 def test_what_cannot_be_a_beginning_is_one_line(made, tiny, capsys):
@@ -717,3 +724,139 @@ def test_a_run_of_another_file_is_told_as_such(made, capsys):
     assert leave.value.code == 2 and "a run of rebrac, whose settings td3_bc.py does not have" in (
         line
     )
+
+
+# --- Remedies -----------------------------------------------------------------------------------
+MADE = [*SEEDS, "--num-updates", "8"]
+ALONE = ["--seeds", "0", "--num-updates", "8", "--name", "new"]
+TOY = {"mapping.yaml": "datasets: 3\n", "key.yaml": "discuont: 0.5\n"}
+# The words that are refused, words of the message, and the words after its remedy. Later flags
+# replace earlier ones; what begins with a variable's name sets it.
+REMEDIES = [
+    (MADE, "continue it with --resume", [*MADE, "--resume"]),
+    (MADE, "or start another run with --name", [*MADE, "--name", "other"]),
+    ([*MADE, "--resume", "--discount", "0.5"], "resume with that", [*MADE, "--resume"]),
+    (
+        [*MADE, "--resume", "--discount", "0.5"],
+        "or choose a --name",
+        [*MADE, "--resume", "--discount", "0.5", "--name", "other"],
+    ),
+    (
+        [*SEEDS, "--num-updates", "4", "--resume"],
+        "give at least 8",
+        [*SEEDS, "--num-updates", "8", "--resume"],
+    ),
+    (
+        [*ALONE, "--start-optimizer"],
+        "say which with --start-from",
+        [*ALONE, "--start-optimizer", "--start-from", COPY],
+    ),
+    ([*ALONE, "--num-updates", "10"], "8 would be one", ALONE),
+    (
+        [*ALONE, "--num-updates", "6", "--eval-every", "6"],
+        "8 would be one",
+        [*ALONE, "--num-updates", "8", "--eval-every", "8"],
+    ),
+    (
+        [*ALONE, "--eval-every", "2"],
+        "or --log-every 2",
+        [*ALONE, "--eval-every", "2", "--log-every", "2"],
+    ),
+    ([*ALONE, "--seeds", "1", "1"], "give at least one seed, and none twice", ALONE),
+    ([*ALONE, "--discount", "2"], "must be a number from 0 to 1", [*ALONE, "--discount", "1"]),
+    ([*ALONE, "--name", "../x"], "letters, digits, '_', '-'", [*ALONE, "--name", "a_b-c.1"]),
+    ([*ALONE, "--runs-dir", "~nobody-here/x"], "a path without '~'", [*ALONE, "--runs-dir", "x"]),
+    ([*ALONE, "--devices", "0"], "must be at least 1", [*ALONE, "--devices", "1"]),
+    ([*ALONE, "--config", "key.yaml"], "did you mean 'discount'?", ALONE),
+    ([*ALONE, "--config", "mapping.yaml"], "must be a mapping of data set ids", ALONE),
+    (
+        ["WANDB_MODE=sometimes", *ALONE, "--wandb", "None"],
+        "must be online, offline or disabled",
+        ["WANDB_MODE=offline", *ALONE, "--wandb", "None"],
+    ),
+    (
+        ["WANDB_MODE=sometimes", *ALONE, "--wandb", "None"],
+        "--wandb says it as well",
+        ["WANDB_MODE=sometimes", *ALONE, "--wandb", "disabled"],
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("words", "said", "remedy"), REMEDIES, ids=[row[1] for row in REMEDIES])
+def test_the_remedy_of_a_runs_message_works(made, tiny, monkeypatch, capsys, words, said, remedy):
+    for name, text in TOY.items():
+        Path(name).write_text(text)
+
+    def parse(words):
+        variables = [word for word in words if word.startswith("WANDB_")]
+        for name, value in (word.split("=") for word in variables):
+            monkeypatch.setenv(name, value)
+        argv = [*tiny, *(word for word in words if word not in variables)]
+        return config.parse(runs.module("rebrac").Config, argv)
+
+    with pytest.raises(SystemExit) as leave:
+        parse(words)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert leave.value.code == 2 and said in line, line
+    parse(remedy)
+
+
+def test_a_folder_of_runs_that_is_a_file(tiny, capsys):
+    Path("file").touch()
+    argv = [*tiny, *ALONE, "--runs-dir", "file"]
+    assert "file/rebrac/data/new" in (line := refused(capsys, argv))
+    assert "choose another --runs-dir" in line
+    cfg, options = config.parse(runs.module("rebrac").Config, [*argv, "--runs-dir", "folder"])
+    dataset = datasets.load(cfg.dataset)
+    with experiment.Run(cfg, options, dataset) as run:  # the remedy
+        assert run.folder == Path("folder/rebrac/data/new")
+        run.done = True
+
+
+WITH_A_REMEDY = r"\b(set|give|delete|use|choose|resume|continue|wait|make|install|name|train) |"
+WITH_A_REMEDY += r"did you mean|near it|would be one|or neither|--(name|file|resume|env|wandb)\b"
+# Words of a message -> the test that sees it, and applies its remedy where one is not obvious.
+SEEN_IN = {
+    "start without --start-optimizer": "test_what_cannot_be_a_beginning_is_one_line",
+    "is no longer what this run was begun with": "test_every_seed_begins_with_a_run_of_one_seed",
+    "give --seeds of that run": "test_what_cannot_be_a_beginning_is_one_line",
+    "which this config makes": "test_every_seed_begins_with_a_run_of_one_seed",
+    "has another State than this": "test_a_checkpoint_of_another_state_is_not_called_damaged",
+    "when it can be written again": "test_a_disk_that_takes_no_more",
+    "all of its updates differ": "test_a_resumed_run_equals_an_undisturbed_one",
+    "say which one with --name": "test_without_a_name_the_shorter_run_is_found",
+    "give HOST:PORT/COUNT/INDEX": "test_distributed_wants_an_address",
+    "--resume writes it again": "test_a_damaged_result_is_written_again",
+    "has other columns": "test_rows_with_other_columns_are_not_appended",
+    "another process trains in it": "test_bad_input_as_a_command",
+    "cannot be divided equally among": "test_seeds_that_devices_cannot_share",
+    "train with --keep best": "test_which_checkpoint",
+    "is of a run": "test_a_run_goes_on_with_as_many_bits_as_it_began_with",
+    "start again with --resume": "test_deleting_is_advised_for_damage_alone",
+    "make the seed a parameter": "test_a_sweep_agent_takes_one_seed",
+    "so nothing tells what this run was": "test_a_damaged_run_folder_is_one_line",
+    "no such file": "test_the_file_of_a_run_is_found",
+    "no Python file": "test_wrong_words_are_one_line",
+    "aliases make more than": "test_bad_configs",
+    "; choose another --runs-dir": "test_a_folder_of_runs_that_is_a_file",
+    "has a new name": "test_a_former_name_of_a_field_is_one_line_that_names_the_present_one",
+    "no checkpoint can be read": "test_every_checkpoint_damaged",
+    "give at least one hidden layer": "test_a_config_made_in_python_is_checked",
+}
+
+
+def test_every_message_of_a_run_with_a_remedy_is_seen():
+    tests = "".join(file.read_text() for file in (ROOT / "tests").rglob("test_*.py"))
+    rows, missing = [said for _, said, _ in REMEDIES], []
+    for file in sorted((ROOT / "common" / "experiment").glob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "fail":
+                parts = [x.value for x in ast.walk(node) if isinstance(x, ast.Constant)]
+                text = "".join(x for x in parts if isinstance(x, str))
+                known = [name for words, name in SEEN_IN.items() if words in text]
+                plain = re.sub(r"\W|\d", "", text)
+                known += [said for said in rows if re.sub(r"\W|\d", "", said) in plain]
+                if re.search(WITH_A_REMEDY, text) and not known:
+                    missing.append(f"{file.name}:{node.lineno} {text}")
+    assert not missing, missing
+    assert all(f"def {name}(" in tests for name in SEEN_IN.values())
