@@ -44,7 +44,7 @@ from typing import Annotated, Literal
 import numpy as np
 import tyro
 
-from common import datasets, fail, one_line
+from common import command_line, datasets, fail, one_line
 from common.experiment import config, provenance
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -592,4 +592,5 @@ def main(argv):
 
 
 if __name__ == "__main__":
+    command_line.outlive_the_reader()  # hours of work do not end with `| head`
     sys.exit(main(sys.argv[1:]))

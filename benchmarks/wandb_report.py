@@ -16,7 +16,7 @@ import tyro
 
 import readers
 import report
-from common import fail, one_line
+from common import command_line, fail, one_line
 from pages import markdown
 
 
@@ -92,4 +92,4 @@ def main(arguments):
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Arguments, description=__doc__.split("\n\n")[0]))
+    command_line.run(lambda: main(tyro.cli(Arguments, description=__doc__.split("\n\n")[0])))

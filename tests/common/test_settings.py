@@ -348,6 +348,18 @@ def test_a_tilde_in_the_words_of_a_program(rows, monkeypatch, tmp_path):
     assert command_line.at_home("x=~/b") == "x=~/b"
 
 
+@pytest.mark.parametrize(
+    "file",
+    ["benchmarks/report.py", "benchmarks/reproduce.py", "benchmarks/wandb_report.py"]
+    + [f"common/{room}/__main__.py" for room in ("datasets", "experiment", "recipes")],
+)
+def test_every_program_of_a_user_survives_a_closed_pipe(file):
+    """Each starts by command_line.py, whose functions test_output.py tests."""
+    end = (runs.ROOT / file).read_text().partition('if __name__ == "__main__":')[2]
+    first = end.split()[0]
+    assert first.startswith(("command_line.run(", "command_line.outlive_the_reader("))
+
+
 # --- Mirrors ------------------------------------------------------------------------------------
 @pytest.fixture
 def no_mirror(monkeypatch):
