@@ -167,11 +167,12 @@ def test_more_updates_and_other_evaluations(made, tiny, capsys):
 
 def test_a_schedule_that_is_switched_off_lets_a_run_grow(tiny):
     """IQL's actor has a cosine schedule over the whole run, unless --cosine is False."""
-    argv = [*tiny, "--cosine", "False", "--name"]
+    runs.write_hdf5("bare.hdf5", attributes={}, actions=np.zeros((60, 1)))  # trained only: cheap
+    argv = [*tiny, "--dataset", "bare.hdf5", "--cosine", "False", "--name"]
     runs.start("iql", [*argv, "grown", "--num-updates", "4"])
     runs.start("iql", [*argv, "grown", "--num-updates", "8", "--resume"])
     runs.start("iql", [*argv, "whole", "--num-updates", "8"])
-    grown, whole = (Path("runs/iql/data", name) for name in ("grown", "whole"))
+    grown, whole = (Path("runs/iql/bare", name) for name in ("grown", "whole"))
     assert (grown / "metrics.csv").read_bytes() == (whole / "metrics.csv").read_bytes()
     states = [checkpoints.read(checkpoints.manager(folder), 8)[0] for folder in (grown, whole)]
     assert all(np.array_equal(x, states[1][name]) for name, x in states[0].items())
@@ -509,13 +510,13 @@ def test_a_run_of_a_benchmark_is_evaluated_without_its_data(tmp_path, monkeypatc
     np.savez("pointmaze-medium-navigate-v0.npz", **columns, terminals=np.arange(12) % 6 == 5)
     columns = {"observations": place, "actions": place[:, :2] / 10}
     runs.write_hdf5("maze2d-umaze-sparse-v1.hdf5", 12, {}, **columns)
-    argv = ["--dataset", name, *runs.TINY, *ONE_EPISODE, "--env-steps", "4", "--name", "a"]
-    runs.start("rebrac", [*argv, "--num-updates", "4", "--eval-every", "4"])
+    argv = ["--dataset", name, *runs.tiny("bc"), *ONE_EPISODE, "--env-steps", "4", "--name", "a"]
+    runs.start("bc", [*argv, "--num-updates", "4", "--eval-every", "4"])
     for file in (*tmp_path.glob("*.npz"), *tmp_path.glob("*.hdf5")):
         file.unlink()
-    row = runs.read_csv(f"runs/rebrac/{name}/a/metrics.csv")[-1]
+    row = runs.read_csv(f"runs/bc/{name}/a/metrics.csv")[-1]
     Path("elsewhere").mkdir()
-    shutil.move(f"runs/rebrac/{name}/a", "elsewhere/b")
+    shutil.move(f"runs/bc/{name}/a", "elsewhere/b")
     program.main(["elsewhere/b", "--evaluate", "1"])
     number = f"{float(row['return']):.2f}"
     assert f"seed 0 at update 4: score {float(row['score']):.2f}, return {number}," in (

@@ -379,8 +379,8 @@ def test_a_run_downloads_from_the_mirror_of_its_flag(no_mirror, rows, monkeypatc
     url = (tmp_path / "copies").as_uri()
     argv = ["--dataset", "hopper-medium-v2", *rows[2:], "--num-updates", "4", "--env-steps", "3"]
     if by == "flag":
-        runs.start("rebrac", [*argv, "--mirror", url, "--name", "a"])
-        assert "mirror" not in (tmp_path / "runs/rebrac/hopper-medium-v2/a/config.yaml").read_text()
+        runs.start("bc", [*argv, "--mirror", url, "--name", "a"])
+        assert "mirror" not in (tmp_path / "runs/bc/hopper-medium-v2/a/config.yaml").read_text()
     else:
         config.Options(mirror=url)
         assert len(datasets.load("hopper-medium-v2").transitions.reward)
