@@ -38,9 +38,9 @@ def load(file):
         with open(file, encoding="utf-8") as text:
             content = text.read(LONGEST + 1)
     except (OSError, ValueError) as error:
-        fail(f"{file}: cannot be read ({getattr(error, 'strerror', None) or error})")
+        fail(f"--config {file}: cannot be read ({getattr(error, 'strerror', None) or error})")
     if len(content) > LONGEST:
-        fail(f"{file}: longer than {LONGEST:,} characters, so no config")
+        fail(f"--config {file}: longer than {LONGEST:,} characters, so no config")
     try:
         values = yaml.load(content, Loader)
     except Exception as error:  # of many kinds, where a tag does not fit its text
