@@ -8,9 +8,10 @@ Parent      none
 Results     docs/results.md
 Deviations  Rows at a truncation are kept where their next observation is known, and they count in
             return_scale. extraction=ddpg_bc and layer_norm follow seohongpark/fql, which also has
-            GELU, Glorot initialisation, no tanh on the mean, one state that all losses read, awr
-            weights from the online critics, and sampled actions where the std is learned.
-            deterministic follows CORL.
+            GELU, Glorot initialisation (the actor's last layer 10 times smaller), no tanh on the
+            mean, losses and targets that read the networks from before the update, awr weights from
+            the online critics, and sampled actions where the std is learned. deterministic and
+            normalise_observations follow CORL.
 
 Shapes: S seeds, K critics, B batch, E episodes, O observation, A action. Arrays are float32.
 """
@@ -57,6 +58,7 @@ class Config:
     fixed_std: float | None = None  # std of the policy; None: one learned per action dimension
     cosine: bool = True  # cosine decay of the actor's learning rate to 0 over num_updates
     dropout: float | None = None  # dropout rate of the actor's hidden layers in training
+    normalise_observations: bool = False  # to mean 0 and std 1, as CORL does
 
 
 # --- Networks -----------------------------------------------------------------------------------
@@ -111,9 +113,30 @@ class State(NamedTuple):
     actor: train_state.TrainState  # Flax's own class: no target_params
     critic: TrainState  # every array has a leading [K] axis
     value_net: train_state.TrainState  # one network, without target_params
+    statistics: tuple[jax.Array, jax.Array]  # mean and std of the observations, [O] each
 
 
-def create_state(key, batch, cfg):
+def normalise(data):
+    """The data with observations of mean 0 and std 1, and that mean and std, [O] each."""
+    mean = data.observation.mean(axis=0, dtype=float)
+    std = data.observation.std(axis=0, dtype=float) + 1e-3
+    observation = (data.observation - mean) / std
+    next_observation = (data.next_observation - mean) / std
+    data = data._replace(
+        observation=observation.astype("float32"),
+        next_observation=next_observation.astype("float32"),
+    )
+    return data, (mean, std)
+
+
+def standardise(observation, statistics):
+    """(observation - mean) / std, [..., O], with the statistics of the data."""
+    mean = jnp.broadcast_to(statistics[0], observation.shape)
+    std = jnp.broadcast_to(statistics[1], observation.shape)
+    return (observation - mean) / std
+
+
+def create_state(key, batch, cfg, statistics=(0.0, 1.0)):
     """State of one seed before the first update. `batch` supplies shapes only."""
     key_actor, key_critic, key_value = jax.random.split(key, 3)
     actor = DropoutGaussianActor(cfg.hidden, action_dim=batch.action.shape[-1])
@@ -133,6 +156,8 @@ def create_state(key, batch, cfg):
     actor_adam = optax.adam(actor_learning_rate)
     critic_adam = optax.adam(cfg.critic_learning_rate)
     value_adam = optax.adam(cfg.critic_learning_rate)
+    mean, std = statistics
+    observation_shape = batch.observation.shape[-1:]
     return State(
         actor=train_state.TrainState.create(
             apply_fn=actor.apply, params=actor_params, tx=actor_adam
@@ -140,6 +165,10 @@ def create_state(key, batch, cfg):
         critic=TrainState.create(apply_critics, critic_params, critic_adam),
         value_net=train_state.TrainState.create(
             apply_fn=value_net.apply, params=value_params, tx=value_adam
+        ),
+        statistics=(
+            jnp.broadcast_to(mean, observation_shape),
+            jnp.broadcast_to(std, observation_shape),
         ),
     )
 
@@ -272,12 +301,13 @@ def train_chunk(state, key, start, data, cfg):
 # --- Policy -------------------------------------------------------------------------------------
 def policy(apply_fn, params, observation, key):
     """Mean action in [-1, 1], [..., O] -> [..., A]. `key` is not used."""
-    mean, _ = apply_fn(params, observation)
+    actor_params, statistics = params
+    mean, _ = apply_fn(actor_params, standardise(observation, statistics))
     return mean
 
 
 def policy_params(state):
-    return state.actor.params
+    return state.actor.params, state.statistics
 
 
 def policy_fn(state, cfg):
@@ -293,10 +323,14 @@ def train(cfg, options):
     reward = dataset.transitions.reward + cfg.reward_shift
     if cfg.return_scale is not None:
         reward = reward * (cfg.return_scale / datasets.return_span(dataset))
-    data = experiment.place(dataset.transitions._replace(action=action, reward=reward), options)
+    data = dataset.transitions._replace(action=action, reward=reward)
+    statistics = (0.0, 1.0)  # leaves observations as they are
+    if cfg.normalise_observations:
+        data, statistics = normalise(data)
+    data = experiment.place(data, options)
     example = jax.tree.map(lambda x: x[:1], data)  # one row, for its shapes
     init_keys, train_keys, policy_keys = experiment.streams(cfg.seeds, 3)  # [S] keys each
-    create = partial(create_state, batch=example, cfg=cfg)
+    create = partial(create_state, batch=example, cfg=cfg, statistics=statistics)
     # Not jitted: XLA can hang on the QR decompositions of two orthogonal initialisers.
     state = jax.vmap(create)(init_keys)
     # Compiled once for all seeds. `update` shows which rows a step reads, for --data host.

@@ -278,20 +278,29 @@ def row(algorithm, mutation):
 
 INTRODUCTION = """# Every file against its authors' code
 
-The same parameters, batches and random numbers go through a file of algorithms/ and through the
-code of the method's authors. The losses of every update, the first gradients of every network, the
-parameters and targets after the first and the last update, and the actions of the policy on ten
-observations are compared: [test_parity.py](../../tests/algorithms/test_parity.py). What the
-authors' code made is stored in [tests/fixtures/parity](../../tests/fixtures/parity), with a text
-that says how. Two hidden layers of 16 units, in float64 on both sides unless the text says
-otherwise; "difference" is the largest one of all those numbers, relative to the largest number of
-its array, and includes the rounding of the stored numbers: 7e-12, 5e-10 in IDQL's wide layers.
-dt.py computes the learning rate of its warm-up in float32, which is all of its difference.
+The same parameters, batches and random numbers go through a file of algorithms/ and through its
+reference: the code of the method's authors or, for `cql`, `awac`, `bc` and `cql_discrete`, the
+reimplementation by CORL or d3rlpy that the file follows. The losses of every update, the first
+gradients of every network, the parameters and targets after the first and the last update, and the
+actions of the policy on ten observations are compared, in
+[test_parity.py](../../tests/algorithms/test_parity.py). Only of IDQL's wide actor, three of the
+first gradients and the targets after the first update are left out. What the reference made is
+stored in [tests/fixtures/parity](../../tests/fixtures/parity), with a text that says how. Two
+hidden layers of 16 units, in float64 on both sides unless the text says otherwise; "difference" is
+the largest one of all those numbers, relative to the largest number of its array, and includes the
+rounding of the stored numbers: 7e-12, 5e-10 in IDQL's wide layers. dt.py computes the learning rate
+of its warm-up in float32, which is all of its difference.
 
-A mutant is a copy of a file with one small error, such as a sign, a mean for a sum, or a target
-network in place of the online one. It is caught if the comparison fails. Where a number of possible
-mutants is given, a choice of all kinds was tried, else all. A mutant that does not run at all
-counts as neither.
+Not compared here: the initialisation of networks, which rows a batch has, learning rates beyond
+those few updates, evaluation, and the hyperparameters of configs/, whose headers name their
+sources. Initialisation and batches have tests of their own in tests/algorithms. Options without a
+case are named in the texts beside the fixtures.
+
+A mutant is a copy of a file with one small error: a sign, a mean for a sum, the online network in
+place of its target, a termination not heeded, a clip, a stop_gradient or an update left out,
+another factor or constant. It is caught if the comparison fails. Where a number of possible mutants
+is given, a choice of all kinds was tried, else all. A mutant that does not run at all counts as
+neither.
 
     python benchmarks/fidelity.py --output benchmarks/results/fidelity.md
 """
@@ -302,7 +311,7 @@ more, from a test of loading. The others are those that the files' docstrings li
 
 
 def page(results):
-    head = ["file", "authors' code", "cases", "losses", "gradient steps", "difference", "caught"]
+    head = ["file", "reference", "cases", "losses", "gradient steps", "difference", "caught"]
     algorithms = list(dict.fromkeys(case.algorithm for case in test_parity.CASES))
     table = [head, ["---"] * len(head)]
     table += [row(algorithm, results.get(algorithm)) for algorithm in algorithms]

@@ -87,7 +87,7 @@ def beside(run, table):
 def select(run, selection):
     """[S] our score, taken as a source takes its own; None where evaluations do not allow it."""
     if selection == "last":
-        return run.scores
+        return run.last
     count, apart = map(
         int, re.fullmatch(r"mean of the last (\d+), every (\d+)", selection).groups()
     )

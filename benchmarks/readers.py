@@ -43,6 +43,7 @@ class Result:
     others: list = field(default_factory=list)  # folders of runs with further seeds
     copy: str = ""  # which data, if two data sets have one name
     joined: list = field(default_factory=list)  # the result.json of every run in the row
+    selection: str = "last"  # which evaluations are the score, see `select`
 
     @property
     def algorithm(self):
@@ -78,9 +79,28 @@ class Result:
         return self.config.get("record", {}).get("reference", [None, None])
 
     @property
-    def scores(self):
+    def last(self):
         """[S] of the last policy; NaN if a seed diverged or was not evaluated."""
         return numbers(self.result["score"])
+
+    @property
+    def last_3(self):
+        """[S, 3] the last three evaluations of a trained policy, [S, 0] if a seed has fewer.
+
+        NaN for a seed without a last score, such as one that diverged.
+        """
+        found = []
+        for seed, last in self.result["score"].items():
+            updates, scores = self.curves.get(int(seed), np.zeros((2, 0)))
+            found.append(np.full(3, np.nan) if last is None else scores[updates > 0][-3:])
+        if min(map(len, found)) < 3:
+            return np.zeros((len(found), 0))
+        return np.array(found)
+
+    @property
+    def scores(self):
+        """[S] the scores of the row, taken as `selection` says."""
+        return self.last if self.selection == "last" else self.last_3.mean(axis=1)
 
     @property
     def best(self):
@@ -188,6 +208,25 @@ def _field(run, key):
     if value is None or key == "record":
         return None
     return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def select(rows, selection, notes):
+    """The rows with scores that are taken as `selection` says: "last" or "mean_last_3".
+
+    Rows with fewer than three evaluations have no mean of three: they are left out, with a note.
+
+    Raises:
+        SystemExit: code 2 after one line, if no row is left.
+    """
+    if selection == "last":
+        return rows
+    kept = [row for row in rows if row.last_3.size]
+    for row in rows:
+        if not row.last_3.size:
+            notes.append(f"left out: {row.folder} has fewer than three evaluations after update 0")
+    if not kept:
+        fail(f"--score {selection}: no run has three evaluations after update 0; use --score last")
+    return [replace(row, selection=selection) for row in kept]
 
 
 def name_by(rows, keys):

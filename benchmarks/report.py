@@ -10,9 +10,10 @@ num_updates=100000` takes only some of the runs. `--named-by alpha` names the ro
 that field alone, not by everything in which its runs differ; `name` is the run folder's name.
 
 The score is that of the last policy: the mean over the evaluation's episodes, then mean ± std
-(ddof 0) over seeds. The best score during training stands beside it. It was selected on the
-evaluation itself, so it is not a score. Data of different origin are never in one table. Runs that
-are unfinished, damaged or not comparable are named and left out of every mean.
+(ddof 0) over seeds. --score mean_last_3 takes the mean of a seed's last three evaluations instead,
+as FQL's authors do on OGBench. The best score during training stands beside it. It was selected on
+the evaluation itself, so it is not a score. Data of different origin are never in one table. Runs
+that are unfinished, damaged or not comparable are named and left out of every mean.
 """
 
 import collections
@@ -26,6 +27,7 @@ import re
 import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import tyro
@@ -50,8 +52,9 @@ FEW = 10  # below this number of seeds the page warns that an interval is too na
 MANY = 5  # from this number of seeds on, every evaluation is printed as mean ± std
 METHODS = ("fraction",)  # numeric fields that papers treat as a method of its own: 10%BC
 NARROW = "a 95 % bootstrap interval is too narrow"
+SCORES = {"last": "the last policy", "mean_last_3": "the mean of a seed's last three evaluations"}
 EXPLAINED = """
-Score: the last policy, mean ± std over seeds (ddof 0). It is normalised so that 0 and 100 are
+Score: {score}, mean ± std over seeds (ddof 0). It is normalised so that 0 and 100 are
 the data set's reference scores, the success rate in percent for OGBench, and the plain return for
 data without reference scores. Best: the highest evaluation during training, selected after the
 fact. Data mean, data best: returns of the recorded episodes on the same scale. Updates/s:
@@ -73,6 +76,7 @@ class Arguments:
     wandb: str | None = None  # "entity/project" to read instead of folders
     where: tuple[str, ...] = ()  # only these runs: num_updates=100000 name=trial*
     named_by: tuple[str, ...] = ()  # fields that name a method's rows: name, alpha, ...
+    score: Literal["last", "mean_last_3"] = "last"  # the last evaluation, or the mean of three
     output: Path = Path("benchmarks/results/table")  # stem of the .md and .png to write
     title: str = "Results"  # heading of the page
     note: Path | None = None  # Markdown file put below the title: data, commands, findings
@@ -113,13 +117,18 @@ def joined(words):
 
 
 # --- Tables -------------------------------------------------------------------------------------
-HEAD = ["algorithm", "data set", "data mean", "data best", "score", "best", "return", "seeds"]
-HEAD += ["updates", "episodes", "updates/s", "wall-clock, h:mm", "evaluation"]
-
-
 def table(rows):
     """Every row of the report: its score, the best during training, its cost."""
-    return Table(HEAD, [_cells(row) for row in rows])
+    selection = rows[0].selection
+    score = "score" if selection == "last" else f"score ({selection})"
+    head = ["algorithm", "data set", "data mean", "data best", score, "best", "return", "seeds"]
+    head += ["updates", "episodes", "updates/s", "wall-clock, h:mm", "evaluation"]
+    return Table(head, [_cells(row) for row in rows])
+
+
+def explained(rows):
+    """What the columns of the table are."""
+    return EXPLAINED.format(score=SCORES[rows[0].selection])
 
 
 def _cells(row):
@@ -436,7 +445,7 @@ def own_command(arguments):
         return arguments.command
     words = ["python", "benchmarks/report.py", *map(str, arguments.folders)]
     default = Arguments()
-    for name in ("wandb", "output", "title", "note", "index", "reference"):
+    for name in ("wandb", "score", "output", "title", "note", "index", "reference"):
         if (value := getattr(arguments, name)) != getattr(default, name):
             words += [f"--{name}", str(value)]
     for name in ("where", "named_by"):
@@ -459,7 +468,8 @@ def blocks_of(rows, notes, arguments, draw):
         blocks.append(table(group))
         if len({row.dataset for row in group}) > 1 and len(group) > 1:
             scale = joined(WORDS[row.scale] for row in group)
-            blocks += [Text(f"Last score by data set ({scale}):"), matrix(group)]
+            which = "Last score" if arguments.score == "last" else f"Score, {arguments.score},"
+            blocks += [Text(f"{which} by data set ({scale}):"), matrix(group)]
         blocks += statistics(group, summary)
         if len(summary.scores) > 1:
             unit = UNITS[group[0].scale]
@@ -468,13 +478,13 @@ def blocks_of(rows, notes, arguments, draw):
         blocks += beside(group, reference)
         if (chosen := settings(group)).rows:
             blocks.append(Folded("Settings that differ from the file's defaults", [chosen]))
-    blocks += [Text(EXPLAINED), Heading("Learning curves")] if len(families) > 1 else []
+    blocks += [Text(explained(rows)), Heading("Learning curves")] if len(families) > 1 else []
     with figures.curves(rows, labels) as figure:
         blocks.append(draw(figure, "learning curves", main=True))
     words = f"Line: mean over seeds. With {figures.BAND_SEEDS} or more seeds the band is a 95 % "
     words += f"bootstrap interval (too narrow with fewer than {FEW}). Thin lines are single seeds."
     blocks.append(Text(words))
-    blocks += [Text(EXPLAINED)] if len(families) == 1 else []
+    blocks += [Text(explained(rows))] if len(families) == 1 else []
     blocks += problems(rows, notes)
     inner = [Text("The runs:"), commands(rows), Text("This page:")]
     inner.append(Text(f"```\n{own_command(arguments)}\n```"))
@@ -543,6 +553,7 @@ def index(rows, notes, arguments):
         size = f"{' / '.join(f'{x:,}' for x in updates)} updates, {joined(seeds)} seeds"
         size = size.removesuffix("s") if [*seeds] == [1] else size
         mixed = any(_size(row) != usual[row.dataset] for row in group)
+        size += "" if arguments.score == "last" else f"; the score is {SCORES[arguments.score]}"
         size += ", unless a score says otherwise" if mixed else ""
         blocks.append(Text(f"**{family}**: {scale}, mean ± std over seeds; {size}."))
         blocks += [matrix(group), *beside(group, reference)]
@@ -579,6 +590,7 @@ def main(arguments):
         rows, notes = readers.from_wandb(arguments.wandb, None, arguments.where, arguments.named_by)
     else:
         rows, notes = readers.find(arguments.folders, arguments.where, arguments.named_by)
+    rows = readers.select(rows, arguments.score, notes)
     if not arguments.named_by:
         name_choices(rows)
     stem, count = arguments.output, 0

@@ -33,7 +33,7 @@ def build(rows, notes, entity, project, title):
     """Build the report object, which needs neither an account nor a network."""
     import wandb_workspaces.reports.v2 as wr
 
-    blocks = [wr.TableOfContents(), wr.P(report.EXPLAINED.strip())]
+    blocks = [wr.TableOfContents(), wr.P(report.explained(rows).strip())]
     blocks += [wr.MarkdownBlock("\n".join(f"- {note}" for note in notes))] if notes else []
     for family, group in report.by_family(rows).items():
         blocks += [wr.H1(family), wr.MarkdownBlock(markdown([report.table(group)]))]

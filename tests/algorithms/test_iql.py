@@ -163,6 +163,7 @@ def linear_state(actor=0.5, critic=(9, 9), critic_target=(9, 9), value=9.0):
         nets.linear_net(create, lambda p, s, *_: (p * s, 0 * s), actor),
         nets.linear_net(iql.TrainState.create, critics, critic, critic_target),
         nets.linear_net(create, lambda p, s: p * s[:, 0], value),
+        statistics=(),
     )
 
 
@@ -313,6 +314,11 @@ def test_every_critic_counts_where_it_is_the_minimum():
                 assert after["actor_loss"] != before["actor_loss"]
 
 
+def as_they_are():
+    """Statistics that leave observations as they are."""
+    return np.zeros(3, np.float32), np.ones(3, np.float32)
+
+
 # --- Dropout ------------------------------------------------------------------------------------
 def test_dropout_is_in_the_actors_loss_only():
     """The key of a loss matters just where there is dropout, and the policy drops nothing."""
@@ -322,13 +328,44 @@ def test_dropout_is_in_the_actors_loss_only():
         one, _, _ = actor_loss(state.actor.params, state, data, jax.random.key(0), cfg)
         other, _, _ = actor_loss(state.actor.params, state, data, jax.random.key(1), cfg)
         assert (one != other) == random
-    params = iql.policy_params(state)
-    assert params is state.actor.params
+    params = state.actor.params, as_they_are()
     act = jax.jit(functools.partial(iql.policy, state.actor.apply_fn))
     action = act(params, data.observation, key)
-    expected, _ = numpy_policy(double(params), double(data).observation)
+    expected, _ = numpy_policy(double(state.actor.params), double(data).observation)
     np.testing.assert_allclose(action, expected, rtol=1e-4, atol=1e-6)
     assert np.array_equal(action, act(params, data.observation, jax.random.key(2)))
+
+
+# --- Normalised observations --------------------------------------------------------------------
+def test_normalise():
+    nets.check_normalise(iql)
+
+
+def test_the_policy_is_the_mean_at_the_normalised_observation():
+    mean, std = nets.fresh(iql, statistics=(np.arange(16.0), np.arange(1.0, 17.0))).statistics
+    assert mean.tolist() == [*range(16)] and std.tolist() == [*range(1, 17)]
+    nets.check_policy_normalises(iql, lambda params, x: numpy_policy(params, x)[0])
+
+
+def test_without_normalisation_the_network_acts_on_the_observation_to_the_bit():
+    _, state, key, data = setup()
+    act = jax.jit(functools.partial(iql.policy, state.actor.apply_fn))
+    network = jax.jit(lambda params, observation: state.actor.apply_fn(params, observation)[0])
+    expected = network(state.actor.params, data.observation)
+    params = state.actor.params, as_they_are()
+    assert np.array_equal(act(params, data.observation, key), expected)
+
+
+@pytest.mark.parametrize("normalised", [True, False])
+def test_training_sees_normalised_observations_if_asked(monkeypatch, tmp_path, normalised):
+    raw = probes.random_transitions(20, observation=5 + np.arange(60).reshape(20, 3))
+    overrides = {"normalise_observations": normalised, "num_critics": 1, "seeds": (0, 1)}
+    state, data = nets.handed_over(iql, monkeypatch, tmp_path, raw, (1, 2), **overrides)
+    expected, (mean, std) = iql.normalise(raw) if normalised else (raw, ([0] * 3, [1] * 3))
+    for name in ("observation", "next_observation"):
+        assert np.array_equal(getattr(data, name), getattr(expected, name)), name
+    statistics = np.stack([mean, mean]), np.stack([std, std])  # one per seed
+    nets.check_close(state.statistics, statistics, atol=1e-6)
 
 
 # --- Networks -----------------------------------------------------------------------------------
@@ -415,6 +452,7 @@ def test_order_of_two_updates():
     for name in ("value_net", "actor", "critic"):
         nets.check_close(getattr(after, name).params, getattr(expected, name).params)
     nets.check_close(after.critic.target_params, expected.critic.target_params)
+    nets.check_close(after.statistics, state.statistics, 0, 0)
     for name, numbers in found.items():
         np.testing.assert_allclose(metrics.pop(name), np.mean(numbers), rtol=1e-3)
     assert not metrics

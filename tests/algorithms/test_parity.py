@@ -246,3 +246,15 @@ def test_the_update_rule_is_the_authors(case):
     expected = {"loss", "gradient", "parameters after 1", "parameters after N", "policy"}
     assert set(found) == expected
     assert not exceeded(case, found), parity.describe(found)
+
+
+def test_a_fixture_that_lacks_a_part_of_the_state_is_refused():
+    (case,) = [case for case in CASES if case.algorithm == "bc"]
+    ours = dict.fromkeys(["actor/params/x", "actor/mu/x", "actor/target_params/x"])
+    parity.check_complete(case, True, ours, ours)
+    for name in ours:
+        stored = ours.keys() - {name}
+        with pytest.raises(AssertionError, match=f"not in the fixture: .*{name}"):
+            parity.check_complete(case, True, ours, stored)
+    later = ours.keys() - {"actor/mu/x"}  # which is stored after the first update only
+    parity.check_complete(case, False, ours, later)

@@ -421,6 +421,67 @@ def test_ogbenchs_scores_are_the_mean_of_three_evaluations(tmp_path, every, epis
         assert "so not shown" in blocks[0].markdown
 
 
+# --- The mean of three evaluations --------------------------------------------------------------
+def write_curves(folder, *curves, updates=20, **options):
+    """A run with these scores of each seed at its last evaluations; None: the seed diverged."""
+    last = [None if curve is None else curve[-1] for curve in curves]
+    write_run(folder, last, updates=updates, **options)
+    lines = ["update,seed,actor_loss,score"]
+    for seed, curve in enumerate(curves):
+        for i, score in enumerate(curve or ()):
+            lines.append(f"{updates - 5 * (len(curve) - 1 - i)},{seed},0.1,{score}")
+    (folder / "metrics.csv").write_text("\n".join(lines) + "\n")
+
+
+def test_the_score_can_be_the_mean_of_three_evaluations(tmp_path):
+    folder = tmp_path / "runs"
+    write_curves(folder / "a", (80, 10, 20, 30), (80, 40, 40, 70), dataset="one.hdf5")
+    write_curves(folder / "b", (80, 4, 5, 6), None, (80, 0, 0, 3), dataset="two.hdf5")
+    index = tmp_path / "index.md"
+    index.write_text("<!-- page -->\n<!-- /page -->\n")
+    last = page(tmp_path, index=index)
+    assert "| data best | score | best |" in last and "| 50.0 ± 20.0 |" in last
+    assert "mean_last_3" not in last + index.read_text()
+    text = page(tmp_path, score="mean_last_3", index=index)
+    assert "| data best | score (mean_last_3) | best |" in text
+    assert "| bc | one | 25.0 | 75.0 | 35.0 ± 15.0 |" in text  # 20 and 50
+    assert "| bc | two | 25.0 | 75.0 | 3.0 ± 2.0 |" in text  # 5, diverged and 1
+    assert "Score, mean_last_3, by data set (normalised score):" in text
+    assert "Score: the mean of a seed's last three evaluations, mean ± std over seeds" in text
+    assert "the last policy, mean ± std" in last
+    assert "--score mean_last_3 --output" in text  # the command of the page
+    assert "| bc | 35.0 ± 15.0 | 3.0 ± 2.0 (1 diverged) |" in index.read_text()
+    assert "; the score is the mean of a seed's last three evaluations" in index.read_text()
+
+
+def test_a_run_of_two_evaluations_has_no_mean_of_three(tmp_path, capsys):
+    write_curves(tmp_path / "runs" / "a", (9, 10, 20, 30), dataset="one.hdf5")
+    # The third evaluation from the end is that of the untrained policy.
+    write_curves(tmp_path / "runs" / "b", (0, 10, 20), dataset="two.hdf5", updates=10)
+    text = page(tmp_path, score="mean_last_3")
+    assert "| bc | one |" in text and "| bc | two |" not in text
+    assert "runs/b has fewer than three evaluations after update 0" in text
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as leave:
+        page(tmp_path, tmp_path / "runs" / "b", score="mean_last_3")
+    assert leave.value.code == 2 and "use --score last" in capsys.readouterr().err
+
+
+def test_published_scores_stand_beside_the_score_of_their_own_protocol(tmp_path):
+    write_run(
+        tmp_path / "one",
+        [101.0, 103.0],
+        "rebrac",
+        dataset="hopper-medium-v2",
+        updates=1_000_000,
+        episodes=10,
+    )
+    (row,) = readers.find((tmp_path,))[0]
+    row.selection = "mean_last_3"
+    assert cells(report.beside([row], published.load())[0])[0][4] == "102.0 ± 1.0 (2)"
+
+
+# --- Sizes and names ----------------------------------------------------------------------------
 def test_cells_of_other_sizes_say_so(tmp_path):
     write_run(tmp_path / "a", [10.0, 20.0], dataset="one.hdf5")
     write_run(tmp_path / "b", [10.0, 20.0], dataset="two.hdf5")
