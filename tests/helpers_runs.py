@@ -6,8 +6,11 @@ algorithms/rebrac.py ...`, see `die_at`.
 """
 
 import csv
+import dataclasses
+import functools
 import hashlib
 import importlib
+import inspect
 import os
 import runpy
 import signal
@@ -15,6 +18,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import gymnasium
 import h5py
@@ -122,11 +126,55 @@ def write_cartpole(path, rows=60):
 
 
 def start(name, argv):
-    """`python algorithms/<name>.py <argv>` in this process."""
+    """`python algorithms/<name>.py <argv>` in this process.
+
+    Runs of one Config share their compiled program, see `over_seeds`.
+    """
     from common import experiment
+    from common.experiment import devices
 
     algorithm = module(name)
-    return algorithm.train(*experiment.parse(algorithm.Config, argv))
+    cfg, options = experiment.parse(algorithm.Config, argv)
+    if experiment.over_seeds is not devices.over_seeds:  # a test has put something in its place
+        return algorithm.train(cfg, options)
+    with mock.patch.object(experiment, "over_seeds", over_seeds):
+        return algorithm.train(cfg, options)
+
+
+@functools.cache
+def program(train_chunk, cfg):
+    """Compiled training of all seeds, and the structure of the State that it takes."""
+    from common.experiment import devices
+
+    return devices.over_seeds(functools.partial(train_chunk, cfg=cfg)), {}
+
+
+def over_seeds(chunk, update=None):
+    """`experiment.over_seeds` for data on one device, traced and compiled once per process.
+
+    The functions in a State (networks, optimisers) are made anew by every run, and JAX would trace
+    them anew. So every run's arrays go into the functions of the first run of an equal Config.
+    """
+    import jax
+
+    from common.experiment import devices, growth
+
+    cfg = chunk.keywords["cfg"]
+    same = dataclasses.replace(cfg, dataset="", seeds=(), eval_every=1, eval_episodes=1)
+    if not growth.length_dependence(Path(inspect.getfile(chunk.func)), cfg):
+        same = dataclasses.replace(same, num_updates=same.log_every)
+    of_this_run = devices.over_seeds(chunk, update=update)
+
+    def train(state, keys, start, data):
+        if isinstance(data[0], np.ndarray):  # --data host
+            return of_this_run(state, keys, start, data)
+        arrays, structure = jax.tree.flatten(state)
+        shared, first = program(chunk.func, same)
+        state = first.setdefault("structure", structure).unflatten(arrays)
+        state, metrics = shared(state, keys, start, data)
+        return structure.unflatten(jax.tree.leaves(state)), metrics
+
+    return train
 
 
 def command(name, argv, die=None, code=None):

@@ -112,8 +112,13 @@ def measure(name, seeds=(0,), chunk=10, lane=0, updates=100, **overrides):
     return found[lane], arrays
 
 
-def measure_all(name, seeds, chunk, updates, change=lambda state: state, **overrides):
-    """The values of each seed, in a list. `change` may alter the state [S, ...] before training."""
+def measure_all(
+    name, seeds, chunk, updates, change=lambda state: state, note=lambda metrics: None, **overrides
+):
+    """The values of each seed, in a list.
+
+    `change` may alter the state [S, ...] before training; `note` gets the metrics of each chunk.
+    """
     module = importlib.import_module(f"algorithms.{name}")
     cfg = probes.config(module, **SETTINGS, **overrides, log_every=chunk)
     data = probes.rows_for(name, 512, 5, 3, seed=0)
@@ -124,6 +129,7 @@ def measure_all(name, seeds, chunk, updates, change=lambda state: state, **overr
     found = [{} for _ in seeds]
     for step in range(0, updates, chunk):
         state, metrics = train(state, keys, step, rows)
+        note(metrics)
         if step + chunk in AFTER:
             for lane, values in enumerate(found):
                 values[str(step + chunk)] = of_one_seed(state, metrics, lane)

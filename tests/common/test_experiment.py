@@ -723,7 +723,7 @@ def test_second_signal_leaves_at_once(name, tiny, base, tmp_path):
 # --- A seed that diverges -----------------------------------------------------------------------
 def poisoned(monkeypatch, lane, update, what):
     """The chunk that starts at `update` gives one seed NaN in its parameters, maybe its metrics."""
-    over_seeds = experiment.over_seeds
+    over_seeds = runs.over_seeds
 
     def spoil(x):
         return x.at[lane].set(jnp.nan) if x.dtype.kind == "f" else x
