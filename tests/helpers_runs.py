@@ -2,7 +2,7 @@
 """Runs small enough for tests: data files, argument lists, in this process or as a user's command.
 
 As a script it is a command that dies at a chosen point: `python tests/helpers_runs.py POINT
-algorithms/rebrac.py ...`, see `die_at`.
+algorithms/rebrac.py ...`, see `die_at`. `calls` gives it several commands.
 """
 
 import csv
@@ -11,11 +11,13 @@ import functools
 import hashlib
 import importlib
 import inspect
+import json
 import os
 import runpy
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from unittest import mock
@@ -169,6 +171,8 @@ def over_seeds(chunk, update=None):
         if isinstance(data[0], np.ndarray):  # --data host
             return of_this_run(state, keys, start, data)
         arrays, structure = jax.tree.flatten(state)
+        # Fresh counts are of Python's numbers, restored ones are not: one program serves both.
+        arrays = [jax.lax.convert_element_type(x, x.dtype) for x in arrays]
         shared, first = program(chunk.func, same)
         state = first.setdefault("structure", structure).unflatten(arrays)
         state, metrics = shared(state, keys, start, data)
@@ -208,6 +212,23 @@ def call(words, cwd, environment):
         check=False,
     )
     return done.returncode, done.stdout, done.stderr
+
+
+def calls(name, starts, cwd, environment):
+    """Several commands of an algorithm, one after the other, from one process.
+
+    It imports the libraries, which takes as long as such a run, and each command is a fork of it.
+
+    Args:
+        starts: [(argv, point of its death or None, variables beside `environment`), ...]
+
+    Returns:
+        [(exit code, stdout, stderr), ...]
+    """
+    words = [sys.executable, __file__, json.dumps(starts), *command(name, [])[1:]]
+    code, out, error = call(words, cwd, environment)
+    assert code == 0, error
+    return [tuple(end) for end in json.loads(out)]
 
 
 def only_run(folder):
@@ -279,7 +300,33 @@ def die_at(point):
     setattr(experiment.Run, method, replaced)
 
 
+def fork(argv, die, variables):
+    """A run in a fork of this process. -> (exit code, stdout, stderr)"""
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as error:
+        child = os.fork()
+        if child == 0:
+            os.dup2(out.fileno(), 1)
+            os.dup2(error.fileno(), 2)
+            os.environ.update(variables)
+            sys.argv[1:] = argv
+            if die is not None:
+                die_at(die)
+            runpy.run_path(sys.argv[0], run_name="__main__")
+            sys.exit()  # as a command ends: after what is registered for that
+        _, status = os.waitpid(child, 0)
+        said = []
+        for file in (out, error):
+            file.seek(0)
+            said.append(file.read())
+        return os.waitstatus_to_exitcode(status), *said
+
+
 if __name__ == "__main__":
-    die_at(sys.argv[1])
-    sys.argv = sys.argv[2:]
-    runpy.run_path(sys.argv[0], run_name="__main__")
+    point, sys.argv = sys.argv[1], sys.argv[2:]
+    if point.startswith("["):  # see `calls`; JAX looks for its devices in the forks only
+        module(Path(sys.argv[0]).stem)
+        importlib.import_module("orbax.checkpoint")
+        print(json.dumps([fork(*start) for start in json.loads(point)]))
+    else:
+        die_at(point)
+        runpy.run_path(sys.argv[0], run_name="__main__")

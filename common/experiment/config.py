@@ -152,7 +152,7 @@ def _read_file(file, config_class, chosen, whose):
     _command_line(config_class, [*_tokens(row)], f"{file}: datasets: {name}")
     words = ", ".join(f"{key} {value}" for key, value in row.items())
     if name in rows:
-        what = f"row {name}: {words or 'nothing else'}"
+        what = f"row {name}: {words or 'no values of its own'}"
     else:
         others = f" but the {len(rows)} with a row of their own" if rows else ""
         what = f"{whose} values apply to all its data sets{others}"
@@ -332,15 +332,18 @@ def run_folder(cfg, options):
     if options.resume and options.name is None and not (folder / "config.yaml").exists():
         folder = growth.find(folder, values, cfg, script)
     if (folder / "config.yaml").exists():
-        if not options.resume:
-            fail(f"{folder} exists; continue it with --resume or start another run with --name")
         before = resolved(*read_run(folder, type(cfg)))
         for key in sorted({*before, *values} - {*growth.MAY_CHANGE}):
             was, now = before.get(key), values.get(key)
             is_path = key in ("dataset", "start_from") and was and now
             if was != now and not (is_path and _same_file(was, now)):
-                fail(f"{folder} has {key} {was}, not {now}; resume with that or choose a --name")
+                fail(
+                    f"{folder} has {key} {was}, not {now}; choose another --name, or continue that "
+                    f"run with its own {key} and --resume"
+                )
         growth.check(folder, before["num_updates"], cfg, script)
+        if not options.resume:
+            fail(f"{folder} exists; continue it with --resume or start another run with --name")
     return folder
 
 

@@ -34,10 +34,14 @@ def code(paths):
 def _digest(texts):
     digest = hashlib.sha256()
     for text in texts:
-        with PARSER:
-            tree = ast.parse(text)
-        digest.update(_written(tree).encode())
+        digest.update(_written(parsed(text)).encode())
     return digest.hexdigest()[:12]
+
+
+def parsed(text):
+    """The syntax tree of a file's text, one thread at a time."""
+    with PARSER:
+        return ast.parse(text)
 
 
 def _written(node):

@@ -79,7 +79,11 @@ def shares():
 
 
 def tolerance(name, updates, recorded):
-    """That of the continuous values of an algorithm, given its entry of golden.json."""
+    """That of the continuous values of an algorithm, given its entry of golden.json.
+
+    An entry without "machine" is from before that was recorded: no machine is known to be its own,
+    so its values are compared as those of another one.
+    """
     if recorded["versions"]["jax"] != versions()["jax"]:
         return OTHER_JAX
     if recorded.get("machine") == machine():
