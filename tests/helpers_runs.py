@@ -144,8 +144,11 @@ def start(name, argv):
 
 
 @functools.cache
-def program(train_chunk, cfg):
-    """Compiled training of all seeds, and the structure of the State that it takes."""
+def program(train_chunk, cfg, shapes):
+    """Compiled training of all seeds, and the structure of the State that it takes.
+
+    `shapes` are those of the State's arrays: networks also depend on the data.
+    """
     from common.experiment import devices
 
     return devices.over_seeds(functools.partial(train_chunk, cfg=cfg)), {}
@@ -173,7 +176,7 @@ def over_seeds(chunk, update=None):
         arrays, structure = jax.tree.flatten(state)
         # Fresh counts are of Python's numbers, restored ones are not: one program serves both.
         arrays = [jax.lax.convert_element_type(x, x.dtype) for x in arrays]
-        shared, first = program(chunk.func, same)
+        shared, first = program(chunk.func, same, tuple(x.shape for x in arrays))
         state = first.setdefault("structure", structure).unflatten(arrays)
         state, metrics = shared(state, keys, start, data)
         return structure.unflatten(jax.tree.leaves(state)), metrics
