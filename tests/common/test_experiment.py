@@ -695,7 +695,8 @@ from common import experiment
 log = experiment.Run.log
 def slow(run, step, *args):
     log(run, step, *args)
-    time.sleep(SECONDS)
+    for _ in range(int(SECONDS / 0.05)):  # a signal just before a long sleep waits for its end
+        time.sleep(0.05)
 experiment.Run.log = slow
 """
 
@@ -712,10 +713,9 @@ def test_signal_from_outside(name, tiny, base, reference, tmp_path):
 
 
 def test_ctrl_c_before_training_is_one_line(name, tiny, base, tmp_path):
-    code = (
-        "from common import datasets; datasets.load = lambda *_: print('loading', flush=True) or "
-    )
-    code += "__import__('time').sleep(9999)"
+    # Short sleeps: a signal that comes just before a long one is noticed at its end only.
+    code = "import time; from common import datasets\ndef load(*_):\n  print('loading', flush=True)"
+    code += "\n  while True: time.sleep(0.05)\ndatasets.load = load"
     process = subprocess.Popen(
         runs.command(name, tiny, code=code),
         cwd=tmp_path,
