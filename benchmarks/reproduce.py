@@ -166,6 +166,12 @@ def names(arguments, modules):
         values, rows = config.read_yaml(file, module.Config)
         default = values.get("dataset", module.Config.dataset)
         if Path(default).suffix not in (".hdf5", ".h5"):
+            if not rows:
+                print(
+                    f"{short(file)} has no datasets: table, so its dataset: {default} alone is "
+                    "trained; name others with --datasets",
+                    file=sys.stderr,
+                )
             listed |= dict.fromkeys(rows or [default])
             continue
         folder = os.environ.get("ATOLL_DATA")

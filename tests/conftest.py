@@ -40,6 +40,7 @@ def compilation_cache(tmp_path_factory, worker_id):
     """Programs that several tests compile are compiled once, by any of pytest-xdist's workers."""
     folder = tmp_path_factory.getbasetemp()
     folder = (folder if worker_id == "master" else folder.parent) / "xla"
+    folder.mkdir(exist_ok=True)
     jax.config.update("jax_compilation_cache_dir", str(folder))
     os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)  # where runs and their processes look
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

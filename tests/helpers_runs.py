@@ -2,19 +2,25 @@
 """Runs small enough for tests: data files, argument lists, in this process or as a user's command.
 
 As a script it is a command that dies at a chosen point: `python tests/helpers_runs.py POINT
-algorithms/rebrac.py ...`, see `die_at`.
+algorithms/rebrac.py ...`, see `die_at`. `calls` gives it several commands.
 """
 
 import csv
+import dataclasses
+import functools
 import hashlib
 import importlib
+import inspect
+import json
 import os
 import runpy
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
+from unittest import mock
 
 import gymnasium
 import h5py
@@ -122,11 +128,60 @@ def write_cartpole(path, rows=60):
 
 
 def start(name, argv):
-    """`python algorithms/<name>.py <argv>` in this process."""
+    """`python algorithms/<name>.py <argv>` in this process.
+
+    Runs of one Config share their compiled program, see `over_seeds`.
+    """
     from common import experiment
+    from common.experiment import devices
 
     algorithm = module(name)
-    return algorithm.train(*experiment.parse(algorithm.Config, argv))
+    cfg, options = experiment.parse(algorithm.Config, argv)
+    if experiment.over_seeds is not devices.over_seeds:  # a test has put something in its place
+        return algorithm.train(cfg, options)
+    with mock.patch.object(experiment, "over_seeds", over_seeds):
+        return algorithm.train(cfg, options)
+
+
+@functools.cache
+def program(train_chunk, cfg, shapes):
+    """Compiled training of all seeds, and the structure of the State that it takes.
+
+    `shapes` are those of the State's arrays: networks also depend on the data.
+    """
+    from common.experiment import devices
+
+    return devices.over_seeds(functools.partial(train_chunk, cfg=cfg)), {}
+
+
+def over_seeds(chunk, update=None):
+    """`experiment.over_seeds` for data on one device, traced and compiled once per process.
+
+    The functions in a State (networks, optimisers) are made anew by every run, and JAX would trace
+    them anew. So every run's arrays go into the functions of the first run of an equal Config.
+    """
+    import jax
+
+    from common.experiment import devices, growth
+
+    cfg = chunk.keywords["cfg"]
+    same = dataclasses.replace(cfg, dataset="", seeds=(), eval_every=1, eval_episodes=1)
+    if not growth.length_dependence(Path(inspect.getfile(chunk.func)), cfg):
+        same = dataclasses.replace(same, num_updates=same.log_every)
+    of_this_run = devices.over_seeds(chunk, update=update)
+
+    def train(state, keys, start, data):
+        if isinstance(data[0], np.ndarray):  # --data host
+            return of_this_run(state, keys, start, data)
+        arrays, structure = jax.tree.flatten(state)
+        # Fresh counts are of Python's numbers, restored ones are not: one program serves both.
+        arrays = [jax.lax.convert_element_type(x, x.dtype) for x in arrays]
+        shared, first = program(chunk.func, same, tuple(x.shape for x in arrays))
+        state = first.setdefault("structure", structure).unflatten(arrays)
+        state, metrics = shared(state, keys, start, data)
+        return structure.unflatten(jax.tree.leaves(state)), metrics
+
+    return train
 
 
 def command(name, argv, die=None, code=None):
@@ -160,6 +215,23 @@ def call(words, cwd, environment):
         check=False,
     )
     return done.returncode, done.stdout, done.stderr
+
+
+def calls(name, starts, cwd, environment):
+    """Several commands of an algorithm, one after the other, from one process.
+
+    It imports the libraries, which takes as long as such a run, and each command is a fork of it.
+
+    Args:
+        starts: [(argv, point of its death or None, variables beside `environment`), ...]
+
+    Returns:
+        [(exit code, stdout, stderr), ...]
+    """
+    words = [sys.executable, __file__, json.dumps(starts), *command(name, [])[1:]]
+    code, out, error = call(words, cwd, environment)
+    assert code == 0, error
+    return [tuple(end) for end in json.loads(out)]
 
 
 def only_run(folder):
@@ -231,7 +303,33 @@ def die_at(point):
     setattr(experiment.Run, method, replaced)
 
 
+def fork(argv, die, variables):
+    """A run in a fork of this process. -> (exit code, stdout, stderr)"""
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as error:
+        child = os.fork()
+        if child == 0:
+            os.dup2(out.fileno(), 1)
+            os.dup2(error.fileno(), 2)
+            os.environ.update(variables)
+            sys.argv[1:] = argv
+            if die is not None:
+                die_at(die)
+            runpy.run_path(sys.argv[0], run_name="__main__")
+            sys.exit()  # as a command ends: after what is registered for that
+        _, status = os.waitpid(child, 0)
+        said = []
+        for file in (out, error):
+            file.seek(0)
+            said.append(file.read())
+        return os.waitstatus_to_exitcode(status), *said
+
+
 if __name__ == "__main__":
-    die_at(sys.argv[1])
-    sys.argv = sys.argv[2:]
-    runpy.run_path(sys.argv[0], run_name="__main__")
+    point, sys.argv = sys.argv[1], sys.argv[2:]
+    if point.startswith("["):  # see `calls`; JAX looks for its devices in the forks only
+        module(Path(sys.argv[0]).stem)
+        importlib.import_module("orbax.checkpoint")
+        print(json.dumps([fork(*start) for start in json.loads(point)]))
+    else:
+        die_at(point)
+        runpy.run_path(sys.argv[0], run_name="__main__")

@@ -171,7 +171,7 @@ def _read_file(file, config_class, chosen, whose):
     _command_line(config_class, [*_tokens(row)], f"{file}: datasets: {name}")
     words = ", ".join(f"{key} {value}" for key, value in row.items())
     if name in rows:
-        what = f"row {name}: {words or 'nothing else'}"
+        what = f"row {name}: {words or 'no values of its own'}"
     else:
         others = f" but the {len(rows)} with a row of their own" if rows else ""
         what = f"{whose} values apply to all its data sets{others}"
@@ -308,10 +308,13 @@ def run_folder(cfg, options):
             was, now = before.get(key), values.get(key)
             is_path = key in ("dataset", "start_from") and was and now
             if was != now and not (is_path and _same_file(was, now)):
-                fail(f"{folder} has {key} {was}, not {now}; resume with that or choose a --name")
+                fail(
+                    f"{folder} has {key} {was}, not {now}; choose another --name, or continue that "
+                    f"run with its own {key} and --resume"
+                )
+        growth.check(folder, before["num_updates"], cfg, script)
         if not options.resume:
             fail(f"{folder} exists; continue it with --resume or start another run with --name")
-        growth.check(folder, before["num_updates"], cfg, script)
     return folder
 
 

@@ -42,6 +42,9 @@ def silence_closed_loops():
     After a read or write that failed, orbax closes its event loop while tensorstore's threads still
     work on parts of the checkpoint. Each of them calls the closed loop when it ends, and Python
     would print a traceback about that below the line that says what failed.
+
+    The hook stays until the process ends, since nobody knows when the last thread does. It passes
+    everything else on to the hook that was there before.
     """
     before = sys.unraisablehook
     if getattr(before, "silences_closed_loops", False):

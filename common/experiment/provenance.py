@@ -3,6 +3,7 @@
 
 import ast
 import contextlib
+import functools
 import hashlib
 import platform
 import threading
@@ -26,10 +27,14 @@ def code(paths):
 
     It is the same in every version of Python.
     """
+    return _digest(tuple(path.read_text(encoding="utf-8") for path in paths))
+
+
+@functools.lru_cache(maxsize=8)  # one process may begin many runs, and this takes 0.1 s
+def _digest(texts):
     digest = hashlib.sha256()
-    for path in paths:
-        tree = parsed(path.read_text(encoding="utf-8"))
-        digest.update(repr(_shape(tree)).encode())
+    for text in texts:
+        digest.update(_written(parsed(text)).encode())
     return digest.hexdigest()[:12]
 
 
@@ -39,14 +44,26 @@ def parsed(text):
         return ast.parse(text)
 
 
-def _shape(x):
-    """The syntax tree as nested tuples, without docstrings and without empty fields."""
-    if isinstance(x, ast.AST):
-        fields = ((name, _shape(value)) for name, value in ast.iter_fields(x))
-        return type(x).__name__, [(name, shape) for name, shape in fields if shape]
-    if isinstance(x, list):
-        return [_shape(node) for node in x if not _documents(node)]
-    return "" if x is None else repr(x)
+def _written(node):
+    """A syntax tree as text: ('Name', [('field', ...), ...]) without docstrings and empty fields.
+
+    Digests in the records of old runs are of just this text.
+    """
+    fields = []
+    for name, value in ast.iter_fields(node):
+        if isinstance(value, list):
+            items = [_field(item) for item in value if not _documents(item)]
+            if items:
+                fields.append(f"('{name}', [{', '.join(items)}])")
+        elif value is not None:
+            fields.append(f"('{name}', {_field(value)})")
+    return f"('{type(node).__name__}', [{', '.join(fields)}])"
+
+
+def _field(value):
+    if isinstance(value, ast.AST):
+        return _written(value)
+    return "''" if value is None else repr(repr(value))
 
 
 def _documents(node):

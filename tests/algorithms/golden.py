@@ -79,7 +79,11 @@ def shares():
 
 
 def tolerance(name, updates, recorded):
-    """That of the continuous values of an algorithm, given its entry of golden.json."""
+    """That of the continuous values of an algorithm, given its entry of golden.json.
+
+    An entry without "machine" is from before that was recorded: no machine is known to be its own,
+    so its values are compared as those of another one.
+    """
     if recorded["versions"]["jax"] != versions()["jax"]:
         return OTHER_JAX
     if recorded.get("machine") == machine():
@@ -112,8 +116,13 @@ def measure(name, seeds=(0,), chunk=10, lane=0, updates=100, **overrides):
     return found[lane], arrays
 
 
-def measure_all(name, seeds, chunk, updates, change=lambda state: state, **overrides):
-    """The values of each seed, in a list. `change` may alter the state [S, ...] before training."""
+def measure_all(
+    name, seeds, chunk, updates, change=lambda state: state, note=lambda metrics: None, **overrides
+):
+    """The values of each seed, in a list.
+
+    `change` may alter the state [S, ...] before training; `note` gets the metrics of each chunk.
+    """
     module = importlib.import_module(f"algorithms.{name}")
     cfg = probes.config(module, **SETTINGS, **overrides, log_every=chunk)
     data = probes.rows_for(name, 512, 5, 3, seed=0)
@@ -124,6 +133,7 @@ def measure_all(name, seeds, chunk, updates, change=lambda state: state, **overr
     found = [{} for _ in seeds]
     for step in range(0, updates, chunk):
         state, metrics = train(state, keys, step, rows)
+        note(metrics)
         if step + chunk in AFTER:
             for lane, values in enumerate(found):
                 values[str(step + chunk)] = of_one_seed(state, metrics, lane)

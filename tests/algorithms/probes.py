@@ -200,10 +200,20 @@ def prepared(module, data, cfg):
 def start(module, data, cfg, seed=0):
     """State, train key and data on the device, for one seed."""
     key_init, key_train = jax.random.split(jax.random.key(seed))
-    facts = {"num_actions": NUMBER} if data.action.ndim == 1 else {}
-    create = functools.partial(module.create_state, cfg=cfg, **facts)
-    state = jax.jit(create)(key_init, jax.tree.map(lambda x: x[:1], data))
+    number = NUMBER if data.action.ndim == 1 else None
+    create = compiled_create(module.create_state, dataclasses.replace(cfg, log_every=1), number)
+    state = create(key_init, jax.tree.map(lambda x: x[:1], data))
     return state, key_train, jax.device_put(prepared(module, data, cfg))
+
+
+@functools.cache
+def compiled_create(create_state, cfg, num_actions):
+    """One program per Config, and one set of optimisers: states of two calls fit the same chunk.
+
+    How many updates a chunk has does not matter to `create_state`.
+    """
+    facts = {} if num_actions is None else {"num_actions": num_actions}
+    return jax.jit(functools.partial(create_state, cfg=cfg, **facts))
 
 
 @functools.cache

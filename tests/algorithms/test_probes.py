@@ -31,7 +31,7 @@ TIED = {  # a strong one
 }
 
 
-@pytest.fixture(params=FREE)
+@pytest.fixture(scope="module", params=FREE)  # of a module: a file's tests follow each other
 def free(request):
     """(module, function from a data set to the trained state)"""
     module = importlib.import_module(f"algorithms.{request.param}")

@@ -22,7 +22,7 @@ import pytest
 import yaml
 
 from common import evaluation, experiment, machine
-from common.experiment import origin, provenance, records
+from common.experiment import config, origin, provenance, records
 
 SEEDS = ["--seeds", "0", "1"]
 BORDERS = [0, 4, 8, 12, 16, 20, 24]
@@ -30,10 +30,11 @@ EVALUATIONS = [0, 8, 16, 24]
 
 
 @pytest.fixture(scope="session")
-def base(tmp_path_factory):
-    """What the runs of a session share: a data file and a compilation cache."""
+def base(tmp_path_factory, compilation_cache):
+    """What the runs of a session share: a data file and the compilation cache of all tests."""
     folder = tmp_path_factory.mktemp("base")
     runs.write_hdf5(folder / "data.hdf5")
+    (folder / "cache").symlink_to(compilation_cache)
     return folder
 
 
@@ -149,6 +150,20 @@ def test_the_config_of_a_run_starts_the_same_run(name, tiny, reference):
     assert metrics(folder) == metrics(before)
 
 
+def test_the_name_of_another_run_is_refused_with_what_differs(name, tiny, reference, capsys):
+    """The first remedy works with and without --resume."""
+    folder = copy_of(reference(name), name)
+    argv = [*tiny, "--seeds", "0", "2"]
+    for more in ([], ["--resume"]):
+        run(name, [*argv, "--name", folder.name, *more], expected=2)
+        line = capsys.readouterr().err
+        assert f"{folder.name} has seeds [0, 1], not [0, 2]; choose another --name" in line
+    config_of = runs.module(name).Config
+    assert config.run_folder(*config.parse(config_of, [*argv, "--name", "another"]))
+    run(name, [*tiny, *SEEDS, "--name", folder.name], expected=2)
+    assert "exists; continue it with --resume" in capsys.readouterr().err
+
+
 def test_training_without_an_env(name, tiny, capsys):
     runs.write_hdf5("plain.hdf5", actions=np.zeros((60, 1)), attributes={})
     folder = run(name, [*tiny, "--dataset", "plain.hdf5"])
@@ -196,22 +211,36 @@ def test_loading_changes_nothing_in_a_damaged_run(name, tiny, reference, capsys)
     assert runs.tree(folder) == before
 
 
-def test_between_evaluations_a_checkpoint_waits_for_its_time(name, tiny, reference, tmp_path, base):
+def test_between_evaluations_a_checkpoint_waits_for_its_time(
+    name, tiny, reference, monkeypatch, capsys
+):
     """This short run has those of its evaluations alone, and one where a signal ends it."""
     seldom = [*tiny, "--seeds", "0", "1", "--save-seconds", "1000", "--resume"]
-    words = runs.command(name, seldom, die="before log 12")
-    assert runs.call(words, tmp_path, runs.environment(base / "cache"))[0] == -signal.SIGKILL
-    folder = runs.only_run(tmp_path / "runs")
-    assert sorted(int(x.name) for x in (folder / "checkpoints").iterdir()) == [0, 8]
-    code = "from common import experiment; f = experiment.Run.log\ndef log(run, step, *a):"
-    code += "\n  f(run, step, *a); run.signals.number = 15 * (step == 8)\nexperiment.Run.log = log"
-    words = runs.command(name, seldom, code=code)
-    status, out, _ = runs.call(words, tmp_path, runs.environment(base / "cache"))
-    assert status == 128 + 15 and "resuming at update 8" in out and "saved at update 12" in out
-    status, out, _ = runs.call(
-        runs.command(name, seldom), tmp_path, runs.environment(base / "cache")
-    )
-    assert status == 0 and "resuming at update 12" in out
+    original = experiment.Run.log
+
+    def dying(self, step, *args):
+        if step == 12:
+            raise Stop
+        original(self, step, *args)
+
+    def told(self, step, *args):
+        original(self, step, *args)
+        if step == 8:
+            self.signals.number = signal.SIGTERM  # as if it had come
+
+    with monkeypatch.context() as patch:
+        patch.setattr(experiment.Run, "log", dying)
+        with pytest.raises(Stop):
+            runs.start(name, seldom)
+        folder = runs.only_run("runs")
+        assert sorted(int(x.name) for x in (folder / "checkpoints").iterdir()) == [0, 8]
+        patch.setattr(experiment.Run, "log", told)
+        capsys.readouterr()
+        run(name, seldom, expected=128 + signal.SIGTERM)
+        out = capsys.readouterr().out
+        assert "resuming at update 8" in out and "saved at update 12" in out
+    run(name, seldom)
+    assert "resuming at update 12" in capsys.readouterr().out
     assert metrics(folder) == metrics(reference(name))
 
 
@@ -240,10 +269,10 @@ def test_length_of_a_chunk_changes_nothing(name, tiny):
     assert [row["score"] for row in rows if row["score"]] == scores
 
 
-def simulated(base, count):
-    """The variables of a command that sees so many CPU devices."""
+def simulated(count):
+    """The variable of a command that sees so many CPU devices."""
     flag = f"--xla_force_host_platform_device_count={count}"
-    return runs.environment(base / "cache", XLA_FLAGS=f"{os.environ['XLA_FLAGS']} {flag}")
+    return {"XLA_FLAGS": f"{os.environ['XLA_FLAGS']} {flag}"}
 
 
 def test_simulated_devices(name, tiny, base, tmp_path):
@@ -251,9 +280,10 @@ def test_simulated_devices(name, tiny, base, tmp_path):
     seeds = ["--seeds", *map(str, range(8))]
     one = run(name, [*tiny, *seeds, "--runs-dir", "one"])
     argv = [*tiny, *seeds, "--resume", "--runs-dir", "many"]
-    words = runs.command(name, argv, die="after save 16")
-    assert runs.call(words, tmp_path, simulated(base, 8))[0] == -signal.SIGKILL
-    code, out, error = runs.call(runs.command(name, argv), tmp_path, simulated(base, 4))
+    starts = [(argv, "after save 16", simulated(8)), (argv, None, simulated(4))]
+    killed, resumed = runs.calls(name, starts, tmp_path, runs.environment(base / "cache"))
+    assert killed[0] == -signal.SIGKILL, killed
+    code, out, error = resumed
     assert code == 0, error
     assert "resuming at update 16" in out
     assert "begun on 8 x cpu, resumed on 4 x cpu" in error
@@ -272,11 +302,12 @@ def test_devices_share_the_batches_of_one_seed(name, tiny, base, tmp_path, count
     argv = [*tiny[:2], *runs.tiny(name), "--log-every", "8"]
     run(name, [*argv, "--runs-dir", "one"])
     argv += ["--resume", "--runs-dir", "many", "--devices"]
+    starts = [([*argv, str(after)], None, simulated(after))]
     if count != after:
-        words = runs.command(name, [*argv, str(count)], die="after save 8")
-        assert runs.call(words, tmp_path, simulated(base, count))[0] == -signal.SIGKILL
-    words = runs.command(name, [*argv, str(after)])
-    code, out, error = runs.call(words, tmp_path, simulated(base, after))
+        starts.insert(0, ([*argv, str(count)], "after save 8", simulated(count)))
+    *killed, last = runs.calls(name, starts, tmp_path, runs.environment(base / "cache"))
+    assert all(code == -signal.SIGKILL for code, _, _ in killed), killed
+    code, out, error = last
     assert code == 0, error
     assert ("resuming at update 8" in out) == (count != after)
     assert (f"begun on {count} x cpu, resumed on {after} x cpu" in error) == (count != after)
@@ -307,15 +338,15 @@ DEATHS = ("start", "in save 4", "after save 8", "in log 16", "before save 24")
 
 def test_killed_and_resumed(name, tiny, base, reference, tmp_path):
     """One run that SIGKILL meets five times, each time followed by the same with --resume."""
-    environment = runs.environment(base / "cache")
     argv = [*tiny, *SEEDS, "--resume"]
-    for point in DEATHS:
-        code, _, error = runs.call(runs.command(name, argv, die=point), tmp_path, environment)
+    starts = [(argv, point, {}) for point in (*DEATHS, None)]
+    ends = runs.calls(name, starts, tmp_path, runs.environment(base / "cache"))
+    for point, (code, out, error) in zip(DEATHS, ends[:-1], strict=True):
         assert code == -signal.SIGKILL, f"{point}: {error}"
-        assert not (runs.only_run("runs") / "result.json").exists()
-    code, out, error = runs.call(runs.command(name, argv), tmp_path, environment)
+        assert "final score" not in out and "finished before" not in out
+    code, out, error = ends[-1]
     assert code == 0, error
-    assert "resuming at update 20" in out
+    assert "resuming at update 20" in out  # so none of them left a result.json
     assert metrics(runs.only_run("runs")) == metrics(reference(name))
 
 
@@ -664,7 +695,8 @@ from common import experiment
 log = experiment.Run.log
 def slow(run, step, *args):
     log(run, step, *args)
-    time.sleep(SECONDS)
+    for _ in range(int(SECONDS / 0.05)):  # a signal just before a long sleep waits for its end
+        time.sleep(0.05)
 experiment.Run.log = slow
 """
 
@@ -681,10 +713,9 @@ def test_signal_from_outside(name, tiny, base, reference, tmp_path):
 
 
 def test_ctrl_c_before_training_is_one_line(name, tiny, base, tmp_path):
-    code = (
-        "from common import datasets; datasets.load = lambda *_: print('loading', flush=True) or "
-    )
-    code += "__import__('time').sleep(9999)"
+    # Short sleeps: a signal that comes just before a long one is noticed at its end only.
+    code = "import time; from common import datasets\ndef load(*_):\n  print('loading', flush=True)"
+    code += "\n  while True: time.sleep(0.05)\ndatasets.load = load"
     process = subprocess.Popen(
         runs.command(name, tiny, code=code),
         cwd=tmp_path,
@@ -723,7 +754,7 @@ def test_second_signal_leaves_at_once(name, tiny, base, tmp_path):
 # --- A seed that diverges -----------------------------------------------------------------------
 def poisoned(monkeypatch, lane, update, what):
     """The chunk that starts at `update` gives one seed NaN in its parameters, maybe its metrics."""
-    over_seeds = experiment.over_seeds
+    over_seeds = runs.over_seeds
 
     def spoil(x):
         return x.at[lane].set(jnp.nan) if x.dtype.kind == "f" else x

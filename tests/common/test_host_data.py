@@ -174,19 +174,18 @@ def test_what_needs_all_rows_says_so(tmp_path, monkeypatch, capsys):
 def test_two_devices_have_the_same_numbers(tmp_path):
     """Each trains one of the seeds; the numbers are those of one device, data on it."""
     argv = ["--dataset", runs.write_hdf5(tmp_path / "data.hdf5"), *runs.tiny("rebrac")]
-    argv += ["--seeds", "0", "1", "--num-updates", "16"]
-    found = []
-    for count, where in ((1, "device"), (2, "host")):
-        flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={count}"
-        cache = os.environ["JAX_COMPILATION_CACHE_DIR"]
-        words = runs.command("rebrac", [*argv, "--data", where, "--runs-dir", where])
-        done = runs.call(words, tmp_path, runs.environment(cache, XLA_FLAGS=flags))
-        assert done[0] == 0, done[2]
-        folder = runs.only_run(tmp_path / where)
+    argv += ["--seeds", "0", "1", "--num-updates", "16", "--runs-dir"]
+    runs.start("rebrac", [*argv, str(tmp_path / "one")])
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=2"
+    cache = os.environ["JAX_COMPILATION_CACHE_DIR"]
+    words = runs.command("rebrac", [*argv, "two", "--data", "host"])
+    code, _, error = runs.call(words, tmp_path, runs.environment(cache, XLA_FLAGS=flags))
+    assert code == 0, error
+    one, two = (runs.only_run(tmp_path / name) for name in ("one", "two"))
+    for count, folder in ((1, one), (2, two)):
         result = json.loads((folder / "result.json").read_text())
         assert result["hardware"].startswith(f"{count} x cpu")
-        found.append((folder / "metrics.csv").read_text())
-    assert found[0] == found[1]
+    assert (one / "metrics.csv").read_text() == (two / "metrics.csv").read_text()
 
 
 def test_the_rows_of_two_chunks_at_most_are_on_the_device(tmp_path, monkeypatch, capsys):

@@ -20,10 +20,11 @@ SEEDS = ["--seeds", "0", "1"]
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    """A data file and a compilation cache."""
+def base(tmp_path_factory, compilation_cache):
+    """A data file and the compilation cache of all tests."""
     folder = tmp_path_factory.mktemp("base")
     runs.write_hdf5(folder / "data.hdf5")
+    (folder / "cache").symlink_to(compilation_cache)
     return folder
 
 
