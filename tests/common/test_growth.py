@@ -736,7 +736,11 @@ TOY = {"mapping.yaml": "datasets: 3\n", "key.yaml": "discuont: 0.5\n"}
 REMEDIES = [
     (MADE, "continue it with --resume", [*MADE, "--resume"]),
     (MADE, "or start another run with --name", [*MADE, "--name", "other"]),
-    ([*MADE, "--resume", "--discount", "0.5"], "with its own discount and --resume", [*MADE, "--resume"]),
+    (
+        [*MADE, "--resume", "--discount", "0.5"],
+        "with its own discount and --resume",
+        [*MADE, "--resume"],
+    ),
     (
         [*MADE, "--resume", "--discount", "0.5"],
         "choose another --name",
