@@ -44,7 +44,7 @@ class Config:
     hidden: tuple[int, ...] = (256, 256, 256)  # widths of actor and critics
     num_critics: int = 10  # K, target and actor use their minimum
     # EDAC
-    eta: float = 1.0  # weight of how well the critics' action gradients align, Eq. 4
+    eta: float = 1.0  # weight of how well the critics' action gradients align
 
 
 # --- Networks -----------------------------------------------------------------------------------
@@ -139,7 +139,7 @@ def temperature_of(params):
 # --- Losses -------------------------------------------------------------------------------------
 def critic_loss(params, state, batch, key, cfg):
     """Squared TD error to the soft minimum of K targets, mean over B, summed over K, and eta times
-    the diversity loss. Eq. 4.
+    the diversity loss. Algorithm 1.
 
     The target is r + gamma (min_k Q_k(s', a') - temperature log pi(a'|s')) with a' ~ pi(s').
     """
@@ -153,7 +153,7 @@ def critic_loss(params, state, batch, key, cfg):
     target = batch.reward + cfg.discount * (1.0 - batch.termination) * next_value  # [B]
 
     q = state.critic.apply_fn(params, batch.observation, batch.action)  # [K, B]
-    chex.assert_equal_shape([*q, target, next_q, next_log_prob])
+    chex.assert_equal_shape([q[0], target, next_q, next_log_prob])
     td_error = jnp.square(q - target[None]).mean(axis=1).sum()
     diversity = diversity_loss(params, batch, cfg)
     loss = td_error + cfg.eta * diversity
@@ -163,7 +163,7 @@ def critic_loss(params, state, batch, key, cfg):
 
 
 def actor_loss(params, state, batch, key):
-    """temperature log pi(a~|s) - min_k Q_k(s, a~) with a~ ~ pi(s), mean over B. Eq. 2."""
+    """temperature log pi(a~|s) - min_k Q_k(s, a~) with a~ ~ pi(s), mean over B. Algorithm 1."""
     noise = jax.random.normal(key, batch.action.shape)
     mean, log_std = state.actor.apply_fn(params, batch.observation)
     action, log_prob = sample_squashed(mean, log_std, noise)  # [B, A], [B]
@@ -179,7 +179,7 @@ def actor_loss(params, state, batch, key):
 def temperature_loss(params, state, batch, key):
     """log temperature (entropy - target), target -A. An entropy above it lowers the temperature.
 
-    The paper has the temperature itself in place of its logarithm, Eq. 18; codes have this.
+    SAC's paper has the temperature in place of its logarithm, Eq. 18; codes have this.
     """
     noise = jax.random.normal(key, batch.action.shape)
     _, log_prob = sample_policy(state.actor, batch.observation, noise)
@@ -189,7 +189,7 @@ def temperature_loss(params, state, batch, key):
 
 
 def diversity_loss(params, batch, cfg):
-    """sum over i != j of cos(grad_a Q_i(s, a), grad_a Q_j(s, a)) / (K - 1), mean over B. Eq. 3.
+    """sum over i != j of cos(grad_a Q_i(s, a), grad_a Q_j(s, a)) / (K - 1), mean over B.
 
     One pass over all critics, without a Jacobian: each one's gradient depends on its Q alone.
     """

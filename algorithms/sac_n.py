@@ -139,7 +139,7 @@ def temperature_of(params):
 
 # --- Losses -------------------------------------------------------------------------------------
 def critic_loss(params, state, batch, key, cfg):
-    """Squared TD error to the soft minimum of K targets, mean over B, summed over K. Eq. 2.
+    """Squared TD error to the soft minimum of K targets, mean over B, summed over K. Algorithm 1.
 
     The target is r + gamma (min_k Q_k(s', a') - temperature log pi(a'|s')) with a' ~ pi(s').
     """
@@ -153,14 +153,14 @@ def critic_loss(params, state, batch, key, cfg):
     target = batch.reward + cfg.discount * (1.0 - batch.termination) * next_value  # [B]
 
     q = state.critic.apply_fn(params, batch.observation, batch.action)  # [K, B]
-    chex.assert_equal_shape([*q, target, next_q, next_log_prob])
+    chex.assert_equal_shape([q[0], target, next_q, next_log_prob])
     loss = jnp.square(q - target[None]).mean(axis=1).sum()
     # The std over the critics is how far they disagree about the actions of the data.
     return loss, {"critic_loss": loss, "q": q.mean(), "q_std": q.std(axis=0).mean()}
 
 
 def actor_loss(params, state, batch, key):
-    """temperature log pi(a~|s) - min_k Q_k(s, a~) with a~ ~ pi(s), mean over B. Eq. 2."""
+    """temperature log pi(a~|s) - min_k Q_k(s, a~) with a~ ~ pi(s), mean over B. Algorithm 1."""
     noise = jax.random.normal(key, batch.action.shape)
     mean, log_std = state.actor.apply_fn(params, batch.observation)
     action, log_prob = sample_squashed(mean, log_std, noise)  # [B, A], [B]
@@ -176,7 +176,7 @@ def actor_loss(params, state, batch, key):
 def temperature_loss(params, state, batch, key):
     """log temperature (entropy - target), target -A. An entropy above it lowers the temperature.
 
-    The paper has the temperature itself in place of its logarithm, Eq. 18; codes have this.
+    SAC's paper has the temperature in place of its logarithm, Eq. 18; codes have this.
     """
     noise = jax.random.normal(key, batch.action.shape)
     _, log_prob = sample_policy(state.actor, batch.observation, noise)
