@@ -2,6 +2,7 @@
 """EDAC's diversity loss against NumPy in float64 and hand-worked numbers; the rest as SAC-N's."""
 
 import functools
+import inspect
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ import pytest
 import test_sac_n as sac_n_tests
 from numpy_nets import directions, dot, double, slope
 
-from algorithms import edac
+from algorithms import edac, sac_n
 
 setup = functools.partial(nets.setup, edac)
 critic_loss = nets.compiled(edac.critic_loss)
@@ -180,15 +181,20 @@ def test_without_eta_it_is_sac_n():
     cfg, state, key, data = setup(num_critics=3, eta=0.0)
     loss, _, grads = critic_loss(state.critic.params, state, data, key, cfg)
     parent, _, expected = sac_n_tests.critic_loss(
-        state.critic.params, state, data, key, probes.config(sac_n_tests.sac_n, **nets.CFG)
+        state.critic.params, state, data, key, probes.config(sac_n, **nets.CFG)
     )
     np.testing.assert_allclose(loss, parent, rtol=1e-6)
     nets.check_close(grads, expected, 1e-5, 1e-6)
 
 
+def test_losses_of_actor_and_temperature_are_the_parents():
+    for name in ("actor_loss", "temperature_loss", "update"):
+        ours, parents = (inspect.getsource(getattr(x, name)) for x in (edac, sac_n))
+        assert ours == parents
+
+
 def test_no_jacobian():
-    """Products of a gradient grow with the number of critics as its square root would not allow:
-    ten times the critics, ten times the operations of the matrix products, not a hundred."""
+    """Ten times the critics cost ten times the operations, not a hundred times."""
 
     def operations(count):
         cfg = probes.config(edac, hidden=(8,), num_critics=count)
