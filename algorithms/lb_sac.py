@@ -4,7 +4,7 @@
 Paper       https://arxiv.org/abs/2211.11092
 Reference   https://github.com/corl-team/CORL (algorithms/offline/lb_sac.py)
 Run         python algorithms/lb_sac.py --config configs/lb_sac/mujoco.yaml
-Parent      sac_n.py (0 lines)
+Parent      sac_n.py (42 lines)
 Results     docs/results.md
 Deviations  those of sac_n.py. Every critic has a layer norm of its own; in the reference all
             critics share the scale and shift of a layer.

@@ -4,7 +4,7 @@
 Paper       https://arxiv.org/abs/2110.01548
 Reference   https://github.com/corl-team/CORL (algorithms/offline/sac_n.py)
 Run         python algorithms/sac_n.py --config configs/sac_n/mujoco.yaml
-Parent      sac.py (0 lines)
+Parent      sac.py (11 lines)
 Results     docs/results.md; speed and memory by N in docs/scale.md
 Deviations  log pi is exact; the reference adds 1e-6 to the slope of tanh. Kernels of the critics
             are uniform in ±1 / sqrt(inputs); the reference has outputs in place of inputs there.
