@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import optax
 from flax.training import train_state
 
-from common import datasets, evaluation, experiment
+from common import datasets, evaluation, experiment, interaction
 
 
 # --- Config -------------------------------------------------------------------------------------
@@ -44,6 +44,11 @@ class Config:
     target_rate: float = 0.005  # tau, Polyak step of the target critics
     hidden: tuple[int, ...] = (256, 256)  # widths of actor and critics
     num_critics: int = 2  # K, target and actor use their minimum
+    # Online phase
+    online_updates: int = 0  # updates beside an env, after those on fixed data
+    updates_per_step: int = 1  # updates per env step
+    steps_per_refresh: int = 1  # env steps between two versions of the policy that takes them
+    random_steps: int = 10_000  # env steps with uniform actions before the first of these updates
 
 
 # --- Networks -----------------------------------------------------------------------------------
@@ -254,6 +259,14 @@ def policy(apply_fn, params, observation, key):
     return jnp.tanh(mean)
 
 
+def explore(apply_fn, params, observation, key):
+    """An action drawn from pi, [..., O] -> [..., A], by which the online phase acts."""
+    mean, log_std = apply_fn(params, observation)
+    noise = jax.random.normal(key, mean.shape)
+    action, _ = sample_squashed(mean, log_std, noise)
+    return action
+
+
 def policy_params(state):
     return state.actor.params
 
@@ -270,19 +283,23 @@ def train(cfg, options):
     data = dataset.transitions
     data = experiment.place(data, options)
     example = jax.tree.map(lambda x: x[:1], data)  # one row, for its shapes
-    init_keys, train_keys, policy_keys = experiment.streams(cfg.seeds, 3)  # [S] keys each
+    init_keys, train_keys, policy_keys, explore_keys = experiment.streams(cfg.seeds, 4)  # [S] each
     create = partial(create_state, batch=example, cfg=cfg)
     state = jax.vmap(create)(init_keys)
     # Compiled once for all seeds. `update` shows which rows a step reads, for --data host.
     train_seeds = experiment.over_seeds(partial(train_chunk, cfg=cfg), update=update)
     act = policy_fn(state, cfg)
+    explore_by = partial(explore, state.actor.apply_fn)
 
     with (
         experiment.Run(cfg, options, dataset) as run,
         evaluation.Rollouts(dataset, act, policy_keys, cfg) as rollouts,
+        interaction.Interaction(
+            run, data, explore_by, explore_keys, policy_params, train_chunk
+        ) as online,
     ):
         state, metrics, start = run.restore(state)
-        for step in run.boundaries(start):  # start, start + log_every, ..., num_updates
+        for step in run.boundaries(start):  # start, start + log_every, ..., last_update
             run.save(step, state, metrics)
             scores = None
             if run.evaluates(step):
@@ -290,6 +307,8 @@ def train(cfg, options):
             last_metrics = metrics  # of the chunk that ended at this step
             if step < cfg.num_updates:  # an accelerator trains while the CPU evaluates
                 state, metrics = train_seeds(state, train_keys, step, data)
+            elif step < run.last_update:  # env steps and updates in turns
+                state, metrics = online.chunk(state, train_keys, step)
             run.log(step, last_metrics, scores)
     return run.scores
 
