@@ -18,6 +18,7 @@ import os
 import time
 import zlib
 from functools import partial
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -28,6 +29,24 @@ from common.experiment import buffers, devices, phases
 
 FILE = "online.rows"
 COLUMNS = ("observation", "action", "reward", "next_observation", "termination", "truncation")
+
+
+def columns(example):
+    """({name: place in a row of the file}, numbers per row), by the shapes of Transitions."""
+    places, end = {}, 0
+    for name in COLUMNS:
+        size = int(np.prod(getattr(example, name).shape[1:]))
+        places[name] = slice(end, end + size)
+        end += size
+    return places, end
+
+
+def recorded(folder, example, seeds, steps):
+    """{name: [steps, seeds, ...]}: the first rows of the online phase of a run."""
+    places, width = columns(example)
+    rows = np.fromfile(Path(folder) / FILE, np.float32, steps * seeds * width)
+    rows = rows.reshape(steps, seeds, width)
+    return {name: rows[..., place] for name, place in places.items()}
 
 
 class Interaction:
@@ -91,7 +110,8 @@ class Interaction:
             self._collect(None, cfg.random_steps)
         refresh = cfg.steps_per_refresh * cfg.updates_per_step
         for update in range(start, start + cfg.log_every, refresh):
-            self._collect(self.policy_params(state), cfg.steps_per_refresh)
+            params = jax.block_until_ready(self.policy_params(state))  # so that times are true
+            self._collect(params, cfg.steps_per_refresh)
             state, metrics = self.train(state, keys, np.int32(update), self.buffer)
             means.append(metrics)
         means = jax.device_get(means)
@@ -100,7 +120,7 @@ class Interaction:
     def _collect(self, params, steps):
         """Step every env `steps` times, at random without `params`, and add the rows."""
         began, first = time.perf_counter(), self.count
-        if params is not None:
+        if params is not None and jax.default_backend() != "cpu":
             params = jax.device_put(params, self.cpu)
         for _ in range(steps):
             action = self._random() if params is None else self._policy(params)
@@ -131,14 +151,8 @@ class Interaction:
         late = self.dataset.horizon is not None and self.lengths[i] >= self.dataset.horizon
         truncation = (truncation or late) and not termination
         row = self.rows[self.count, i]
-        for name, value in (
-            ("observation", self.observation[i]),
-            ("action", action),
-            ("reward", reward),
-            ("next_observation", next_observation),
-            ("termination", termination),
-            ("truncation", truncation),
-        ):
+        values = self.observation[i], action, reward, next_observation, termination, truncation
+        for name, value in zip(COLUMNS, values, strict=True):
             row[self.columns[name]] = value
         self.observation[i] = next_observation
         if termination or truncation:
@@ -154,28 +168,23 @@ class Interaction:
     def _transitions(self, first):
         """The rows from `first` on, Transitions [T, S, ...]. A next action may yet be unknown."""
         rows = self.rows[first : self.count]
-        columns = {name: rows[..., place] for name, place in self.columns.items()}
-        action, number = columns["action"], {}
+        column = {name: rows[..., place] for name, place in self.columns.items()}
         for name in ("reward", "termination", "truncation"):
-            number[name] = columns.pop(name)[..., 0]
+            column[name] = column[name][..., 0]
+        action = column["action"]
         next_action = np.concatenate([action[1:], action[-1:]])
-        ended = (number["termination"] + number["truncation"])[..., None] > 0
-        next_action = np.where(ended, action, next_action)
-        return Transitions(**columns, **number, next_action=next_action)
+        ended = column["termination"] + column["truncation"] > 0
+        next_action = np.where(ended[..., None], action, next_action)
+        return Transitions(**column, next_action=next_action)
 
     # --- Beginning and resuming -----------------------------------------------------------------
     def _begin(self):
         """Make the envs and the buffer, and begin the first episodes."""
-        seeds, example = self.cfg.seeds, self.dataset.transitions
+        seeds = self.cfg.seeds
         self.envs = [self.dataset.make_env() for _ in seeds]
-        self.observation = np.zeros((len(seeds), example.observation.shape[1]), np.float32)
-        sizes = {name: int(np.prod(getattr(example, name).shape[1:])) for name in COLUMNS}
-        ends = np.cumsum([*sizes.values()]).tolist()
-        self.columns = {
-            name: slice(end - size, end)
-            for (name, size), end in zip(sizes.items(), ends, strict=True)
-        }
-        self.rows = np.zeros((self.steps, len(seeds), ends[-1]), np.float32)
+        self.columns, width = columns(self.dataset.transitions)
+        self.rows = np.zeros((self.steps, len(seeds), width), np.float32)
+        self.observation = self.rows[0, :, self.columns["observation"]].copy()
         self.buffer = buffers.empty(self.data, len(seeds), self.steps)
         self.episodes, self.lengths = [0] * len(seeds), [0] * len(seeds)
         self.returns, self.finished = [0.0] * len(seeds), [[] for _ in seeds]

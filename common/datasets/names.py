@@ -20,6 +20,7 @@ SUITES = {  # suite of configs -> how the names of its data sets begin; the firs
     "ogbench": r"[\w-]+-singletask-v0$",
     "classic": r"local/cartpole/|.*cartpole",  # integer actions
     "v4": r"(hopper|halfcheetah|walker2d)-[a-z-]+-v4$",  # small files rolled out in v4 envs
+    "mujoco_local": r"local/mujoco/",
     "pointmaze": r"local/pointmaze/",
     "maze2d": r"maze2d-|D4RL/pointmaze/",
     "antmaze": r"antmaze-\w+(-\w+)?-v|D4RL/antmaze/",
