@@ -62,7 +62,7 @@ class Interaction:
         transform: of the env's rows, Transitions [T, S, ...], to rows like those of `data`.
     """
 
-    COLUMNS = ("online_return",)  # of metrics.csv
+    METRICS = ("online_return",)  # columns of metrics.csv
 
     def __init__(self, run, data, act, keys, policy_params, train_chunk, transform=None):
         self.cfg, self.dataset, self.data = run.cfg, run.dataset, data

@@ -218,7 +218,7 @@ class Run:
         if self.kept is not None:
             self.kept.restore(state)
         if not self.done:
-            self.records.resume(start, () if self.interaction is None else self.interaction.COLUMNS)
+            self.records.resume(start, self.interaction.METRICS if self.interaction else ())
         self.wandb.replay(self.folder / "metrics.csv")
         # Process 0 alone has a run folder: the others go on from its state.
         diverged = list(self.divergence.seeds.items())
