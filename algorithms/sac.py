@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import optax
 from flax.training import train_state
 
-from common import datasets, evaluation, experiment
+from common import datasets, evaluation, experiment, interaction
 
 
 # --- Config -------------------------------------------------------------------------------------
@@ -44,6 +44,11 @@ class Config:
     target_rate: float = 0.005  # tau, Polyak step of the target critics
     hidden: tuple[int, ...] = (256, 256)  # widths of actor and critics
     num_critics: int = 2  # K, target and actor use their minimum
+    # Online phase
+    online_updates: int = 0  # updates beside an env, after those on fixed data
+    updates_per_step: int = 1  # updates per env step
+    steps_per_refresh: int = 1  # env steps between two versions of the policy that takes them
+    random_steps: int = 10_000  # env steps with uniform actions before the first of these updates
 
 
 # --- Networks -----------------------------------------------------------------------------------
@@ -156,7 +161,7 @@ def critic_loss(params, state, batch, key, cfg):
     return loss, {"critic_loss": loss, "q": q.mean()}
 
 
-def actor_loss(params, state, batch, key):
+def actor_loss(params, state, batch, key, cfg):
     """temperature log pi(a~|s) - min_k Q_k(s, a~) with a~ ~ pi(s), mean over B. Eq. 9."""
     noise = jax.random.normal(key, batch.action.shape)
     mean, log_std = state.actor.apply_fn(params, batch.observation)
@@ -170,7 +175,7 @@ def actor_loss(params, state, batch, key):
     return loss, {"actor_loss": loss, "entropy": -log_prob.mean(), "temperature": temperature}
 
 
-def temperature_loss(params, state, batch, key):
+def temperature_loss(params, state, batch, key, cfg):
     """log temperature (entropy - target), target -A. An entropy above it lowers the temperature.
 
     The paper has the temperature itself in place of its logarithm, Eq. 18; codes have this.
@@ -178,8 +183,9 @@ def temperature_loss(params, state, batch, key):
     noise = jax.random.normal(key, batch.action.shape)
     _, log_prob = sample_policy(state.actor, batch.observation, noise)
     entropy = -log_prob.mean()
-    target = -batch.action.shape[-1]
-    return params["log"] * (entropy - target)
+    target_entropy = -batch.action.shape[-1]
+    loss = params["log"] * (entropy - target_entropy)
+    return loss, {"temperature_loss": loss}
 
 
 def sample_policy(actor, observation, noise):
@@ -209,15 +215,17 @@ def update(state, step, key, data, cfg):
     Randomness is a function of (key, step) alone, so neither the length of a chunk nor a resumed
     run changes the result. The key of a step is fold_in(key, step).
     """
-    keys = jax.random.split(jax.random.fold_in(key, step), 4)
-    key_batch, key_temperature, key_actor, key_critic = keys
+    key = jax.random.fold_in(key, step)
+    key_batch, key_temperature, key_actor, key_critic = jax.random.split(key, 4)
     batch = sample_batch(data, key_batch, cfg)
 
-    grads = jax.grad(temperature_loss)(state.log_temperature.params, state, batch, key_temperature)
+    grads, temperature_metrics = jax.grad(temperature_loss, has_aux=True)(
+        state.log_temperature.params, state, batch, key_temperature, cfg
+    )
     state = state._replace(log_temperature=state.log_temperature.apply_gradients(grads=grads))
 
     grads, actor_metrics = jax.grad(actor_loss, has_aux=True)(
-        state.actor.params, state, batch, key_actor
+        state.actor.params, state, batch, key_actor, cfg
     )
     state = state._replace(actor=state.actor.apply_gradients(grads=grads))
 
@@ -226,7 +234,7 @@ def update(state, step, key, data, cfg):
     )
     state = state._replace(critic=state.critic.apply_gradients(grads=grads))
     state = state._replace(critic=update_target(state.critic, cfg))
-    return state, critic_metrics | actor_metrics
+    return state, critic_metrics | actor_metrics | temperature_metrics
 
 
 def sample_batch(data, key, cfg):
@@ -254,6 +262,14 @@ def policy(apply_fn, params, observation, key):
     return jnp.tanh(mean)
 
 
+def explore(apply_fn, params, observation, key):
+    """An action drawn from pi, [..., O] -> [..., A], by which the online phase acts."""
+    mean, log_std = apply_fn(params, observation)
+    noise = jax.random.normal(key, mean.shape)
+    action, _ = sample_squashed(mean, log_std, noise)
+    return action
+
+
 def policy_params(state):
     return state.actor.params
 
@@ -270,19 +286,23 @@ def train(cfg, options):
     data = dataset.transitions
     data = experiment.place(data, options)
     example = jax.tree.map(lambda x: x[:1], data)  # one row, for its shapes
-    init_keys, train_keys, policy_keys = experiment.streams(cfg.seeds, 3)  # [S] keys each
+    init_keys, train_keys, policy_keys, explore_keys = experiment.streams(cfg.seeds, 4)  # [S] each
     create = partial(create_state, batch=example, cfg=cfg)
     state = jax.vmap(create)(init_keys)
     # Compiled once for all seeds. `update` shows which rows a step reads, for --data host.
     train_seeds = experiment.over_seeds(partial(train_chunk, cfg=cfg), update=update)
     act = policy_fn(state, cfg)
+    explore_by = partial(explore, state.actor.apply_fn)
 
     with (
         experiment.Run(cfg, options, dataset) as run,
         evaluation.Rollouts(dataset, act, policy_keys, cfg) as rollouts,
+        interaction.Interaction(
+            run, data, explore_by, explore_keys, policy_params, train_chunk
+        ) as online,
     ):
         state, metrics, start = run.restore(state)
-        for step in run.boundaries(start):  # start, start + log_every, ..., num_updates
+        for step in run.boundaries(start):  # start, start + log_every, ..., last_update
             run.save(step, state, metrics)
             scores = None
             if run.evaluates(step):
@@ -290,6 +310,8 @@ def train(cfg, options):
             last_metrics = metrics  # of the chunk that ended at this step
             if step < cfg.num_updates:  # an accelerator trains while the CPU evaluates
                 state, metrics = train_seeds(state, train_keys, step, data)
+            elif step < run.last_update:  # env steps and updates in turns
+                state, metrics = online.chunk(state, train_keys, step)
             run.log(step, last_metrics, scores)
     return run.scores
 

@@ -177,6 +177,7 @@ SMALL = {  # what makes an algorithm file small and fast; data sets and claims s
     "odice": NET | FAST | {"value_hidden": (64, 64), "value_learning_rate": 1e-3},
     "qc": NET | FAST | {"flow_steps": 5, "num_samples": 4, "horizon": 3},
     "rebrac": NET | FAST,
+    "sac": NET | FAST | {"temperature_learning_rate": 1e-3},
     "sac_n": NET | FAST | {"temperature_learning_rate": 1e-3, "num_critics": 3},
     "td3_bc": NET | FAST,
     "xql": NET | FAST | {"cosine": False},
