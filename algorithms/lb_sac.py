@@ -179,7 +179,7 @@ def critic_loss(params, state, batch, key, cfg):
     return loss, {"critic_loss": loss, "q": q.mean(), "q_std": q.std(axis=0).mean()}
 
 
-def actor_loss(params, state, batch, key):
+def actor_loss(params, state, batch, key, cfg):
     """temperature log pi(a~|s) - min_k Q_k(s, a~) with a~ ~ pi(s), mean over B. Algorithm 1."""
     noise = jax.random.normal(key, batch.action.shape)
     mean, log_std = state.actor.apply_fn(params, batch.observation)
@@ -193,7 +193,7 @@ def actor_loss(params, state, batch, key):
     return loss, {"actor_loss": loss, "entropy": -log_prob.mean(), "temperature": temperature}
 
 
-def temperature_loss(params, state, batch, key):
+def temperature_loss(params, state, batch, key, cfg):
     """log temperature (entropy - target), target -A. An entropy above it lowers the temperature.
 
     SAC's paper has the temperature in place of its logarithm, Eq. 18; codes have this.
@@ -201,8 +201,9 @@ def temperature_loss(params, state, batch, key):
     noise = jax.random.normal(key, batch.action.shape)
     _, log_prob = sample_policy(state.actor, batch.observation, noise)
     entropy = -log_prob.mean()
-    target = -batch.action.shape[-1]
-    return params["log"] * (entropy - target)
+    target_entropy = -batch.action.shape[-1]
+    loss = params["log"] * (entropy - target_entropy)
+    return loss, {"temperature_loss": loss}
 
 
 def sample_policy(actor, observation, noise):
@@ -232,15 +233,17 @@ def update(state, step, key, data, cfg):
     Randomness is a function of (key, step) alone, so neither the length of a chunk nor a resumed
     run changes the result. The key of a step is fold_in(key, step).
     """
-    keys = jax.random.split(jax.random.fold_in(key, step), 4)
-    key_batch, key_temperature, key_actor, key_critic = keys
+    key = jax.random.fold_in(key, step)
+    key_batch, key_temperature, key_actor, key_critic = jax.random.split(key, 4)
     batch = sample_batch(data, key_batch, cfg)
 
-    grads = jax.grad(temperature_loss)(state.log_temperature.params, state, batch, key_temperature)
+    grads, temperature_metrics = jax.grad(temperature_loss, has_aux=True)(
+        state.log_temperature.params, state, batch, key_temperature, cfg
+    )
     state = state._replace(log_temperature=state.log_temperature.apply_gradients(grads=grads))
 
     grads, actor_metrics = jax.grad(actor_loss, has_aux=True)(
-        state.actor.params, state, batch, key_actor
+        state.actor.params, state, batch, key_actor, cfg
     )
     state = state._replace(actor=state.actor.apply_gradients(grads=grads))
 
@@ -249,7 +252,7 @@ def update(state, step, key, data, cfg):
     )
     state = state._replace(critic=state.critic.apply_gradients(grads=grads))
     state = state._replace(critic=update_target(state.critic, cfg))
-    return state, critic_metrics | actor_metrics
+    return state, critic_metrics | actor_metrics | temperature_metrics
 
 
 def sample_batch(data, key, cfg):

@@ -15,15 +15,8 @@ from algorithms import sac_n
 
 setup = functools.partial(nets.setup, sac_n)
 critic_loss = nets.compiled(sac_n.critic_loss)
-
-
-def with_cfg(loss):
-    """The loss with the Config as its last argument, as `nets.compiled` hands it over."""
-    return lambda params, state, batch, key, cfg: loss(params, state, batch, key)
-
-
-actor_loss = nets.compiled(with_cfg(sac_n.actor_loss))
-temperature_grad = jax.jit(jax.grad(sac_n.temperature_loss))
+actor_loss = nets.compiled(sac_n.actor_loss)
+temperature_loss = nets.compiled(sac_n.temperature_loss)
 
 
 # --- The method in NumPy ------------------------------------------------------------------------
@@ -182,8 +175,11 @@ def test_temperature_falls_while_the_entropy_is_above_minus_the_number_of_action
         noise, mean = draw(key, (64, 2)), double(batch.observation) * [0.1, -0.1]
         x = mean + np.exp(log_std) * noise
         log_prob = nets.log_normal(x, mean, log_std) + 2 * np.log(np.cosh(x)).sum(axis=-1)
-        grads = temperature_grad(state.log_temperature.params, state, batch, key)
-        np.testing.assert_allclose(grads["log"], -log_prob.mean() + 2, rtol=1e-4)
+        params = {"log": jnp.float32(0.5)}
+        loss, metrics, grads = temperature_loss(params, state, batch, key, sac_n.Config())
+        excess = -log_prob.mean() + 2
+        np.testing.assert_allclose(grads["log"], excess, rtol=1e-4)
+        np.testing.assert_allclose([loss, metrics["temperature_loss"]], 0.5 * excess, rtol=1e-4)
         assert np.sign(grads["log"]) == sign
 
 
@@ -309,8 +305,9 @@ def check_update(module):
     cfg, state, key, data = nets.setup(module, log_every=2, num_critics=3, **RATES)
     after, metrics = nets.train_chunk(module, state, key, 0, data, cfg)
     temperature_adam, actor_adam, critic_adam = (nets.Adam(x) for x in (0.1, 0.01, 0.05))
-    actor_loss = nets.compiled(with_cfg(module.actor_loss))
+    actor_loss = nets.compiled(module.actor_loss)
     critic_loss = nets.compiled(module.critic_loss)
+    temperature_loss = nets.compiled(module.temperature_loss)
     found = []
 
     def place(state, **changed):
@@ -321,7 +318,7 @@ def check_update(module):
     for step in range(2):
         batch, *keys = nets.sample(key, step, data, cfg, 4)
         params = state.log_temperature.params
-        grads = temperature_grad(params, state, batch, keys[0])
+        _, temperature_metrics, grads = temperature_loss(params, state, batch, keys[0], cfg)
         params = temperature_adam.step(params, grads)
         state = place(state, log_temperature={"params": params})
         _, actor_metrics, grads = actor_loss(state.actor.params, state, batch, keys[1], cfg)
@@ -331,7 +328,7 @@ def check_update(module):
         params = critic_adam.step(state.critic.params, grads)
         target_params = nets.polyak(params, state.critic.target_params, 0.3)
         state = place(state, critic={"params": params, "target_params": target_params})
-        found.append(critic_metrics | actor_metrics)
+        found.append(critic_metrics | actor_metrics | temperature_metrics)
     for name in state._fields:
         nets.check_close(getattr(after, name).params, getattr(state, name).params, 1e-3, 1e-4)
     nets.check_close(after.critic.target_params, state.critic.target_params, 1e-3, 1e-4)
