@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Draw what the number of critics alone does to actions that the data never show.
 
-    python benchmarks/pessimism.py --output pessimism.png
+    python benchmarks/pessimism.py --output pessimism    # writes pessimism.png, .json and .md
 
 SAC-N with 2, 10 and 50 critics on one state that never ends. An action has six components. The
 data vary the first one, a_1, and keep the others at 0. Every step has the reward -(a_1 - 0.5)^2,
@@ -15,7 +15,12 @@ Right: the largest of the five components that should be 0. One dot per seed.
 """
 
 import dataclasses
+import datetime
+import json
+import shlex
+import sys
 from functools import partial
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -23,7 +28,8 @@ import tyro
 
 import figures
 from algorithms import sac_n
-from common import datasets, fail
+from common import datasets, fail, machine
+from common.experiment import provenance
 
 ROWS, ACTIONS, CLIFF = 2000, 6, 0.1
 
@@ -34,7 +40,7 @@ class Arguments:
     seeds: tuple[int, ...] = (0, 1, 2)  # one dot each
     updates: int = 3000  # gradient steps
     width: int = 64  # of both hidden layers
-    output: str = "pessimism.png"  # file to write
+    output: str = "pessimism"  # files to write: this with .png, .json and .md
 
 
 def narrow_data():
@@ -97,39 +103,53 @@ def train(critics, arguments):
 
 
 def measure(arguments):
-    """{critics: {"value": [S], "true value": [S], "unseen": [S]}}"""
-    found = {}
+    """[one row per number of critics and seed]"""
+    rows = []
     for critics in arguments.critics:
         actions, values, cfg = train(critics, arguments)
-        true_value = reward_of(actions) / (1 - cfg.discount)  # the same action for ever
+        true_values = reward_of(actions) / (1 - cfg.discount)  # the same action for ever
         unseen = largest_unseen(actions)
-        found[critics] = {"value": values, "true value": true_value, "unseen": unseen}
-        print(
-            f"{critics} critics: value {values.mean():.2f}, in truth {true_value.mean():.2f}, "
-            f"largest unseen component {unseen.mean():.2f} (means of {len(values)} seeds)",
-            flush=True,
-        )
-    return found
+        for i, seed in enumerate(arguments.seeds):
+            row = {
+                "critics": critics,
+                "seed": seed,
+                "least value": round(float(values[i]), 2),
+                "true value": round(float(true_values[i]), 2),
+                "largest unseen component": round(float(unseen[i]), 2),
+            }
+            print(", ".join(f"{name} {x}" for name, x in row.items()), flush=True)
+            rows.append(row)
+    return rows
 
 
-def draw(found, output):
+def draw(rows, output):
     """Two panels over the number of critics."""
-    names = [str(critics) for critics in found]
-    kinds = {"value": "the critics' least value", "true value": "true value"}
+    critics = sorted({row["critics"] for row in rows})
+    places = [critics.index(row["critics"]) for row in rows]
+    blue, orange, green = figures.COLOURS[:3]
     with figures.panels(2, columns=2, size=(3.6, 2.9)) as (figure, axes):
-        for colour, (kind, label) in zip(figures.COLOURS, kinds.items(), strict=False):
-            for i, row in enumerate(found.values()):
-                places = np.full(len(row[kind]), i)
-                axes[0].plot(places, row[kind], "o", color=colour, label=label if i == 0 else None)
-        for i, row in enumerate(found.values()):
-            axes[1].plot(np.full(len(row["unseen"]), i), row["unseen"], "o", color="#009e73")
-        axes[1].axhline(CLIFF, color="0.5", linestyle="--", label="cost begins")
+        for colour, kind in ((blue, "least value"), (orange, "true value")):
+            axes[0].plot(places, [row[kind] for row in rows], "o", color=colour, label=kind)
+        unseen = [row["largest unseen component"] for row in rows]
+        axes[1].plot(places, unseen, "o", color=green)
+        axes[1].axhline(CLIFF, color="0.5", linestyle="--", label="the cost begins")
         axes[0].set(title="Value of the policy's action", ylabel="value")
-        axes[1].set(title="Largest component unseen in the data", ylabel="|action|", ylim=(0, 1.05))
+        axes[1].set(title="Largest component that should be 0", ylabel="size", ylim=(0, 1.05))
         for axis in axes:
-            axis.set(xlabel="critics", xticks=range(len(names)), xticklabels=names)
+            axis.set(xlabel="critics", xticks=range(len(critics)), xticklabels=critics)
             axis.legend()
         figures.png(figure, output)
+
+
+def page(record):
+    """The page of a record."""
+    lines = ["# Pessimism by number", "", *__doc__.strip().splitlines()[4:], ""]
+    lines += [f"- {name}: {value}" for name, value in record.items() if name != "rows"]
+    lines += ["", f"![values and actions by number of critics]({record['figure']})", ""]
+    rows = record["rows"]
+    lines += [f"| {' | '.join(rows[0])} |", "|" + " --- |" * len(rows[0])]
+    lines += [f"| {' | '.join(map(str, row.values()))} |" for row in rows]
+    return "\n".join(lines) + "\n"
 
 
 def main(arguments):
@@ -139,9 +159,22 @@ def main(arguments):
     for flag in ("updates", "width", "critics"):
         if np.min(getattr(arguments, flag)) < 1:
             fail(f"--{flag} {getattr(arguments, flag)}: must be at least 1")
-    if not arguments.output.endswith(".png"):
-        fail(f"--output {arguments.output}: must end in .png")
-    draw(measure(arguments), arguments.output)
+    output = Path(arguments.output)
+    if output.suffix:
+        fail(f"--output {output}: must have no suffix; .png, .json and .md are added")
+    record = {
+        "command": shlex.join(["python", "benchmarks/pessimism.py", *sys.argv[1:]]),
+        "date": datetime.date.today().isoformat(),
+        "hardware": machine.processor(),
+        "versions": ", ".join(f"{name} {x}" for name, x in provenance.versions()),
+        "training": f"{arguments.updates:,} updates, two hidden layers of {arguments.width}",
+        "figure": f"{output.name}.png",
+        "rows": measure(arguments),
+    }
+    output.parent.mkdir(parents=True, exist_ok=True)
+    draw(record["rows"], output.with_suffix(".png"))
+    output.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
+    output.with_suffix(".md").write_text(page(record))
 
 
 if __name__ == "__main__":
