@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import optax
 from flax.training import train_state
 
-from common import datasets, evaluation, experiment
+from common import datasets, evaluation, experiment, fail
 
 
 # --- Config -------------------------------------------------------------------------------------
@@ -296,6 +296,8 @@ def policy_fn(state, cfg):
 # --- Training -----------------------------------------------------------------------------------
 def train(cfg, options):
     """Train every seed of `cfg` and return its final normalised scores, [S]."""
+    if cfg.num_critics < 2:
+        fail(f"--num-critics {cfg.num_critics}: must be at least 2, since EDAC compares critics")
     dataset = datasets.load(cfg.dataset, options.env, options.env_steps)
     data = dataset.transitions
     data = experiment.place(data, options)
