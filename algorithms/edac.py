@@ -4,7 +4,7 @@
 Paper       https://arxiv.org/abs/2110.01548
 Reference   https://github.com/corl-team/CORL (algorithms/offline/edac.py)
 Run         python algorithms/edac.py --config configs/edac/mujoco.yaml
-Parent      sac_n.py (31 lines)
+Parent      sac_n.py (35 lines)
 Results     docs/results.md; cost beside sac_n.py in docs/scale.md
 Deviations  those of sac_n.py. For Adroit the authors' code standardises rewards and, on pen-cloned,
             takes the best of 10 actions in the target; as in the reference, neither is here.

@@ -229,3 +229,11 @@ def test_updates_lower_the_alignment():
         return float(edac.diversity_loss(state.critic.params, data, cfg))
 
     assert after(100.0) < after(0.0) - 0.5
+
+
+def test_a_single_critic_is_refused(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as leave:
+        edac.train(edac.Config(num_critics=1), None)
+    assert leave.value.code == 2 and not list(tmp_path.iterdir())
+    assert "--num-critics 1: must be at least 2" in capsys.readouterr().err
