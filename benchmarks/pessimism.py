@@ -11,7 +11,8 @@ critics often rise in the same direction, the actor follows it, and the bootstra
 the error ten times larger. The more critics, the rarer a direction in which all of them rise.
 
 Left: the least of the critics' values at the policy's action, and what this action is truly worth.
-Right: the largest of the five components that should be 0. One dot per seed.
+Right: the largest of the five components that should be 0. One dot per seed. With 50 critics the
+policy stays near the data, and its value is underestimated.
 """
 
 import dataclasses
