@@ -10,7 +10,8 @@ synthetic data.
   work on the machine changes it little.
 - GFLOP/update: the matrix products of an update.
 - share of floor: of the speed at which a chain of matrix products with the layers' shape runs, the
-  floor of benchmarks/throughput.py. The chunks of all files and the chain alternate.
+  floor of benchmarks/throughput.py. The chunks of all files and the chain alternate. On a busy
+  machine both are slower, the chain sometimes more so: then the share can exceed 1.
 - memory, GB: the most that a process held which trained this number of critics and nothing else.
   Parameters, targets and the two moments of Adam are four numbers per weight.
 - ratio: updates of the first file over those of this one, with as many critics.
