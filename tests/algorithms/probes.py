@@ -165,6 +165,7 @@ SMALL = {  # what makes an algorithm file small and fast; data sets and claims s
     "cql": NET | FAST | {"critic_hidden": (64, 64), "num_samples": 4},
     "cql_discrete": NET | FAST,
     "dt": SEQUENCE | FAST | {"context": 3, "warm_up": 10, "episode_length": 20},
+    "edac": NET | FAST | {"temperature_learning_rate": 1e-3, "num_critics": 3},
     "fql": NET | FAST | {"flow_steps": 5},
     "idql": NET
     | FAST
@@ -172,9 +173,12 @@ SMALL = {  # what makes an algorithm file small and fast; data sets and claims s
     | {"layer_norm": "none"},  # of one number it leaves none
     "iql": NET | FAST | {"cosine": False},
     "ivr": NET | FAST | {"cosine": False},
+    "lb_sac": NET | FAST | {"temperature_learning_rate": 1e-3, "num_critics": 3},
     "odice": NET | FAST | {"value_hidden": (64, 64), "value_learning_rate": 1e-3},
     "qc": NET | FAST | {"flow_steps": 5, "num_samples": 4, "horizon": 3},
     "rebrac": NET | FAST,
+    "sac": NET | FAST | {"temperature_learning_rate": 1e-3},
+    "sac_n": NET | FAST | {"temperature_learning_rate": 1e-3, "num_critics": 3},
     "td3_bc": NET | FAST,
     "xql": NET | FAST | {"cosine": False},
 }

@@ -25,6 +25,7 @@ DT = {
     "dropout": None,
 }
 QC = {"horizon": 3}
+SAC = {"hidden": (8, 8, 8)}
 CHUNKS = {"action_dim": 2, "policy": "sample_chunk"}  # its policy plays what sample_chunk returns
 
 CASES = [
@@ -185,6 +186,19 @@ CASES = [
             "dropout": None,
         },
     ),
+    Case("sac", "twin", {}),
+    Case(
+        "sac",
+        "several",
+        {
+            "num_critics": 4,
+            "discount": 0.9,
+            "target_rate": 0.05,
+            "actor_learning_rate": 1e-3,
+            "critic_learning_rate": 3e-3,
+            "temperature_learning_rate": 5e-3,
+        },
+    ),
     Case("dt", "mujoco", DT | {"warm_up": 4}),
     Case(
         "dt",
@@ -206,6 +220,23 @@ CASES = [
         {"alpha": 4.0, "target_every": 5, "discount": 0.9},
         create={"num_actions": 4},
     ),
+    Case("sac_n", "ten", SAC),
+    Case(
+        "sac_n",
+        "two",
+        SAC
+        | {
+            "num_critics": 2,
+            "discount": 0.95,
+            "actor_learning_rate": 1e-3,
+            "critic_learning_rate": 1e-3,
+            "temperature_learning_rate": 1e-3,
+        },
+    ),
+    Case("edac", "mujoco", SAC | {"num_critics": 5}),
+    Case("edac", "adroit", SAC | {"num_critics": 8, "eta": 200.0, "discount": 0.95}),
+    Case("lb_sac", "plain", SAC),
+    Case("lb_sac", "layer_norm", SAC | {"num_critics": 5, "layer_norm": True, "discount": 0.95}),
 ]
 
 # Relative to the largest number of an array. Adam divides by the size of a gradient, so parameters

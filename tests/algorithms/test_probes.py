@@ -15,13 +15,17 @@ FREE = {  # no pull towards the data, or as little as the method can have
     "awr": {"inverse_temperature": 6.0, "max_weight": 1e3, "fixed_std": None},
     "bcq": {"kl_weight": 0.01, "perturbation": 1.0},
     "cql": {"alpha": 0.0},
+    "edac": {"temperature_learning_rate": 1e-2},
     "fql": {"alpha": 0.01},
     "idql": {"expectile": 0.5},
     "iql": {"inverse_temperature": 10.0},
     "ivr": {"sql_alpha": 0.01},
+    "lb_sac": {"temperature_learning_rate": 1e-2},
     "odice": {"gradient": "semi", "lam": 0.5, "alpha": 0.01},
     "qc": {"horizon": 1},
     "rebrac": {"actor_penalty": 0.0, "critic_penalty": 0.0},
+    "sac": {"temperature_learning_rate": 1e-2},  # to 0: the values have no entropy in them
+    "sac_n": {"temperature_learning_rate": 1e-2},
     "td3_bc": {"alpha": 1e4},
     "xql": {"beta": 0.5, "inverse_temperature": 10.0},
 }
