@@ -9,7 +9,7 @@ from common import fail
 SHARES = ("discount", "target_rate", "actor_target_rate", "td_lambda", "lam", "residual")
 # Patterns of names.
 POSITIVE = "learning_rate$|^fixed_std$|^return_scale$|^beta$|^(sql|eql)_alpha$|^huber_delta$"
-POSITIVE += "|^weight_norm$|^max_(weight|clip|gradient_norm)$"
+POSITIVE += "|^weight_norm$|^max_(weight|clip|gradient_norm)$|^kernel_width$"
 NOT_NEGATIVE = "alpha$|_penalty$|noise|_weight$|_decay$|^inverse_temperature$|^perturbation$|^eta$"
 
 
@@ -41,11 +41,12 @@ def check(cfg):
     for whole, part in (
         ("eval_every", "log_every"),
         ("num_updates", "log_every"),
+        ("clone_updates", "log_every"),
         ("log_every", "policy_delay"),
         ("log_every", "actor_updates"),
         ("embedding", "num_heads"),
     ):
-        if hasattr(cfg, part) and getattr(cfg, whole) % getattr(cfg, part):
+        if hasattr(cfg, whole) and hasattr(cfg, part) and getattr(cfg, whole) % getattr(cfg, part):
             number, divisor = getattr(cfg, whole), getattr(cfg, part)
             near = max(1, round(number / divisor)) * divisor
             smaller = f", or {flag(part)} {number}" if number < divisor else ""
@@ -53,6 +54,12 @@ def check(cfg):
                 f"{flag(whole)} {number} is no multiple of {flag(part)} {divisor}; "
                 f"{near} would be one{smaller}"
             )
+    cloning = getattr(cfg, "clone_updates", 0)
+    if cloning >= cfg.num_updates:
+        fail(
+            f"--num-updates {cfg.num_updates}: counts the --clone-updates {cloning} as well, "
+            "so it must be more"
+        )
 
 
 def check_seeds(seeds):
