@@ -4,14 +4,17 @@
 Paper       https://arxiv.org/abs/1911.11361, BEAR https://arxiv.org/abs/1906.00949
 Reference   https://github.com/google-research/google-research (behavior_regularized_offline_rl)
 Run         python algorithms/brac.py --config configs/brac/mujoco.yaml
-Parent      sac.py (0 lines)
+Parent      sac.py (313 lines)
 Results     docs/results.md
-Deviations  variant=v lowers the reward by the penalty, in target and actor; variant=p has it in the
-            actor alone. An alpha that is learned uses the divergence of the actor before its step,
-            the authors estimate it anew; so do they for the temperature of the cloning. BEAR is
-            configs/brac/*_bear.yaml. Its authors have a VAE that is trained beside the critics in
-            place of mu, a wider range of the actor's std, and take the steps of critics and actor
-            at the same time. Rows at a truncation are kept.
+Deviations  An alpha that is learned takes the divergence of the actor before its step, where the
+            authors estimate it anew after it; so does the temperature of the cloning. The steps of
+            BEAR's code differ more: it trains a VAE beside the critics in place of mu, has a wider
+            range of the actor's std, and takes the steps of critics and actor at the same time.
+            Rows at a truncation are kept.
+
+Variant v lowers the reward by alpha D, the divergence of pi from mu, in target and actor: lectures
+call it the penalty on the reward's side. Variant p has the penalty in the actor's loss alone, the
+actor's side. BEAR is variant p with an MMD and a learned alpha: configs/brac/mujoco_bear.yaml.
 
 Shapes: S seeds, K critics, B batch, N samples, M samples when acting, O observation, A action.
         Arrays are float32.
