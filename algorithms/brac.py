@@ -39,9 +39,7 @@ from common import datasets, evaluation, experiment
 class Config:
     dataset: str = "local/pointmaze/umaze-v0"  # data set id or path, see docs/data.md
     seeds: tuple[int, ...] = (0,)  # trained in parallel
-    num_updates: int = (
-        800_000  # gradient steps: those of the cloning, then those of actor and critics
-    )
+    num_updates: int = 800_000  # gradient steps: first the cloning's, then actor's and critics'
     log_every: int = 1_000  # updates per compiled chunk, the unit of logging and saving
     eval_every: int = 20_000  # updates between evaluations
     eval_episodes: int = 10  # episodes per seed and evaluation
