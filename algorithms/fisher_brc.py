@@ -44,13 +44,14 @@ class Config:
     target_rate: float = 0.005  # tau, Polyak step of the target critics
     hidden: tuple[int, ...] = (256, 256, 256)  # widths of actor and critics
     num_critics: int = 2  # K, target and actor use their minimum
+    reward_scale: float = 1.0  # multiplies data set rewards, so that they count beside log mu
     # Fisher-BRC
     clone_updates: int = 1_000_000  # first updates: they train the behaviour policy alone
     clone_learning_rate: float = 1e-3  # Adam, at first; a tenth and a hundredth of it at the end
     behaviour_hidden: tuple[int, ...] = (256, 256)  # widths of the behaviour policy
     num_components: int = 5  # C, of the mixture that the behaviour policy is
     gradient_penalty: float = 0.1  # lambda, weight of |grad_a O|^2 at the policy's actions
-    survival_bonus: float = 5.0  # added to every reward
+    survival_bonus: float = 5.0  # added to every reward afterwards
     action_margin: float = 1e-6  # where log mu is taken, actions keep this distance from -1 and 1
 
 
@@ -188,7 +189,7 @@ def critic_loss(params, state, batch, key, cfg):
     )
     next_log_mu = log_behaviour(state.behaviour, batch.next_observation, next_action, cfg)
     next_q = next_offset.min(axis=0) + next_log_mu  # [K, B] -> [B]
-    reward = batch.reward + cfg.survival_bonus
+    reward = cfg.reward_scale * batch.reward + cfg.survival_bonus
     # Bootstrap through truncations, never through terminations.
     target = reward + cfg.discount * (1.0 - batch.termination) * next_q  # [B]
 

@@ -21,7 +21,11 @@ from common import experiment
 critic_loss = nets.compiled(brac.critic_loss)
 clone_loss = nets.compiled(brac.clone_loss)
 _actor_loss = nets.compiled(brac.actor_loss)
-setup = functools.partial(nets.setup, brac, critic_hidden=(16, 16))
+
+
+def setup(**overrides):
+    settings = {"critic_hidden": (16, 16), "alpha_training": "none"}
+    return nets.setup(brac, **(settings | overrides))
 
 
 def actor_loss(params, state, batch, key, warm, cfg):

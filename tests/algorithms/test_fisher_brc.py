@@ -59,7 +59,7 @@ def numpy_critic_loss(params, state, batch, key, cfg):
     target_params = double(state.critic.target_params)
     offset = nets.critics(target_params, batch.next_observation, next_action).min(axis=0)
     next_q = offset + numpy_log_mu(following, next_action, cfg)
-    target = batch.reward + cfg.survival_bonus
+    target = cfg.reward_scale * batch.reward + cfg.survival_bonus
     target = target + cfg.discount * np.where(batch.termination, 0, next_q)
     here = numpy_mixture(behaviour, batch.observation)
     q = nets.critics(params, batch.observation, batch.action)
@@ -102,6 +102,7 @@ def numpy_clone_loss(params, state, batch, key, cfg, chosen=None):
 
 
 SETTINGS = {"gradient_penalty": 2.0, "survival_bonus": 1.5, "action_margin": 0.05}
+SETTINGS |= {"reward_scale": 3.0}
 
 
 def test_losses_and_gradients_equal_numpy():
