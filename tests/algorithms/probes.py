@@ -165,7 +165,7 @@ SMALL = {  # what makes an algorithm file small and fast; data sets and claims s
     "brac": NET
     | FAST
     | {"critic_hidden": (64, 64), "clone_updates": 1000, "clone_learning_rate": 1e-3}
-    | {"warm_start": 20, "alpha_training": "linear"},
+    | {"warm_start": 20, "alpha_training": "linear", "divergence": "mmd", "kernel_width": 2.0},
     "cql": NET | FAST | {"critic_hidden": (64, 64), "num_samples": 4},
     "cql_discrete": NET | FAST,
     "dt": SEQUENCE | FAST | {"context": 3, "warm_up": 10, "episode_length": 20},

@@ -24,7 +24,8 @@ _actor_loss = nets.compiled(brac.actor_loss)
 
 
 def setup(**overrides):
-    settings = {"critic_hidden": (16, 16), "alpha_training": "none"}
+    settings = {"critic_hidden": (16, 16), "alpha_training": "none", "divergence": "kl"}
+    settings |= {"kernel_width": brac.Config.kernel_width}
     return nets.setup(brac, **(settings | overrides))
 
 

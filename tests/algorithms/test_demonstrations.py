@@ -30,7 +30,7 @@ CAUTIOUS = {
     "awac": {},
     "bc": {},
     "bcq": {},
-    "brac": {"alpha": 1.0, "alpha_training": "none"},
+    "brac": {"alpha": 1.0, "alpha_training": "none", "divergence": "kl"},
     "cql": {"alpha": 5.0},
     "fisher_brc": {"survival_bonus": 0.0, "action_margin": 0.01},
     "fql": {},
