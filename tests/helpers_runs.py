@@ -34,6 +34,7 @@ CONTINUOUS = ["rebrac", "td3_bc", "iql", "awr", "awac", "cql"]  # these refuse i
 CONTINUOUS += ["dt", "bcq", "atac", "odice", "ivr", "xql", "idql", "fql", "qc"]
 CONTINUOUS += ["sac_n", "edac", "lb_sac"]
 CONTINUOUS += ["sac"]
+CONTINUOUS += ["brac", "fisher_brc"]
 DISCRETE = ["cql_discrete"]  # these refuse others
 EITHER = ["bc"]  # takes both
 HANGS = 900  # seconds after which a test gives up; no machine is so slow
@@ -45,7 +46,9 @@ ALSO_TINY = {  # by algorithm
     "atac": ["--warm-start", "10"],
     "awr": ["--actor-updates", "2", "--critic-updates", "1"],
     "bcq": ["--vae-hidden", "8", "--num-samples", "2", "--num-eval-samples", "2"],
+    "brac": ["--critic-hidden", "8", "--clone-updates", "4", "--warm-start", "4"],
     "cql": ["--critic-hidden", "8", "--num-samples", "2"],
+    "fisher_brc": ["--behaviour-hidden", "8", "--clone-updates", "4"],
     "idql": ["--actor-hidden", "8", "--num-samples", "2"],
     "odice": ["--value-hidden", "8"],
     "fql": ["--flow-steps", "2"],

@@ -9,7 +9,7 @@ SHARES = ("discount", "target_rate", "actor_target_rate", "td_lambda", "lam", "r
 LARGEST = 3.4e38  # of float32, in which the networks compute
 # Patterns of names.
 POSITIVE = "learning_rate$|^fixed_std$|^return_scale$|^beta$|^(sql|eql)_alpha$|^huber_delta$"
-POSITIVE += "|^weight_norm$|^max_(weight|clip|gradient_norm)$"
+POSITIVE += "|^weight_norm$|^max_(weight|clip|gradient_norm)$|^kernel_width$"
 NOT_NEGATIVE = "alpha$|_penalty$|noise|_weight$|_decay$|^inverse_temperature$|^perturbation$|^eta$"
 
 
@@ -43,6 +43,7 @@ def check(cfg):
     for whole, part in (
         ("eval_every", "log_every"),
         ("num_updates", "log_every"),
+        ("clone_updates", "log_every"),
         ("log_every", "policy_delay"),
         ("log_every", "actor_updates"),
         ("online_updates", "log_every"),
@@ -56,6 +57,12 @@ def check(cfg):
                 f"{flag(whole)} {number} is no multiple of {flag(part)} {divisor}; "
                 f"{near} would be one{smaller}"
             )
+    cloning = getattr(cfg, "clone_updates", 0)
+    if cloning >= cfg.num_updates:
+        fail(
+            f"--num-updates {cfg.num_updates}: counts the --clone-updates {cloning} as well, "
+            "so it must be more"
+        )
 
     refresh = getattr(cfg, "steps_per_refresh", 1) * getattr(cfg, "updates_per_step", 1)
     if refresh > 1 and cfg.online_updates and cfg.log_every % refresh:

@@ -108,7 +108,7 @@ class Records:
             self.waiting.append((step, seed, means, numbers))
         if not metrics and not last:
             return []
-        names, lines = list(metrics or {}), []
+        names, lines = self._columns(list(metrics or {})), []
         for update, seed, means, numbers in self.waiting:
             cells = [_cell(means.get(name)) for name in names]
             cells += [_cell(numbers.get(name)).replace("nan", "") for name in SCORES]
@@ -116,6 +116,26 @@ class Records:
         self.append("metrics.csv", ("update", "seed", *names, *SCORES), *lines)
         written, self.waiting = self.waiting, []
         return written
+
+    def _columns(self, names):
+        """The metrics that metrics.csv has, then those of `names` that are new, in this order.
+
+        A method that learns in several phases has other metrics in each of them. The first rows of
+        a phase give the file its columns; the rows before have empty cells there.
+        """
+        file = self.folder / "metrics.csv"
+        text = file.read_text(encoding="utf-8") if file.exists() else ""
+        header, *rows = [line.split(",") for line in text.splitlines()] or [[]]
+        first, last = 2, len(header) - len(SCORES)  # metrics are the columns in between
+        if header[:first] != ["update", "seed"] or header[last:] != [*SCORES]:
+            return names  # a new file, or one that `append` refuses
+        known = header[first:last]
+        new = [name for name in names if name not in known]
+        if new:
+            lines = [[*header[:last], *new, *SCORES]]
+            lines += [[*row[:last], *[""] * len(new), *row[last:]] for row in rows]
+            files.write(file, "".join(",".join(line) + "\n" for line in lines))
+        return known + new
 
     def write_timing(self, step, seconds):
         header = ("update", "chunk_seconds", "train_seconds", "eval_seconds")

@@ -57,6 +57,7 @@ class Case:
     action_dim: int | None = None  # of the data, where a batch has other actions than the data
     policy: str = "policy"  # function of the file that gives the action
     carry: str | None = None  # function of (state, data, cfg): what `update` takes with the state
+    update: str = "update"  # function of the file that makes an update, of a phase of the training
 
 
 CONFIG = {"hidden": (16, 16), "log_every": 2}
@@ -318,6 +319,7 @@ def compare(module, case, arrays=None, stop_above=None):
 
 def _compare(module, case, arrays, dtype, stop_above):
     cfg, key = config_of(module, case), jax.random.key(0)
+    update = getattr(module, case.update)
 
     def inputs(prefix):
         # NumPy arrays, since taking an item of one compiles nothing.
@@ -341,10 +343,10 @@ def _compare(module, case, arrays, dtype, stop_above):
     def one_update(state, step, batches, draws):
         if whole:
             with replayed(module, [], draws):
-                return module.update(state, step, key, data, cfg)
+                return update(state, step, key, data, cfg)
         turns = [item(batches, i) for i in range(len(batches.reward))]
         with replayed(module, turns, draws):
-            return module.update(state, step, key, turns[0], cfg)
+            return update(state, step, key, turns[0], cfg)
 
     found = collections.defaultdict(dict)
 

@@ -162,10 +162,17 @@ SMALL = {  # what makes an algorithm file small and fast; data sets and claims s
     "bcq": NET
     | FAST
     | {"vae_learning_rate": 1e-3, "vae_hidden": (64, 64), "num_samples": 4, "num_eval_samples": 50},
+    "brac": NET
+    | FAST
+    | {"critic_hidden": (64, 64), "clone_updates": 1000, "clone_learning_rate": 1e-3}
+    | {"warm_start": 20, "alpha_training": "linear", "divergence": "mmd", "kernel_width": 2.0},
     "cql": NET | FAST | {"critic_hidden": (64, 64), "num_samples": 4},
     "cql_discrete": NET | FAST,
     "dt": SEQUENCE | FAST | {"context": 3, "warm_up": 10, "episode_length": 20},
     "edac": NET | FAST | {"temperature_learning_rate": 1e-3, "num_critics": 3},
+    "fisher_brc": NET
+    | FAST
+    | {"temperature_learning_rate": 1e-3, "behaviour_hidden": (64, 64), "clone_updates": 1000},
     "fql": NET | FAST | {"flow_steps": 5},
     "idql": NET
     | FAST
@@ -230,7 +237,7 @@ def compiled_chunk(module_chunk):
 
 
 def train(module, data, updates, seed=0, **overrides):
-    """State of one seed after `updates` updates.
+    """State of one seed after `updates` updates, and before them those that clone a behaviour.
 
     Floats of the Config enter the compiled program as arguments: one program serves them all.
     """
@@ -238,7 +245,10 @@ def train(module, data, updates, seed=0, **overrides):
     state, key, data = start(module, data, cfg, seed)
     numbers = {name: value for name, value in vars(cfg).items() if isinstance(value, float)}
     cfg = dataclasses.replace(cfg, **dict.fromkeys(numbers))
-    for step in range(0, updates, CHUNK):
+    cloning = cfg.clone_updates if hasattr(module, "clone_chunk") else 0
+    for step in range(0, cloning, CHUNK):
+        state, _ = compiled_chunk(module.clone_chunk)(state, key, step, data, numbers, cfg)
+    for step in range(cloning, cloning + updates, CHUNK):
         state, _ = compiled_chunk(module.train_chunk)(state, key, step, data, numbers, cfg)
     return state
 

@@ -30,7 +30,9 @@ CAUTIOUS = {
     "awac": {},
     "bc": {},
     "bcq": {},
+    "brac": {"alpha": 1.0, "alpha_training": "none", "divergence": "kl"},
     "cql": {"alpha": 5.0},
+    "fisher_brc": {"survival_bonus": 0.0, "action_margin": 0.01},
     "fql": {},
     "idql": {},
     "iql": {},
@@ -55,7 +57,15 @@ STITCHING = {
 }
 
 
-SAMPLING = ("bcq", "fql", "idql", "odice", "qc")  # many actions per update: minutes
+SAMPLING = (
+    "bcq",
+    "brac",
+    "fisher_brc",
+    "fql",
+    "idql",
+    "odice",
+    "qc",
+)  # many actions per update: minutes
 
 
 # --- Overestimation -----------------------------------------------------------------------------

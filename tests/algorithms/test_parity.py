@@ -26,6 +26,8 @@ DT = {
 }
 QC = {"horizon": 3}
 SAC = {"hidden": (8, 8, 8)}
+BRAC = {"critic_hidden": (16, 16), "clone_updates": 0, "warm_start": 0}
+FISHER_BRC = {"behaviour_hidden": (16, 16)}
 CHUNKS = {"action_dim": 2, "policy": "sample_chunk"}  # its policy plays what sample_chunk returns
 
 CASES = [
@@ -237,6 +239,50 @@ CASES = [
     Case("edac", "adroit", SAC | {"num_critics": 8, "eta": 200.0, "discount": 0.95}),
     Case("lb_sac", "plain", SAC),
     Case("lb_sac", "layer_norm", SAC | {"num_critics": 5, "layer_norm": True, "discount": 0.95}),
+    Case("brac", "value", BRAC | {"warm_start": 2}),
+    Case(
+        "brac",
+        "policy",
+        BRAC
+        | {
+            "variant": "p",
+            "divergence": "mmd",
+            "alpha": 3.0,
+            "alpha_training": "linear",
+            "target_divergence": 0.05,
+            "kernel_width": 2.0,
+            "discount": 0.95,
+            "num_eval_samples": 6,
+        },
+    ),
+    Case("brac", "both", BRAC | {"divergence": "mmd", "alpha": 0.7}),
+    Case("brac", "clone", BRAC, update="clone_update"),
+    Case(
+        "brac",
+        "bear",
+        BRAC
+        | {
+            "variant": "p",
+            "divergence": "mmd",
+            "alpha": 1.0,
+            "alpha_training": "log",
+            "target_divergence": 0.05,
+            "warm_start": 2,
+            "kernel_width": 8.0,
+            "mmd_root": True,
+            "mmd_before_tanh": True,
+            "lam": 0.75,
+            "num_target_samples": 10,
+            "num_eval_samples": 6,
+        },
+    ),
+    Case("fisher_brc", "mujoco", FISHER_BRC),
+    Case(
+        "fisher_brc",
+        "strong",
+        FISHER_BRC | {"gradient_penalty": 3.0, "survival_bonus": 0.0, "discount": 0.9},
+    ),
+    Case("fisher_brc", "clone", FISHER_BRC, update="clone_update"),
 ]
 
 # Relative to the largest number of an array. Adam divides by the size of a gradient, so parameters

@@ -14,6 +14,7 @@ FREE = {  # no pull towards the data, or as little as the method can have
     "awac": {"inverse_temperature": 100.0},
     "awr": {"inverse_temperature": 6.0, "max_weight": 1e3, "fixed_std": None},
     "bcq": {"kl_weight": 0.01, "perturbation": 1.0},
+    "brac": {"variant": "p", "alpha": 0.0, "alpha_training": "none"},
     "cql": {"alpha": 0.0},
     "edac": {"temperature_learning_rate": 1e-2},
     "fql": {"alpha": 0.01},
