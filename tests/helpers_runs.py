@@ -26,6 +26,7 @@ SLOW = pytest.mark.skipif("ATOLL_SLOW" not in os.environ, reason="minutes: ATOLL
 ALGORITHMS = ["rebrac"]  # every test of runs goes through these files
 CONTINUOUS = ["rebrac", "td3_bc", "iql", "awr", "awac", "cql"]  # these refuse integer actions
 CONTINUOUS += ["dt", "bcq", "atac", "odice", "ivr", "xql", "idql", "fql", "qc"]
+CONTINUOUS += ["diffusion_ql", "gfp"]
 DISCRETE = ["cql_discrete"]  # these refuse others
 EITHER = ["bc"]  # takes both
 HANGS = 900  # seconds after which a test gives up; no machine is so slow
@@ -40,7 +41,9 @@ ALSO_TINY = {  # by algorithm
     "cql": ["--critic-hidden", "8", "--num-samples", "2"],
     "idql": ["--actor-hidden", "8", "--num-samples", "2"],
     "odice": ["--value-hidden", "8"],
+    "diffusion_ql": ["--generator-steps", "2", "--num-samples", "2"],
     "fql": ["--flow-steps", "2"],
+    "gfp": ["--flow-steps", "2"],
     "qc": ["--flow-steps", "2", "--num-samples", "2", "--horizon", "3"],
 }
 SEQUENCE = {  # by algorithm, in place of hidden layers
