@@ -61,7 +61,7 @@ class Config:
     max_gradient_norm: float | None = 1.0  # gradients are clipped to this norm; None: never
     actor_target_rate: float = 0.005  # step of the average of the actor that the TD target uses
     actor_target_every: int = 5  # updates between these steps
-    actor_target_start: int = 1_000  # first update with such a step
+    actor_target_start: int = 1_000  # number of the first update that may have such a step
     cosine: bool = False  # cosine decay of all learning rates to 0 over num_updates
 
 
@@ -362,8 +362,9 @@ def update_target(net, cfg):
 
 def update_average(actor, step, cfg):
     """`update_target` for the actor: in some of the updates only, with a rate of its own."""
-    due = (step >= cfg.actor_target_start) & (step % cfg.actor_target_every == 0)
-    rate = jnp.where(due, cfg.actor_target_rate, 0.0)  # 0 changes no bit
+    is_late_enough = step + 1 >= cfg.actor_target_start
+    is_due = is_late_enough & (step % cfg.actor_target_every == 0)
+    rate = jnp.where(is_due, cfg.actor_target_rate, 0.0)  # 0 changes no bit
     target_params = optax.incremental_update(actor.params, actor.target_params, rate)
     return actor.replace(target_params=target_params)
 

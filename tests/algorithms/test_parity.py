@@ -33,7 +33,7 @@ FBRAC = {
     "max_gradient_norm": None,
     "actor_target_rate": 1.0,
     "actor_target_every": 1,
-    "actor_target_start": 0,
+    "actor_target_start": 1,
 }
 CHUNKS = {"action_dim": 2, "policy": "sample_chunk"}  # its policy plays what sample_chunk returns
 
@@ -95,7 +95,7 @@ CASES = [
     Case(
         "diffusion_ql",
         "mujoco",
-        {"max_gradient_norm": 2.5, "actor_target_start": 1, "actor_target_every": 2},
+        {"max_gradient_norm": 2.5, "actor_target_start": 2, "actor_target_every": 2},
     ),
     Case(
         "diffusion_ql",
@@ -107,7 +107,7 @@ CASES = [
             "actor_learning_rate": 1e-3,
             "max_gradient_norm": None,
             "target_samples": 10,
-            "actor_target_start": 0,
+            "actor_target_start": 1,
             "actor_target_every": 3,
         },
     ),
