@@ -167,7 +167,8 @@ SMALL = {  # what makes an algorithm file small and fast; data sets and claims s
     "dt": SEQUENCE | FAST | {"context": 3, "warm_up": 10, "episode_length": 20},
     "diffusion_ql": NET
     | FAST
-    | {"actor_target_start": 1, "actor_target_rate": 0.05, "max_gradient_norm": 10.0},
+    | {"generator_steps": 3, "max_gradient_norm": 10.0}
+    | {"actor_target_start": 1, "actor_target_rate": 0.05},
     "fql": NET | FAST | {"flow_steps": 5},
     "gfp": NET | FAST | {"flow_steps": 5},
     "idql": NET
