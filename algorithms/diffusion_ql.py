@@ -4,7 +4,7 @@
 Paper       https://arxiv.org/abs/2208.06193, FBRAC (generator=flow) https://arxiv.org/abs/2502.02538
 Reference   https://github.com/Zhendong-Wang/Diffusion-Policies-for-Offline-RL
 Run         python algorithms/diffusion_ql.py --config configs/diffusion_ql/mujoco.yaml
-Parent      fql.py (289 lines)
+Parent      fql.py (293 lines)
 Results     docs/results.md
 Deviations  All rows train, also those at a truncation whose next observation is known. `cosine`
             brings the learning rates to 0 over the run; the authors' --lr_decay moves once in 50k
@@ -197,7 +197,7 @@ def clipped_adam(learning_rate, cfg):
 
 # --- Losses -------------------------------------------------------------------------------------
 def critic_loss(params, state, batch, key, cfg):
-    """Squared TD error to r + gamma min_k max_n Q_k(s', a'_n), mean over B, summed over K. Eq. 4.
+    """Squared TD error to r + gamma min_k max_n Q_k(s', a'_n), mean over B, summed over K.
 
     The N actions a'_n come from the slow average of the actor.
     """
@@ -219,7 +219,11 @@ def critic_loss(params, state, batch, key, cfg):
 
 
 def actor_loss(params, state, batch, key, cfg):
-    """alpha L_behaviour + eta L_q, Eq. 3. The gradient of Q goes through all steps of sampling."""
+    """alpha L_behaviour + eta L_q with L_q = -Q_i / mean |Q_j| (-mean_k Q_k in FBRAC).
+
+    The gradient of Q goes through all steps of sampling. They are unrolled and keep what the
+    gradient needs: 20 MB with the defaults. A scan and recomputing are slower.
+    """
     key_behaviour, key_action, key_choice = jax.random.split(key, 3)
     behaviour = behaviour_loss(params, state, batch, key_behaviour, cfg)
     action = generate_action(state.actor.apply_fn, params, batch.observation, key_action, cfg)
@@ -238,7 +242,7 @@ def actor_loss(params, state, batch, key, cfg):
 
 
 def behaviour_loss(params, state, batch, key, cfg):
-    """Denoising or flow matching loss of the data's actions, mean over B and A. Eq. 2.
+    """Denoising or flow matching loss of the data's actions, mean over B and A.
 
     ddpm: |eps_theta(x_t, s, t) - eps|^2, x_t = sqrt(alpha_bar_t) a + sqrt(1 - alpha_bar_t) eps.
     flow: |v_theta(x_t, s, t) - (a - eps)|^2, x_t = (1 - t) eps + t a.
@@ -291,7 +295,7 @@ def generate_action(apply_fn, params, observation, key, cfg):
 
 
 def denoise_by_posterior(apply_fn, params, observation, noise, keys, cfg):
-    """DDPM sampling: each of T steps draws x_{t-1} from q(x_{t-1} | x_t, x_0), Eq. 1.
+    """DDPM sampling: each of T steps draws x_{t-1} from q(x_{t-1} | x_t, x_0).
 
     x_0 is the action that the model predicts, clipped to [-1, 1]; the last step returns it.
     """
