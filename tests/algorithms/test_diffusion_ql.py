@@ -17,8 +17,8 @@ from algorithms import diffusion_ql as dql
 
 critic_loss = nets.compiled(dql.critic_loss)
 actor_loss = nets.compiled(dql.actor_loss)
-setup = functools.partial(nets.setup, dql, generator_steps=3, max_gradient_norm=None)
-FLOW = {"generator": "flow", "flow_steps": 3, "actor_q": "mean", "q_agg": "mean"}
+setup = functools.partial(nets.setup, dql, generator_steps=2, max_gradient_norm=None)
+FLOW = {"generator": "flow", "flow_steps": 2, "actor_q": "mean", "q_agg": "mean"}
 
 
 # --- The method in NumPy ------------------------------------------------------------------------
@@ -243,7 +243,7 @@ def test_the_average_of_the_actor_moves_when_it_is_due():
 # --- Acting -------------------------------------------------------------------------------------
 @functools.cache
 def acting(generator):
-    """cfg, small parameters and the compiled policy with 6 samples in 3 steps."""
+    """cfg, small parameters and the compiled policy with 6 samples."""
     cfg, state, _, _ = setup(num_samples=6, **(FLOW if generator == "flow" else {}))
     act = functools.partial(
         dql.policy, state.actor.apply_fn, apply_critics=state.critic.apply_fn, cfg=cfg
