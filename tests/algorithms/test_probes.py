@@ -15,7 +15,7 @@ FREE = {  # no pull towards the data, or as little as the method can have
     "awr": {"inverse_temperature": 6.0, "max_weight": 1e3, "fixed_std": None},
     "bcq": {"kl_weight": 0.01, "perturbation": 1.0},
     "cql": {"alpha": 0.0},
-    "diffusion_ql": {"eta": 10.0},
+    "diffusion_ql": {"eta": 10.0, "generator_steps": 5},
     "fql": {"alpha": 0.01},
     "gfp": {"alpha": 0.01, "normalize_q": False},
     "idql": {"expectile": 0.5},
