@@ -35,6 +35,7 @@ CONTINUOUS += ["dt", "bcq", "atac", "odice", "ivr", "xql", "idql", "fql", "qc"]
 CONTINUOUS += ["sac_n", "edac", "lb_sac"]
 CONTINUOUS += ["sac"]
 CONTINUOUS += ["brac", "fisher_brc"]
+CONTINUOUS += ["diffusion_ql", "gfp"]
 DISCRETE = ["cql_discrete"]  # these refuse others
 EITHER = ["bc"]  # takes both
 HANGS = 900  # seconds after which a test gives up; no machine is so slow
@@ -51,7 +52,9 @@ ALSO_TINY = {  # by algorithm
     "fisher_brc": ["--behaviour-hidden", "8", "--clone-updates", "4"],
     "idql": ["--actor-hidden", "8", "--num-samples", "2"],
     "odice": ["--value-hidden", "8"],
+    "diffusion_ql": ["--generator-steps", "2", "--num-samples", "2"],
     "fql": ["--flow-steps", "2"],
+    "gfp": ["--flow-steps", "2"],
     "qc": ["--flow-steps", "2", "--num-samples", "2", "--horizon", "3"],
 }
 SEQUENCE = {  # by algorithm, in place of hidden layers

@@ -152,7 +152,11 @@ def replayed(module, batches, draws):
     def randint(key, shape, *args, **kwargs):
         return draw("randint", shape)
 
+    def categorical(key, logits, axis=-1):
+        return (logits + draw("gumbel", logits.shape)).argmax(axis)  # one of softmax(logits)
+
     fakes = {"normal": normal, "uniform": uniform, "bernoulli": bernoulli, "randint": randint}
+    fakes["categorical"] = categorical
     real = {kind: getattr(jax.random, kind) for kind in fakes} | {"param": Scope.param}
     with contextlib.ExitStack() as stack:
         if batches:

@@ -173,7 +173,12 @@ SMALL = {  # what makes an algorithm file small and fast; data sets and claims s
     "fisher_brc": NET
     | FAST
     | {"temperature_learning_rate": 1e-3, "behaviour_hidden": (64, 64), "clone_updates": 1000},
+    "diffusion_ql": NET
+    | FAST
+    | {"generator_steps": 3, "max_gradient_norm": 10.0}
+    | {"actor_target_start": 1, "actor_target_rate": 0.05},
     "fql": NET | FAST | {"flow_steps": 5},
+    "gfp": NET | FAST | {"flow_steps": 5},
     "idql": NET
     | FAST
     | {"cosine": False, "actor_hidden": (32,), "dropout": None, "actor_target_rate": 0.01}

@@ -28,6 +28,16 @@ QC = {"horizon": 3}
 SAC = {"hidden": (8, 8, 8)}
 BRAC = {"critic_hidden": (16, 16), "clone_updates": 0, "warm_start": 0}
 FISHER_BRC = {"behaviour_hidden": (16, 16)}
+FBRAC = {
+    "generator": "flow",
+    "actor_q": "mean",
+    "q_agg": "mean",
+    "num_samples": 1,
+    "max_gradient_norm": None,
+    "actor_target_rate": 1.0,
+    "actor_target_every": 1,
+    "actor_target_start": 1,
+}
 CHUNKS = {"action_dim": 2, "policy": "sample_chunk"}  # its policy plays what sample_chunk returns
 
 CASES = [
@@ -60,6 +70,51 @@ CASES = [
     ),
     Case("fql", "mean", {}),
     Case("fql", "min", {"alpha": 3.0, "q_agg": "min", "normalize_q": True, "discount": 0.995}),
+    Case("gfp", "cube", {"eta": 0.5, "target_agg": "mean"}),
+    Case(
+        "gfp",
+        "antmaze",
+        {
+            "alpha": 0.3,
+            "eta": 0.1,
+            "q_agg": "min",
+            "discount": 0.995,
+            "guidance_agg": "max",
+            "flow_steps": 4,
+        },
+    ),
+    Case(
+        "gfp",
+        "fql",
+        {
+            "alpha": 3.0,
+            "eta": None,
+            "normalize_q": False,
+            "discount": 0.9,
+            "target_agg": "flow",
+            "flow_steps": 3,
+        },
+    ),
+    Case(
+        "diffusion_ql",
+        "mujoco",
+        {"max_gradient_norm": 2.5, "actor_target_start": 2, "actor_target_every": 2},
+    ),
+    Case(
+        "diffusion_ql",
+        "antmaze",
+        {
+            "discount": 0.95,
+            "eta": 3.5,
+            "generator_steps": 3,
+            "actor_learning_rate": 1e-3,
+            "max_gradient_norm": None,
+            "target_samples": 10,
+            "actor_target_start": 1,
+            "actor_target_every": 3,
+        },
+    ),
+    Case("diffusion_ql", "fbrac", FBRAC | {"alpha": 30.0, "discount": 0.97, "flow_steps": 4}),
     Case("cql", "mujoco", CQL),
     Case(
         "cql",

@@ -128,13 +128,14 @@ def test_train_may_compare_with_the_length_and_nothing_else(tmp_path):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_files_whose_schedule_ends_with_the_run(name):
-    """Those that have a cosine decay, unless it is switched off; no other."""
+    """Those that have a cosine decay, while it is switched on; no other."""
     module = importlib.import_module(f"algorithms.{name}")
-    where = growth.length_dependence(module.__file__, module.Config())
-    assert (where is not None) == ("cosine" in vars(module.Config))
-    if where:
-        flat = module.Config(cosine=False)
-        assert growth.length_dependence(module.__file__, flat) is None
+    if "cosine" not in vars(module.Config):
+        assert growth.length_dependence(module.__file__, module.Config()) is None
+        return
+    for cosine in (True, False):
+        where = growth.length_dependence(module.__file__, module.Config(cosine=cosine))
+        assert (where is not None) == cosine
 
 
 # --- Longer, and evaluated otherwise ------------------------------------------------------------
