@@ -1,22 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 """The online phase: rows of the envs, the buffer, both phases of a run, resuming, bad input."""
 
+import dataclasses
 import functools
 import json
 import shutil
 import signal
+import types
 from pathlib import Path
 
 import gymnasium
 import helpers_runs as runs
 import jax
+import jax.numpy as jnp
 import numpy as np
 import probes
 import pytest
 
 from algorithms import sac
 from common import datasets, experiment, interaction
-from common.experiment import buffers, config, phases
+from common.experiment import buffers, checkpoints, config, phases
 
 LIMIT = 7  # steps per episode of Walk
 
@@ -156,8 +159,7 @@ def test_rows_are_those_of_the_env(alone):
             row = {name: x[t, i] for name, x in rows.items()}
             assert np.array_equal(row["observation"], np.float32(observation))
             assert abs(row["action"]) <= 1
-            # As gymnasium's RescaleAction computes it.
-            observation, reward, termination, _, _ = env.step(2 * row["action"])
+            observation, reward, termination, _, _ = env.step(2 * row["action"])  # of [-2, 2]
             length += 1
             np.testing.assert_allclose(row["next_observation"], observation, rtol=1e-6)
             np.testing.assert_allclose(row["reward"], reward, rtol=1e-5)
@@ -165,9 +167,6 @@ def test_rows_are_those_of_the_env(alone):
             assert (row["termination"], row["truncation"]) == (termination, truncation)
             ends["termination"] += termination
             ends["truncation"] += truncation
-            observation = row["next_observation"].astype(np.float64)
-            env.position = env.position  # the env goes on by itself
-            observation = env.position.copy()
             if termination or truncation:
                 episode, length = episode + 1, 0
     assert min(ends.values()) > 0  # both kinds were met
@@ -330,32 +329,41 @@ def test_a_damaged_file_of_rows_is_one_line(both, tmp_path, capsys):
     assert "is not as it was written" in refused(capsys, argv)
 
 
-def test_an_env_that_cannot_repeat_an_episode_is_said(tmp_path, capsys):
-    argv = [*TINY, *ALONE, "--dataset", "env/Forgetful-v0", "--runs-dir", str(tmp_path)]
-    argv += ["--random-steps", "2", "--name", "run"]
-    runs.start("sac", [*argv, "--online-updates", "8"])
+def test_an_env_that_cannot_repeat_an_episode_is_said(tmp_path, monkeypatch, capsys):
+    argv = [*TINY, *ALONE, "--online-updates", "24", "--dataset", "env/Forgetful-v0"]
+    argv += ["--runs-dir", str(tmp_path), "--name", "run"]
+    log = experiment.Run.log
+
+    def stopped(run, step, *args):
+        log(run, step, *args)
+        if step == 4:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(experiment.Run, "log", stopped)
+        runs.start("sac", argv)
     folder = tmp_path / "sac" / "env" / "Forgetful-v0" / "run"
     before = rows_of(folder)
+    assert len(before["reward"]) == 9
     over = before["termination"] + before["truncation"] > 0
     assert not over[-1]  # an episode is under way
     capsys.readouterr()
-    runs.start("sac", [*argv, "--online-updates", "12", "--resume"])
-    assert "env Forgetful-v0: does not repeat an episode, so that of seed 0 ends here" in (
-        capsys.readouterr().out
-    )
+    runs.start("sac", [*argv, "--resume"])
+    said = "env Forgetful-v0: does not repeat an episode, so that of seed 0 ends here"
+    assert said in capsys.readouterr().out
     after = rows_of(folder)
-    assert not np.array_equal(after["observation"][10], before["next_observation"][-1])
-    _, meta = experiment.checkpoints.read(experiment.checkpoints.manager(folder), 12)
-    assert meta["interaction"]["broken"] == [[9, 0]]
+    assert np.array_equal(after["action"][:9], before["action"])
+    assert not np.array_equal(after["observation"][9], before["next_observation"][-1])
+    _, meta = checkpoints.read(checkpoints.manager(folder), 24)
+    assert meta["interaction"]["broken"] == [[8, 0]]  # truncated there, at every later start
 
 
 def test_a_killed_run_goes_on(tmp_path, compilation_cache):
     """The real thing, once: SIGKILL in the online phase, half of a line in metrics.csv."""
-    argv = ["--dataset", "env/Pendulum-v1", "--num-updates", "0", "--random-steps", "5", *TINY]
-    argv += ["--num-updates", "0", "--online-updates", "16", "--runs-dir", str(tmp_path)]
-    argv += ["--env-steps", "6", "--name"]
+    argv = ["--dataset", "env/Pendulum-v1", "--env-steps", "6", *TINY, *ALONE[2:]]
+    argv += ["--online-updates", "24", "--runs-dir", str(tmp_path), "--name"]
     environment = runs.environment(compilation_cache)
-    words = runs.command("sac", [*argv, "killed"], die="in log 8")
+    words = runs.command("sac", [*argv, "killed"], die="in log 16")
     code, _, error = runs.call(words, tmp_path, environment)
     assert code == -signal.SIGKILL, error
     for name in ("killed", "whole"):
@@ -368,21 +376,39 @@ def test_a_killed_run_goes_on(tmp_path, compilation_cache):
 # --- Counting -----------------------------------------------------------------------------------
 def test_updates_per_step_and_steps_per_refresh(tmp_path, monkeypatch):
     """Two updates per env step, two env steps with each policy: rows grow by two every four."""
-    counted = []
-    write = buffers.write
-    monkeypatch.setattr(
-        buffers,
-        "write",
-        lambda buffer, new, first: counted.append(first) or write(buffer, new, first),
+    write, firsts, chunks = buffers.write, [], []
+
+    def noted(buffer, new, first):
+        firsts.append(first)
+        return write(buffer, new, first)
+
+    def train_chunk(state, key, start, data, cfg):
+        rows = data.reward[jnp.arange(3)]
+        return state + cfg.log_every, {"start": jnp.float32(start) + 0 * rows.sum()}
+
+    monkeypatch.setattr(buffers, "write", noted)
+    cfg = sac.Config(num_updates=8, online_updates=16, log_every=8, random_steps=5)
+    cfg = dataclasses.replace(cfg, updates_per_step=2, steps_per_refresh=2)
+    dataset = datasets.load("env/Walk-v0")
+    run = types.SimpleNamespace(cfg=cfg, dataset=dataset, folder=tmp_path, attach=chunks.append)
+    keys, explore_keys = experiment.streams(cfg.seeds, 2)
+    online = interaction.Interaction(
+        run,
+        dataset.transitions,
+        lambda params, observation, key: params * observation[:, :1],
+        explore_keys,
+        lambda state: state * 0,
+        train_chunk,
     )
-    argv = [*TINY, *ALONE, "--online-updates", "8", "--updates-per-step", "2"]
-    argv += ["--steps-per-refresh", "2", "--runs-dir", str(tmp_path), "--name", "run"]
-    runs.start("sac", argv)
-    assert counted == [0, 4, 6]  # the row before is written once more
-    assert len(rows_of(tmp_path / "sac" / "env" / "Walk-v0" / "run")["reward"]) == 5 + 4
-    cfg = sac.Config(online_updates=8, updates_per_step=2, random_steps=5)
-    assert phases.env_steps(cfg) == 9 and phases.last_update(cfg) == 1_000_008
+    assert chunks == [online]
+    state, metrics = online.chunk(jnp.zeros(1), keys, 8)
+    assert firsts == [0, 4, 6]  # the row before is written once more
+    assert state.tolist() == [8] and metrics["start"].tolist() == [10]  # of 8 and 12
+    assert online.count == 5 + 4 and (online.rows[5:9, 0, 3] == 0).all()  # the policy's actions
+    assert phases.env_steps(cfg) == 5 + 8 and phases.last_update(cfg) == 24
     assert phases.env_steps(sac.Config()) == 0
+    online.saved()
+    assert (tmp_path / interaction.FILE).stat().st_size == 9 * 4 * (3 + 1 + 1 + 3 + 2)
 
 
 # --- What the command line takes ----------------------------------------------------------------
