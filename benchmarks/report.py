@@ -424,7 +424,10 @@ def command(row):
             for key, value in changed.items():
                 flags += [f"--{key.replace('_', '-')}"]
                 flags += map(str, value if isinstance(value, list) else [value])
-            if config.resolved(*config.parse(module.Config, [*flags, *extra])) == values:
+            chosen = config.resolved(*config.parse(module.Config, [*flags, *extra]))
+            # A field that the file got later is off by default, as it was in this run.
+            later = {key: x for key, x in _defaults(module.Config).items() if key not in values}
+            if chosen == values | later:
                 return f"{start} {shlex.join(flags)}"
             config.read_run(row.folder, module.Config)
         except (ImportError, AttributeError, SystemExit):
@@ -433,6 +436,11 @@ def command(row):
             return f"# {row.folder}/config.yaml: {why}"
     seeds = ["--seeds", *row.result["score"]] if row.others else []
     return f"{start} --config {shlex.join([str(row.folder / 'config.yaml'), *seeds])}"
+
+
+def _defaults(config_class):
+    """{field: default} as config.yaml writes them."""
+    return config.resolved(config_class(), config.Options())
 
 
 def commands(rows):
