@@ -25,6 +25,7 @@ DT = {
     "dropout": None,
 }
 QC = {"horizon": 3}
+OPTIDICE = {"absorbing_state": "none"}  # the batches are rows as the update takes them
 CHUNKS = {"action_dim": 2, "policy": "sample_chunk"}  # its policy plays what sample_chunk returns
 
 CASES = [
@@ -205,6 +206,32 @@ CASES = [
         "strong",
         {"alpha": 4.0, "target_every": 5, "discount": 0.9},
         create={"num_actions": 4},
+    ),
+    Case("optidice", "iproj", OPTIDICE | {"alpha": 0.7, "components": 3, "warm_start": 0}),
+    Case(
+        "optidice",
+        "kl",
+        OPTIDICE
+        | {
+            "f": "kl",
+            "residual_fit": "mse",
+            "alpha": 1.5,
+            "discount": 0.95,
+            "components": 2,
+            "warm_start": 2,
+        },
+    ),
+    Case(
+        "optidice",
+        "wbc",
+        OPTIDICE | {"f": "chi2", "extraction": "wbc", "alpha": 0.5, "warm_start": 0},
+    ),
+    Case("algaedice", "code", {}, gradient_steps=2),
+    Case(
+        "algaedice",
+        "residual",
+        {"online_share": 0.6, "exponent": 2.0, "alpha": 0.5, "discount": 0.9, "target_rate": 0.1},
+        gradient_steps=2,
     ),
 ]
 
