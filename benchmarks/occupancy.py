@@ -17,7 +17,6 @@ The corridor is so small that every ratio is known:
   1 / (2 - gamma). Its orthogonal gradient follows another objective, and the panel shows how far
   its weights are from that ratio.
 - AlgaeDICE: of its own policy, whatever that has become, by online_share 1 of the paper.
-  Its |x|^2 / 2 is the same divergence, up to a constant.
 """
 
 import argparse
@@ -39,7 +38,7 @@ DISCOUNT = 0.9
 EPISODES, STEPS = 200, 20
 ALPHA = 0.25  # weight of the chi-square divergence (w - 1)^2 / 2
 DIRECTIONS = ("left", "right")
-NETS = {"hidden": (64, 64), "batch_size": 256, "discount": DISCOUNT}
+NETS = {"hidden": (32, 32), "batch_size": 128, "discount": DISCOUNT}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,7 +176,7 @@ def learn_odice(world, updates, gradient="true"):
     cfg = odice.Config(
         **NETS,
         log_every=updates,
-        value_hidden=(64, 64),
+        value_hidden=(32, 32),
         value_learning_rate=2e-3,
         layer_norm=False,
         gradient=gradient,
@@ -198,7 +197,7 @@ def learn_algaedice(world, updates, samples=16):
     cfg = algaedice.Config(
         **NETS,
         log_every=updates,
-        alpha=ALPHA,
+        alpha=1.0,
         exponent=2.0,
         online_share=1.0,
     )

@@ -164,8 +164,11 @@ VARIANTS = [
 
 def inputs(**overrides):
     cfg, state, _, data = setup(**overrides)
-    actor = jax.tree.map(lambda x: 0.5 * x, state.actor.params)  # no action at the edge of the box
-    state = state._replace(actor=state.actor.replace(params=actor))
+    for field in ("actor", "behaviour"):  # no action at the edge of the box, no density of 0
+        net = getattr(state, field)
+        if net is not None:
+            net = net.replace(params=jax.tree.map(lambda x: 0.5 * x, net.params))
+            state = state._replace(**{field: net})
     noise = np.random.default_rng(5).standard_normal(data.action.shape, np.float32)
     return cfg, state, data, noise
 
@@ -323,7 +326,7 @@ def test_every_episodes_start_is_as_likely():
 
 def test_training_sees_standardised_rows(monkeypatch, tmp_path):
     raw = probes.random_transitions(20, observation=7 + np.arange(60).reshape(20, 3) % 7)
-    state, data = nets.handed_over(optidice, monkeypatch, tmp_path, raw, (-3, 5))
+    state, data = nets.handed_over(optidice, monkeypatch, tmp_path, raw, (-3, 5), extraction="wbc")
     reward = 0.1 * (raw.reward - raw.reward.mean()) / raw.reward.std()
     extra = int(raw.termination.sum())
     np.testing.assert_allclose(data.reward, [*reward, *[0] * extra], rtol=1e-4, atol=1e-6)
@@ -341,16 +344,17 @@ def test_ratio_of_one_step_into_an_absorbing_state():
     """Rewards a uniform in [-1, 1] at the first step, then the absorbing state without reward.
 
     Every policy's occupancy of the first state is 1 - gamma = 0.1. Half of the rows start in it,
-    so the mean of w over a is 0.2 there; w rises by 1 / alpha per unit of a: w = 0.2 + a / 5.
+    so the mean of w over a is 0.2 there. With alpha 1, w = max(0, a - c), of mean (1 - c)^2 / 4.
     """
     data = probes.best_action()
     data = data._replace(reward=data.action[:, 0])
-    settings = {"f": "chi2", "alpha": 5.0, "discount": 0.9, "absorbing_state": "bootstrap"}
+    settings = {"f": "chi2", "alpha": 1.0, "discount": 0.9, "absorbing_state": "bootstrap"}
     settings |= {"extraction": "wbc"}
     state = probes.train(optidice, data, 3000, **settings)
     cfg = probes.config(optidice, **settings)
-    observation = np.float32([[1, 0]] * 5)
-    action = np.float32([[-0.9], [-0.5], [0.0], [0.5], [0.9]])
+    action = np.float32([[-0.9], [-0.5], [0.3], [0.6], [0.9]])
+    observation = np.float32([[1, 0]] * len(action))
     residual = state.residual_net.apply_fn(state.residual_net.params, observation, action)
     w = optidice.ratio(optidice.normalised_residual(residual, state, cfg), cfg)
-    np.testing.assert_allclose(w, 0.2 + action[:, 0] / 5, atol=0.03)
+    expected = np.maximum(0, action[:, 0] - (1 - 2 * 0.2**0.5))
+    np.testing.assert_allclose(w, expected, atol=0.04)
