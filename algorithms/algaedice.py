@@ -4,7 +4,7 @@
 Paper       https://arxiv.org/abs/1912.02074
 Reference   https://github.com/google-research/google-research/tree/master/algae_dice
 Run         python algorithms/algaedice.py --config configs/algaedice/mujoco.yaml
-Parent      none
+Parent      sac.py (244 lines)
 Results     docs/results.md
 Deviations  The authors' script fills its replay buffer as it learns; here it is the fixed data set,
             and the buffer of initial states has the first observation of each episode. The

@@ -21,7 +21,15 @@ from typing import Annotated, Literal
 import tyro
 
 from common import datasets, fail
-from common.experiment import beginning, growth, kinds, ranges, show_config, wandb_settings
+from common.experiment import (
+    beginning,
+    growth,
+    kinds,
+    phases,
+    ranges,
+    show_config,
+    wandb_settings,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +46,7 @@ class Options:
     wandb_entity: str | None = None  # wandb's user or team (default: WANDB_ENTITY or your own)
     start_from: str | None = None  # run folder whose parameters are the beginning of this run
     start_optimizer: bool = False  # with --start-from: the states of its optimisers as well
-    keep: Literal["last", "best"] = "last"  # best: each seed's policy of its best evaluation, too
+    keep: Literal["last", "best", "all"] = "last"  # also the best evaluated policy, or all of them
     save_seconds: float = 10.0  # least time between checkpoints; 0: one at every chunk boundary
     data: Literal["device", "host"] = "device"  # host: the device holds the rows of two chunks only
     devices: int = 1  # devices that share the batches of one seed; several seeds always share all
@@ -64,6 +72,9 @@ def parse(config_class, argv=None):
     not_given = "\0"  # tells whether the command line names a data set
     cfg, options = _command_line(config_class, ["--dataset", not_given, *argv], script.name)
     chosen = None if cfg.dataset == not_given else cfg.dataset
+    if chosen is None and options.config is None and options.env and phases.online_updates(cfg):
+        chosen = f"env/{options.env}"  # an env and no data: the online phase alone
+        argv = ["--dataset", chosen, *argv]
     for name in ("config", "env", "name", "runs_dir", "distributed"):
         _printable(ranges.flag(name), getattr(options, name) or "-")
     dataset = _printable("--dataset", chosen or config_class.dataset)
@@ -94,6 +105,7 @@ def check(cfg, options):
     kinds.check(cfg)
     kinds.check(options)
     ranges.check(cfg)
+    phases.check(cfg, options)
     if not 0 <= options.save_seconds < float("inf"):
         fail(f"--save-seconds {options.save_seconds}: must be 0 or more")
     wandb_settings.check(cfg, options)
@@ -340,7 +352,7 @@ def run_folder(cfg, options):
             is_path = key in ("dataset", "start_from") and was and now
             if was != now and not (is_path and _same_file(was, now)):
                 fail(f"{folder} has {key} {was}, not {now}; resume with that or choose a --name")
-        growth.check(folder, before["num_updates"], cfg, script)
+        growth.check(folder, before, cfg, script)
     return folder
 
 

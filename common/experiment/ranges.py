@@ -26,8 +26,8 @@ def check(cfg):
             check_seeds(value)
         elif name.endswith("hidden") and not value:
             fail(f"{given}: give at least one hidden layer")
-        elif any(type(x) is int and x < 1 for x in numbers):
-            fail(f"{given}: must be at least 1")
+        elif any(type(x) is int and x < _least(name, cfg) for x in numbers):
+            fail(f"{given}: must be at least {_least(name, cfg)}")
         elif name in SHARES and not 0 <= value <= 1:
             fail(f"{given}: must be a number from 0 to 1")
         elif name == "fraction" and not 0 < value <= 1:
@@ -43,9 +43,10 @@ def check(cfg):
         ("num_updates", "log_every"),
         ("log_every", "policy_delay"),
         ("log_every", "actor_updates"),
+        ("online_updates", "log_every"),
         ("embedding", "num_heads"),
     ):
-        if hasattr(cfg, part) and getattr(cfg, whole) % getattr(cfg, part):
+        if {whole, part} <= {*vars(cfg)} and getattr(cfg, whole) % getattr(cfg, part):
             number, divisor = getattr(cfg, whole), getattr(cfg, part)
             near = max(1, round(number / divisor)) * divisor
             smaller = f", or {flag(part)} {number}" if number < divisor else ""
@@ -53,6 +54,19 @@ def check(cfg):
                 f"{flag(whole)} {number} is no multiple of {flag(part)} {divisor}; "
                 f"{near} would be one{smaller}"
             )
+
+    refresh = getattr(cfg, "steps_per_refresh", 1) * getattr(cfg, "updates_per_step", 1)
+    if refresh > 1 and cfg.online_updates and cfg.log_every % refresh:
+        counts = f"{cfg.steps_per_refresh} * {cfg.updates_per_step}"
+        what = f"no multiple of steps_per_refresh * updates_per_step, {counts}"
+        fail(f"--log-every {cfg.log_every}: {what}, the updates between two sets of env steps")
+
+
+def _least(name, cfg):
+    """The least value of a whole number."""
+    if name in ("online_updates", "random_steps"):
+        return 0
+    return 0 if name == "num_updates" and getattr(cfg, "online_updates", 0) else 1
 
 
 def check_seeds(seeds):

@@ -60,9 +60,14 @@ class Records:
         file = self.folder / "result.json"
         return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
 
-    def resume(self, start):
-        """Drop everything that update `start` and the later ones wrote: it is written again."""
+    def resume(self, start, columns=()):
+        """Drop everything that update `start` and the later ones wrote: it is written again.
+
+        `columns` are further ones of metrics.csv, which a run gets that grows by an online phase.
+        """
         (self.folder / "result.json").unlink(missing_ok=True)  # a folder with it is finished
+        for name in columns:
+            self._add_column(name)
         self._cut("metrics.csv", self.waiting[0][0] if self.waiting else start)
         self._cut("timing.csv", start)
 
@@ -73,6 +78,17 @@ class Records:
             header, *rows = file.read_text(encoding="utf-8").splitlines(keepends=True) or [""]
             rows = [row for row in rows if row[-1] == "\n" and int(row.split(",")[0]) < first]
             files.write(file, "".join([header, *rows] if rows else []))
+
+    def _add_column(self, column):
+        """An empty column of metrics.csv, before those of the evaluations, if it is not there."""
+        file = self.folder / "metrics.csv"
+        rows = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+        if not rows or column in rows[0].split(","):
+            return
+        place = rows[0].split(",").index(SCORES[0])
+        cells = [row.split(",") for row in rows if len(row.split(",")) == len(rows[0].split(","))]
+        lines = [[*row[:place], "" if i else column, *row[place:]] for i, row in enumerate(cells)]
+        files.write(file, "".join(",".join(line) + "\n" for line in lines))
 
     def write_metrics(self, step, metrics, scores, diverged, last):
         """Add the rows of a chunk boundary to metrics.csv, one per seed.
@@ -88,7 +104,8 @@ class Records:
         """
         for i, seed in enumerate(self.seeds):
             gone = diverged.get(i, step) < step
-            means = {} if gone else {name: x[i] for name, x in (metrics or {}).items()}
+            means = {name: x[i] for name, x in (metrics or {}).items() if x[i] is not None}
+            means = {} if gone else means
             numbers = {name: x[i] for name, x in (scores or {}).items()}
             self.waiting.append((step, seed, means, numbers))
         if not metrics and not last:

@@ -177,6 +177,7 @@ SMALL = {  # what makes an algorithm file small and fast; data sets and claims s
     "optidice": NET | {"learning_rate": 1e-3, "warm_start": 20},
     "qc": NET | FAST | {"flow_steps": 5, "num_samples": 4, "horizon": 3},
     "rebrac": NET | FAST,
+    "sac": NET | FAST | {"temperature_learning_rate": 1e-3},
     "td3_bc": NET | FAST,
     "xql": NET | FAST | {"cosine": False},
 }
