@@ -16,16 +16,18 @@ The corridor is so small that every ratio is known:
 - ODICE with its true gradient: the same with other starts, the states of the data, when lambda is
   1 / (2 - gamma). Its orthogonal gradient follows another objective, and the panel shows how far
   its weights are from that ratio.
-- AlgaeDICE: of its own policy, whatever that has become, by online_share 1 of the paper.
+- AlgaeDICE: of a given policy, here one that turns back in the fourth cell, by its critic loss with
+  online_share 1 of the paper. Its own policy is left out: the loss samples one next action, and
+  where a policy has several that differ in value, this biases the ratio towards the better ones.
 """
 
 import argparse
 import dataclasses
-import math
 from functools import partial
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 import figures
@@ -38,6 +40,7 @@ DISCOUNT = 0.9
 EPISODES, STEPS = 200, 20
 ALPHA = 0.25  # weight of the chi-square divergence (w - 1)^2 / 2
 DIRECTIONS = ("left", "right")
+RIGHT = np.array([1.0, 1.0, 1.0, 0.0, 0.0])  # AlgaeDICE's policy goes left from the fourth cell on
 NETS = {"hidden": (32, 32), "batch_size": 128, "discount": DISCOUNT}
 
 
@@ -136,12 +139,12 @@ def policy_ratio(world, right):
 
 
 # --- Learned ratios -----------------------------------------------------------------------------
-def train(module, cfg, data, seed=0):
-    """The state of one seed after `log_every` updates."""
+def train(module, cfg, data, seed=0, change=lambda state: state):
+    """The state of one seed after `log_every` updates. `change` may alter the first state."""
     key_init, key_train = jax.random.split(jax.random.key(seed))
     example = jax.tree.map(lambda x: x[:1], data)
     # Not jitted: XLA can hang on the QR decompositions of two orthogonal initialisers.
-    state = module.create_state(key_init, example, cfg)
+    state = change(module.create_state(key_init, example, cfg))
     chunk = jax.jit(partial(module.train_chunk, cfg=cfg))
     return chunk(state, key_train, 0, jax.device_put(data))[0]
 
@@ -192,34 +195,44 @@ def learn_odice(world, updates, gradient="true"):
     return best_ratio(world, starts, ALPHA), by_direction(world, ratio)
 
 
-def learn_algaedice(world, updates, samples=16):
-    """(exact ratio of its policy, learned ratio)"""
+def turning_back(state):
+    """AlgaeDICE's state with an actor that follows `RIGHT`, and no reward for entropy."""
+    params = jax.tree.map(np.zeros_like, state.actor.params)
+    layers = params["params"]
+    layers["Dense_0"]["kernel"][RIGHT == 0, 0] = 1.0  # one hidden unit is 1 where it goes left
+    layers["Dense_1"]["kernel"][0, 0] = 1.0
+    layers["Dense_2"]["kernel"][0, 0] = -1.4
+    layers["Dense_2"]["bias"][:] = (0.7, -10.0)  # the mean to the right, and the least std
+    temperature = {"log": np.float32(-20.0)}
+    return state._replace(
+        actor=state.actor.replace(params=params),
+        log_temperature=state.log_temperature.replace(params=temperature),
+    )
+
+
+def learn_algaedice(world, updates):
+    """(exact ratio, learned ratio)"""
     cfg = algaedice.Config(
         **NETS,
         log_every=updates,
-        alpha=1.0,
+        actor_learning_rate=0.0,
+        temperature_learning_rate=0.0,
+        alpha=0.5,
         exponent=2.0,
         online_share=1.0,
     )
     data = algaedice.with_starts(world.dataset, world.dataset.transitions)
-    state = train(algaedice, cfg, data)
+    state = train(algaedice, cfg, data, change=turning_back)
 
     @jax.jit
-    def sampled_ratio(state, data, noise):
+    def residual(state, data):
+        noise = jnp.zeros_like(data.action)  # the std of this policy is 0.007
         action, log_prob = algaedice.sample_policy(state.actor, data.next_observation, noise)
-        residual = algaedice.bellman_residual(
-            state.critic.params, state, data, action, log_prob, cfg
-        )
-        return residual.clip(0.0).mean(axis=0) / cfg.alpha  # f'(delta) / alpha, [K, N] -> [N]
+        return algaedice.bellman_residual(state.critic.params, state, data, action, log_prob, cfg)
 
-    rng, ratio = np.random.default_rng(1), 0.0
-    for _ in range(samples):
-        noise = rng.standard_normal(data.action.shape, np.float32)
-        ratio += np.asarray(sampled_ratio(state, data, noise)) / samples
-    mean, log_std = state.actor.apply_fn(state.actor.params, np.eye(CELLS, dtype=np.float32))
-    z = np.asarray(mean / np.exp(log_std), np.float64)[:, 0]
-    right = np.array([0.5 * (1 + math.erf(x / 2**0.5)) for x in z])  # P(mean + std noise > 0)
-    return policy_ratio(world, right), by_direction(world, ratio)
+    found = np.asarray(residual(state, data)).mean(axis=0)  # [K, N] -> [N]
+    ratio = found.clip(0.0) / cfg.alpha  # f'(delta) / alpha
+    return policy_ratio(world, RIGHT), by_direction(world, ratio)
 
 
 METHODS = {  # title -> function of (world, updates)

@@ -46,15 +46,12 @@ def test_the_exact_ratio_is_that_of_the_best_policy(world):
 
 
 @pytest.mark.parametrize(
-    ("title", "limit"), [("OptiDICE", 0.12), ("ODICE, true gradient", 0.12), ("AlgaeDICE", 0.15)]
+    ("title", "limit"), [("OptiDICE", 0.12), ("ODICE, true gradient", 0.12), ("AlgaeDICE", 0.4)]
 )
 def test_learned_ratios_are_near_the_exact_ones(world, title, limit):
-    """Mean absolute errors over the data. A ratio of 1 everywhere, the data's own, is further off.
-
-    AlgaeDICE's policy stays closer to the data, so that its ratios differ less from 1.
-    """
+    """Mean absolute errors over the data; a ratio of 1 everywhere, the data's own, is far off."""
     exact, learned = occupancy.METHODS[title](world, 3000)
     found = occupancy.error(world, exact, learned)
     unchanged = occupancy.error(world, exact, np.ones_like(exact))
-    assert found < limit and found < 0.75 * unchanged, (found, unchanged)
-    np.testing.assert_allclose((world.occupancy * learned).sum(), 1, atol=0.1)
+    assert found < limit and found < unchanged / 3, (found, unchanged)
+    np.testing.assert_allclose((world.occupancy * learned).sum(), 1, atol=0.25)
