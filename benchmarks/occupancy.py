@@ -143,8 +143,10 @@ def train(module, cfg, data, seed=0, change=lambda state: state):
     """The state of one seed after `log_every` updates. `change` may alter the first state."""
     key_init, key_train = jax.random.split(jax.random.key(seed))
     example = jax.tree.map(lambda x: x[:1], data)
-    # Not jitted: XLA can hang on the QR decompositions of two orthogonal initialisers.
-    state = change(module.create_state(key_init, example, cfg))
+    create = partial(module.create_state, cfg=cfg)
+    if module is not algaedice:  # XLA can hang on its QR decompositions
+        create = jax.jit(create)
+    state = change(create(key_init, example))
     chunk = jax.jit(partial(module.train_chunk, cfg=cfg))
     return chunk(state, key_train, 0, jax.device_put(data))[0]
 
