@@ -242,3 +242,11 @@ def test_training_sees_the_rows_and_the_episodes_starts(monkeypatch, tmp_path):
         assert np.array_equal(getattr(data, name), getattr(raw, name)), name
     expected = raw.observation[np.array([0, 10] * 10)]
     assert np.array_equal(data.initial_observation, expected)
+
+
+@pytest.mark.parametrize("overrides", [{"exponent": 1.0}, {"discount": 1.0}])
+def test_settings_that_cannot_work_are_refused(overrides, capsys):
+    with pytest.raises(SystemExit) as leave:
+        algaedice.train(algaedice.Config(**overrides), None)
+    line = capsys.readouterr().err
+    assert leave.value.code == 2 and line.count("\n") == 1 and "must be" in line

@@ -339,6 +339,14 @@ def test_training_sees_standardised_rows(monkeypatch, tmp_path):
     assert starts == {tuple(row) for row in wanted.tolist()}
 
 
+@pytest.mark.parametrize("overrides", [{"alpha": 0.0}, {"discount": 1.0}, {"num_updates": 1000}])
+def test_settings_that_cannot_work_are_refused(overrides, capsys):
+    with pytest.raises(SystemExit) as leave:
+        optidice.train(optidice.Config(**overrides), None)
+    line = capsys.readouterr().err
+    assert leave.value.code == 2 and line.count("\n") == 1 and "must be" in line
+
+
 # --- Closed form --------------------------------------------------------------------------------
 def test_ratio_of_one_step_into_an_absorbing_state():
     """Rewards a uniform in [-1, 1] at the first step, then the absorbing state without reward.
