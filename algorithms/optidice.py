@@ -512,6 +512,11 @@ def train(cfg, options):
         fail("--alpha 0.0: must be above 0, since the residuals are divided by it")
     if cfg.discount == 1:
         fail("--discount 1.0: must be below 1, for the occupancy of a discounted future")
+    if cfg.warm_start >= cfg.num_updates:
+        fail(
+            f"--warm-start {cfg.warm_start}: must be below --num-updates {cfg.num_updates}, "
+            "or the actor never learns"
+        )
     dataset = datasets.load(cfg.dataset, options.env, options.env_steps)
     reward = dataset.transitions.reward
     if cfg.standardise_reward:

@@ -42,7 +42,7 @@ ALSO_TINY = {  # by algorithm
     "cql": ["--critic-hidden", "8", "--num-samples", "2"],
     "idql": ["--actor-hidden", "8", "--num-samples", "2"],
     "odice": ["--value-hidden", "8"],
-    "optidice": ["--warm-start", "10"],
+    "optidice": ["--warm-start", "2"],
     "fql": ["--flow-steps", "2"],
     "qc": ["--flow-steps", "2", "--num-samples", "2", "--horizon", "3"],
 }
