@@ -18,6 +18,7 @@ is the score of a policy and not its size, so the networks are small.
 """
 
 import argparse
+import csv
 import json
 import time
 from functools import partial
@@ -35,9 +36,8 @@ SETTINGS = """--num-updates 0 --random-steps 5000 --hidden 128 128 --batch-size 
 --actor-learning-rate 1e-3 --critic-learning-rate 1e-3 --temperature-learning-rate 1e-3
 --steps-per-refresh 50 --log-every 1000 --eval-every 5000 --eval-episodes 5
 --keep all --save-seconds 60 --wandb disabled --resume"""
-UPDATES = {"hopper": 500_000, "halfcheetah": 1_000_000, "walker2d": 1_000_000}
-TARGET = {"hopper": 44, "halfcheetah": 41, "walker2d": 62}  # score of the medium policy, D4RL's
-NEAR = 3  # points; so close, a policy is taken as the medium one
+UPDATES = {"hopper": 500_000, "halfcheetah": 600_000, "walker2d": 600_000}
+NEAR = 3  # points; so close to D4RL's score, a policy is taken as the medium one
 EPISODES = 20  # by which a policy is scored
 BEST = 5  # policies with the best evaluations during training; one of them is the expert
 STARTS = 30_000  # seed of the first episode that scores a policy
@@ -60,20 +60,18 @@ class Policies:
 
     def __init__(self, task, folder):
         self.task, self.folder, self.file = task, folder, folder / "scores.json"
-        self.cfg, self.dataset, self.state = experiment.load(sac, folder)
-        self.key = experiment.streams(self.cfg.seeds, 5)[4]
-        self.explore = partial(sac.explore, self.state.actor.apply_fn)
+        self.cfg, self.dataset, state = experiment.load(sac, folder)
+        self.keys = experiment.streams(self.cfg.seeds, 5)[4]
+        self.explore = partial(sac.explore, state.actor.apply_fn)
         known = json.loads(self.file.read_text()) if self.file.exists() else {}
         self.scores = {int(update): score for update, score in known.items()}
+        plan = SimpleNamespace(eval_episodes=EPISODES, eval_every=1, num_updates=0)
         self.rollouts = evaluation.Rollouts(
-            self.dataset,
-            self.explore,
-            self.key,
-            SimpleNamespace(eval_episodes=EPISODES, eval_every=1, num_updates=0),
-            first_start=STARTS,
+            self.dataset, self.explore, self.keys, plan, first_start=STARTS
         )
 
     def params(self, update):
+        """Those of the actor, [1, ...], at that update."""
         _, _, state = experiment.load(sac, self.folder, update)
         return sac.policy_params(state)
 
@@ -83,22 +81,23 @@ class Policies:
             found = self.rollouts.run(self.params(update), update)
             self.scores[update] = float(found["score"][0])
             files.write(self.file, json.dumps(self.scores, indent=1) + "\n")
+            print(f"policy of update {update:,}: score {self.scores[update]:.1f}", flush=True)
         return self.scores[update]
 
     def evaluated(self):
         """{update: score of the evaluation during training}, without the untrained policy."""
-        rows = [line.split(",") for line in (self.folder / "metrics.csv").read_text().split()]
-        place = rows[0].index("score")
-        return {int(row[0]): float(row[place]) for row in rows[1:] if row[place] and row[0] != "0"}
+        with (self.folder / "metrics.csv").open() as file:
+            rows = [row for row in csv.DictReader(file) if row["score"] and row["update"] != "0"]
+        return {int(row["update"]): float(row["score"]) for row in rows}
 
     def medium(self):
-        """The update of the first policy that is near enough to D4RL's."""
-        for update in self.evaluated():
-            score = self.score(update)
-            print(f"policy of update {update:,}: score {score:.1f}", flush=True)
-            if abs(score - TARGET[self.task]) <= NEAR:
+        """The update of the first policy that is near enough to D4RL's, else the closest one."""
+        target = mujoco.TASKS[self.task].behaviour["medium"]
+        updates = [*self.evaluated()]
+        for update in updates:
+            if abs(self.score(update) - target) <= NEAR:
                 return update
-        return min(self.scores, key=lambda update: abs(self.scores[update] - TARGET[self.task]))
+        return min(updates, key=lambda update: abs(self.score(update) - target))
 
     def expert(self):
         """The update of the best policy."""
@@ -109,13 +108,13 @@ class Policies:
     def acting(self, update):
         """(observation [E, O], numbers of the episodes [E], step) -> action [E, A]."""
         params = jax.tree.map(lambda x: x[0], self.params(update))
-        key = jax.random.fold_in(self.key[0], update)
+        key = jax.random.fold_in(self.keys[0], update)
 
         @jax.jit
         def act(params, observation, numbers, step):
             def one(observation, number):
-                own = jax.random.fold_in(jax.random.fold_in(key, number), step)
-                return self.explore(params, observation, own)
+                own_key = jax.random.fold_in(jax.random.fold_in(key, number), step)
+                return self.explore(params, observation, own_key)
 
             return jax.vmap(one)(observation, numbers)
 
@@ -125,26 +124,34 @@ class Policies:
 # --- Data sets ----------------------------------------------------------------------------------
 def episodes_of(task, kind, policies, rows, seed):
     """The episodes of one of the sets."""
-    medium, expert = policies.medium(), policies.expert()
-    make_env = policies.dataset.make_env
-    size = policies.dataset.example().action.shape[1]
+    if kind == "medium-expert":
+        return [*stored(task, "medium"), *stored(task, "expert")]
+    if kind == "medium-replay":
+        return seen_before(policies, policies.medium())
     number = mujoco.KINDS.index(kind)
+    if kind == "random":
+        act = at_random(policies, seed)
+    else:
+        act = policies.acting(policies.medium() if kind == "medium" else policies.expert())
+    return list(mujoco.play(policies.dataset.make_env, act, rows, 1000 * seed + number))
 
-    def at_random(observation, numbers, step):
-        draws = [np.random.default_rng((seed, number, episode, step)) for episode in numbers]
+
+def at_random(policies, seed):
+    """Like `acting`, for uniform actions."""
+    size = policies.dataset.example().action.shape[1]
+
+    def act(observation, numbers, step):
+        draws = [np.random.default_rng((seed, number, step)) for number in numbers]
         return np.stack([draw.uniform(-1, 1, size).astype(np.float32) for draw in draws])
 
-    if kind == "medium-expert":
-        return [x for name in ("medium", "expert") for x in stored(task, name)]
-    if kind == "medium-replay":
-        steps = policies.cfg.random_steps + medium // policies.cfg.updates_per_step
-        example = policies.dataset.example()
-        seen = interaction.recorded(policies.folder, example, 1, steps)
-        return list(mujoco.split({name: x[:, 0] for name, x in seen.items()}))
-    act = at_random
-    if kind != "random":
-        act = policies.acting({"medium": medium, "expert": expert}[kind])
-    return list(mujoco.play(make_env, act, rows, 1000 * seed + number))
+    return act
+
+
+def seen_before(policies, update):
+    """The episodes that the training had seen by that update; the last one is broken off there."""
+    steps = policies.cfg.random_steps + update // policies.cfg.updates_per_step
+    rows = interaction.recorded(policies.folder, policies.dataset.example(), 1, steps)
+    return list(mujoco.split({name: column[:, 0] for name, column in rows.items()}))
 
 
 def stored(task, kind):
@@ -156,7 +163,7 @@ def stored(task, kind):
 
 
 def facts(task, kind):
-    """What a set is like, as values of a table."""
+    """What a set is like, as a row of the table."""
     episodes = list(stored(task, kind))
     returns = [float(x.reward.sum()) for x in episodes]
     folder = folders.minari(mujoco.dataset_id(task, kind))
@@ -173,36 +180,48 @@ def facts(task, kind):
 
 def collect(task, rows, updates, seed, runs_dir):
     """Train, record the five sets, and print what they are like."""
-    began = time.monotonic()
     folder = train(task, updates, seed, runs_dir)
+    began = time.monotonic()
     policies = Policies(task, folder)
-    algorithm = f"SAC, {updates:,} updates, seed {seed}"
-    for kind in mujoco.KINDS:
+    for kind in mujoco.KINDS:  # a set that is there is left as it is
         if not (folders.minari(mujoco.dataset_id(task, kind)) / "data").exists():
             episodes = episodes_of(task, kind, policies, rows, seed)
-            mujoco.store(task, kind, episodes, algorithm)
-    medium, expert = policies.medium(), policies.expert()
-    table = [facts(task, kind) for kind in mujoco.KINDS]
+            mujoco.store(task, kind, episodes, f"SAC, {updates:,} updates, seed {seed}")
+    result = json.loads((folder / "result.json").read_text())
+    chosen = {"medium": policies.medium(), "expert": policies.expert()}
     record = {
         "command": f"python benchmarks/collect.py {task}",
         "updates": updates,
         "seed": seed,
-        "medium": {"update": medium, "score": policies.score(medium)},
-        "expert": {"update": expert, "score": policies.score(expert)},
-        "minutes_of_this_start": (time.monotonic() - began) / 60,
-        "sets": table,
+        "settings": " ".join(SETTINGS.split()),
+        "policies": {
+            name: {"update": update, "score": policies.score(update)}
+            for name, update in chosen.items()
+        },
+        "training_minutes": (result["train_seconds"] + result["eval_seconds"]) / 60,
+        "recording_minutes": (time.monotonic() - began) / 60,  # of this start
+        "hardware": result["hardware"],
+        "sets": [facts(task, kind) for kind in mujoco.KINDS],
     }
     files.write(folder / "collected.json", json.dumps(record, indent=2) + "\n")
-    print(f"medium policy: update {medium:,}, score {policies.score(medium):.1f}")
-    print(f"expert policy: update {expert:,}, score {policies.score(expert):.1f}")
-    print("| data set | rows | episodes | terminations | score | D4RL's score | MB |")
-    print("| --- | --- | --- | --- | --- | --- | --- |")
-    for row in table:
-        theirs = row["d4rl_score"] or "-"
-        print(
-            f"| {row['dataset']} | {row['rows']:,} | {row['episodes']:,} | "
-            f"{row['terminations']:,} | {row['score']:.1f} | {theirs} | {row['megabytes']:.1f} |"
-        )
+    print(table(record))
+
+
+def table(record):
+    """The record as text."""
+    lines = [
+        f"{name} policy: update {x['update']:,}, score {x['score']:.1f}"
+        for name, x in record["policies"].items()
+    ]
+    lines.append(f"training took {record['training_minutes']:.0f} min on {record['hardware']}")
+    lines.append("| data set | rows | episodes | terminations | score | D4RL's score | MB |")
+    lines.append("| --- | --- | --- | --- | --- | --- | --- |")
+    for row in record["sets"]:
+        theirs = "-" if row["d4rl_score"] is None else f"{row['d4rl_score']:.1f}"
+        cells = [row["dataset"], f"{row['rows']:,}", f"{row['episodes']:,}"]
+        cells += [f"{row['terminations']:,}", f"{row['score']:.1f}", theirs]
+        lines.append(f"| {' | '.join(cells)} | {row['megabytes']:.1f} |")
+    return "\n".join(lines)
 
 
 def main(argv=None):
@@ -210,7 +229,7 @@ def main(argv=None):
     parser.add_argument("task", help=", ".join(mujoco.TASKS))
     parser.add_argument("--rows", type=int, default=200_000, help="of random, medium and expert")
     parser.add_argument("--updates", type=int, help="updates of the training, one per env step")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of the training and the recordings")
     parser.add_argument("--runs-dir", default="runs/collect", help="where the training is kept")
     given = parser.parse_args(argv)
     if given.task not in mujoco.TASKS:

@@ -186,6 +186,19 @@ CASES = [
             "dropout": None,
         },
     ),
+    Case("sac", "twin", {}),
+    Case(
+        "sac",
+        "several",
+        {
+            "num_critics": 4,
+            "discount": 0.9,
+            "target_rate": 0.05,
+            "actor_learning_rate": 1e-3,
+            "critic_learning_rate": 3e-3,
+            "temperature_learning_rate": 5e-3,
+        },
+    ),
     Case("dt", "mujoco", DT | {"warm_up": 4}),
     Case(
         "dt",

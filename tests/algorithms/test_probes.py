@@ -22,6 +22,7 @@ FREE = {  # no pull towards the data, or as little as the method can have
     "odice": {"gradient": "semi", "lam": 0.5, "alpha": 0.01},
     "qc": {"horizon": 1},
     "rebrac": {"actor_penalty": 0.0, "critic_penalty": 0.0},
+    "sac": {"temperature_learning_rate": 1e-2},  # to 0: the values have no entropy in them
     "td3_bc": {"alpha": 1e4},
     "xql": {"beta": 0.5, "inverse_temperature": 10.0},
 }

@@ -149,7 +149,8 @@ def test_more_updates_and_other_evaluations(made, tiny, capsys):
     evaluated = [row["update"] for row in runs.read_csv(made / "metrics.csv") if row["score"]]
     assert evaluated[::2] == ["0", "4", "8", "16"]
     values = yaml.safe_load((made / "config.yaml").read_text())
-    assert [values[key] for key in growth.MAY_CHANGE] == [16, 8, 1]
+    names = ("num_updates", "eval_every", "eval_episodes")
+    assert [values[key] for key in names] == [16, 8, 1]
     assert values["record"]["history"] == [
         {"until_update": 8, "eval_episodes": 1},
         {"until_update": 8, "num_updates": 8, "eval_every": 4, "eval_episodes": 2},
