@@ -513,10 +513,7 @@ def train(cfg, options):
     if cfg.discount == 1:
         fail("--discount 1.0: must be below 1, for the occupancy of a discounted future")
     if cfg.warm_start >= cfg.num_updates:
-        fail(
-            f"--warm-start {cfg.warm_start}: must be below --num-updates {cfg.num_updates}, "
-            "or the actor never learns"
-        )
+        fail(f"--warm-start {cfg.warm_start}: must be below --num-updates for the actor to learn")
     dataset = datasets.load(cfg.dataset, options.env, options.env_steps)
     reward = dataset.transitions.reward
     if cfg.standardise_reward:
