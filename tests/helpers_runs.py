@@ -33,6 +33,7 @@ ALGORITHMS = ["rebrac"]  # every test of runs goes through these files
 CONTINUOUS = ["rebrac", "td3_bc", "iql", "awr", "awac", "cql"]  # these refuse integer actions
 CONTINUOUS += ["dt", "bcq", "atac", "odice", "ivr", "xql", "idql", "fql", "qc"]
 CONTINUOUS += ["sac_n", "edac", "lb_sac"]
+CONTINUOUS += ["optidice", "algaedice"]
 CONTINUOUS += ["sac"]
 CONTINUOUS += ["brac", "fisher_brc"]
 CONTINUOUS += ["diffusion_ql", "gfp"]
@@ -53,6 +54,7 @@ ALSO_TINY = {  # by algorithm
     "idql": ["--actor-hidden", "8", "--num-samples", "2"],
     "odice": ["--value-hidden", "8"],
     "diffusion_ql": ["--generator-steps", "2", "--num-samples", "2"],
+    "optidice": ["--warm-start", "2"],
     "fql": ["--flow-steps", "2"],
     "gfp": ["--flow-steps", "2"],
     "qc": ["--flow-steps", "2", "--num-samples", "2", "--horizon", "3"],

@@ -263,8 +263,10 @@ def difference(found, expected):
 def rows(module, columns):
     """A Transitions of the columns that the authors' code reads, the others zero.
 
-    For QC a Chunks, and for DT a Steps.
+    For QC a Chunks, for DT a Steps, and with initial observations a TransitionsAndStarts.
     """
+    if "initial_observation" in columns:
+        return module.TransitionsAndStarts(**columns)
     if "valid" in columns:
         return module.Chunks(**columns)
     if "timestep" in columns:

@@ -155,6 +155,7 @@ FAST = {"actor_learning_rate": 1e-3, "critic_learning_rate": 1e-3}
 NET = {"hidden": (64, 64), "batch_size": 64}
 SEQUENCE = {"embedding": 16, "num_layers": 1, "batch_size": 64}
 SMALL = {  # what makes an algorithm file small and fast; data sets and claims set the rest
+    "algaedice": NET | FAST,
     "atac": NET | FAST | {"warm_start": 20},
     "awac": NET | FAST,
     "awr": NET | FAST | {"optimiser": "adam", "actor_updates": 5, "critic_updates": 2},
@@ -187,6 +188,7 @@ SMALL = {  # what makes an algorithm file small and fast; data sets and claims s
     "ivr": NET | FAST | {"cosine": False},
     "lb_sac": NET | FAST | {"temperature_learning_rate": 1e-3, "num_critics": 3},
     "odice": NET | FAST | {"value_hidden": (64, 64), "value_learning_rate": 1e-3},
+    "optidice": NET | {"learning_rate": 1e-3, "warm_start": 20},
     "qc": NET | FAST | {"flow_steps": 5, "num_samples": 4, "horizon": 3},
     "rebrac": NET | FAST,
     "sac": NET | FAST | {"temperature_learning_rate": 1e-3},
@@ -210,6 +212,10 @@ def prepared(module, data, cfg):
     dataset = Dataset("rows", data, ends, np.zeros(len(ends)))
     if hasattr(module, "episode_steps"):
         return module.episode_steps(dataset, data)
+    if hasattr(module, "with_absorbing_state"):
+        data = module.with_absorbing_state(data, cfg)
+    if hasattr(module, "with_starts"):
+        return module.with_starts(dataset, data)
     return module.chunked(dataset, cfg) if hasattr(module, "chunked") else data
 
 

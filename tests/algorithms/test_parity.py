@@ -38,6 +38,7 @@ FBRAC = {
     "actor_target_every": 1,
     "actor_target_start": 1,
 }
+OPTIDICE = {"absorbing_state": "none"}  # the batches are rows as the update takes them
 CHUNKS = {"action_dim": 2, "policy": "sample_chunk"}  # its policy plays what sample_chunk returns
 
 CASES = [
@@ -338,6 +339,32 @@ CASES = [
         FISHER_BRC | {"gradient_penalty": 3.0, "survival_bonus": 0.0, "discount": 0.9},
     ),
     Case("fisher_brc", "clone", FISHER_BRC, update="clone_update"),
+    Case("optidice", "iproj", OPTIDICE | {"alpha": 0.7, "components": 3, "warm_start": 0}),
+    Case(
+        "optidice",
+        "kl",
+        OPTIDICE
+        | {
+            "f": "kl",
+            "residual_fit": "mse",
+            "alpha": 1.5,
+            "discount": 0.95,
+            "components": 2,
+            "warm_start": 2,
+        },
+    ),
+    Case(
+        "optidice",
+        "wbc",
+        OPTIDICE | {"f": "chi2", "extraction": "wbc", "alpha": 0.5, "warm_start": 0},
+    ),
+    Case("algaedice", "code", {}, gradient_steps=2),
+    Case(
+        "algaedice",
+        "residual",
+        {"online_share": 0.6, "exponent": 2.0, "alpha": 0.5, "discount": 0.9, "target_rate": 0.1},
+        gradient_steps=2,
+    ),
 ]
 
 # Relative to the largest number of an array. Adam divides by the size of a gradient, so parameters
