@@ -20,28 +20,29 @@ class Task(NamedTuple):
     env_id: str
     reference: tuple[float, float]  # returns that score 0 and 100, D4RL's
     behaviour: dict[str, float]  # mean score of the episodes of D4RL's v2 sets
-    minutes: int  # that collecting took on two cores
+    minutes: int  # of one core of an AMD EPYC that collecting takes
 
 
-# Reference scores: D4RL@89141a6 d4rl/infos.py.
+# Reference scores: D4RL@89141a6 d4rl/infos.py. Minutes: CPU time, for hopper of the whole command,
+# for the others three times that of the first 200,000 of 600,000 updates.
 TASKS = {
     "hopper": Task(
         "Hopper-v4",
         (-20.272305, 3234.3),
         {"medium": 44.2, "medium-replay": 14.9, "medium-expert": 64.7},
-        60,
+        10,
     ),
     "halfcheetah": Task(
         "HalfCheetah-v4",
         (-280.178953, 12135.0),
         {"medium": 40.6, "medium-replay": 27.1, "medium-expert": 64.3},
-        60,
+        12,
     ),
     "walker2d": Task(
         "Walker2d-v4",
         (1.629008, 4592.3),
         {"medium": 62.0, "medium-replay": 14.8, "medium-expert": 82.6},
-        60,
+        13,
     ),
 }
 
@@ -58,7 +59,7 @@ def fail_missing(name: str) -> NoReturn:
     task = name.removeprefix("local/mujoco/").split("-")[0]
     fail(
         f"{name}: not made yet; python benchmarks/collect.py {task} makes the five sets of "
-        f"{task}, in about {TASKS[task].minutes} minutes on two cores"
+        f"{task}, in about {TASKS[task].minutes} minutes of one core"
     )
 
 
