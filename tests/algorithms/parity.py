@@ -73,6 +73,16 @@ LEFT_OUT = {
     ("cql", "mujoco"): ("log_multiplier/mu/",),
     ("cql", "unweighted"): ("log_multiplier/mu/",),
 }
+# Parts of the state that no update of a case changes, so a fixture need not have them: the other
+# phase's networks and fixed weights.
+CLONED = ("behaviour/", "clone_temperature/")
+UNCHANGED = {
+    ("brac", "value"): (*CLONED, "alpha/"),
+    ("brac", "policy"): CLONED,
+    ("brac", "both"): (*CLONED, "alpha/"),
+    ("brac", "clone"): ("actor/", "critic/", "alpha/"),
+    ("brac", "bear"): CLONED,
+}
 # What a policy takes besides its parameters, and the field of State whose apply function it is.
 NETWORKS = {"apply_critics": "critic", "critic": "critic", "apply_vae": "vae"}
 
@@ -364,6 +374,7 @@ def _compare(module, case, arrays, dtype, stop_above):
         worst = max((x for numbers in found.values() for x in numbers.values()), default=0.0)
         return stop_above is not None and not worst <= stop_above
 
+    begun_with = trees_of(state if case.carry is None else state[0])
     for i in range(number):
         step = i * case.gradient_steps
         state, metrics = one_update(state, step, item(batches, i), item(draws, i))
@@ -373,6 +384,7 @@ def _compare(module, case, arrays, dtype, stop_above):
         stored = under(arrays, f"after/{i + 1}")
         if i in (0, number - 1):
             check_complete(case, i == 0, ours, stored)
+            check_unchanged(case, ours, begun_with)
         for name, expected in stored.items():
             tree = name.split("/")[1]
             what = f"parameters after {'1' if i == 0 else 'N'}"
@@ -390,10 +402,19 @@ def _compare(module, case, arrays, dtype, stop_above):
 def check_complete(case, first, ours, stored):
     """Nothing that an update changes is missing in the fixture, but for LEFT_OUT."""
     wanted = {name for name in ours if first or name.split("/")[1] != "mu"}
+    unchanged = UNCHANGED.get((case.algorithm, case.name), ())
+    wanted = {name for name in wanted if not name.startswith(unchanged)}
     if first:
         left_out = LEFT_OUT.get((case.algorithm, case.name), ())
         wanted = {name for name in wanted if not name.startswith(left_out)}
     assert wanted <= set(stored), f"not in the fixture: {sorted(wanted - set(stored))}"
+
+
+def check_unchanged(case, ours, begun_with):
+    """The parts in UNCHANGED are, to the bit."""
+    for name in ours:
+        if name.startswith(UNCHANGED.get((case.algorithm, case.name), ())):
+            assert np.array_equal(ours[name], begun_with[name]), f"an update changes {name}"
 
 
 def play_once(module, case, state, cfg, recorded, draws, example):
