@@ -25,6 +25,7 @@ import tyro
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "algorithms")]
 
+command_line = importlib.import_module("common.command_line")
 parity = importlib.import_module("parity")
 test_parity = importlib.import_module("test_parity")
 
@@ -348,4 +349,5 @@ def main(
 
 
 if __name__ == "__main__":
+    command_line.outlive_the_reader()
     tyro.cli(main)

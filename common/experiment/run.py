@@ -51,6 +51,7 @@ class Run:
 
     def __init__(self, cfg, options, dataset, acting=None):
         config.check(cfg, options)
+        config.refuse_unread(options)
         self.cfg, self.options, self.dataset, self.acting = cfg, options, dataset, acting
         self.script = Path(inspect.getfile(type(cfg)))
         self.folder = config.run_folder(cfg, options)

@@ -771,6 +771,7 @@ ELSEWHERE = {
     "near it": "the table",
     "lists the forms of an id": "a page to read",
     "did you mean": "test_an_id_that_is_meant_is_one_that_loads",
+    "an address, not a file": "test_names.py loads the copy",
     "where walks end cannot be told": "a file of AntMaze without timeouts is refused before",
     "making it ended with code": "test_sources.py interrupts a recipe and continues it",
     "no fixed number of values": "the table",
