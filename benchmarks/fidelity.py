@@ -5,8 +5,8 @@ Run        python benchmarks/fidelity.py --output benchmarks/results/fidelity.md
 Difference The largest one of tests/algorithms/test_parity.py: every loss, gradient, parameter,
            target and action, relative to the largest number of its array.
 Mutants    With --mutate [ALGORITHM ...], copies of a file with one small error each: a sign, a mean
-           for a sum, a target network for the online one, a clip or a stop_gradient left out, an
-           update left out, another constant. Errors are put between the headers "Losses" and
+           for a sum, a target network for the online one, a clip, a square, a stop_gradient or
+           an update left out, another constant. Errors are put between the headers "Losses" and
            "Training", at every place where they can be. A mutant is caught if it fails the test.
            The result is stored beside the page (.json), a later call without --mutate prints it.
 """
@@ -121,6 +121,8 @@ def changes(node):
         found.append(("constant", lambda n: ast.Constant(1.5 * n.value)))
     if is_call_of(node, "jnp.clip", "jnp.abs", "jnp.tanh", "jnp.minimum", "jnp.maximum"):
         found.append(("clip", lambda n: n.args[0]))
+    if is_call_of(node, "jnp.square"):
+        found.append(("square", lambda n: n.args[0]))
     if is_call_of(node, "jax.lax.stop_gradient"):
         found.append(("gradient", lambda n: n.args[0]))
     method = node.func if isinstance(node, ast.Call) else None
@@ -298,8 +300,8 @@ sources. Initialisation and batches have tests of their own in tests/algorithms.
 case are named in the texts beside the fixtures.
 
 A mutant is a copy of a file with one small error: a sign, a mean for a sum, the online network in
-place of its target, a termination not heeded, a clip, a stop_gradient or an update left out,
-another factor or constant. It is caught if the comparison fails. Where a number of possible mutants
+place of its target, a termination not heeded, a clip, a square, a stop_gradient or an update left
+out, another factor or constant. It is caught if the comparison fails. Where a number of possible mutants
 is given, a choice of all kinds was tried, else all. A mutant that does not run at all counts as
 neither.
 

@@ -183,9 +183,14 @@ def test_fewer_updates_than_there_are(made, tiny, capsys):
     assert "has trained for 8 updates already, more than --num-updates 4" in line
     line = refused(capsys, [*tiny, *SEEDS, "--num-updates", "16"])
     assert "exists; continue it with --resume" in line
-    runs.write_hdf5("data.hdf5")  # another file of the same name: --resume would be refused as well
-    line = refused(capsys, [*tiny, *SEEDS, "--num-updates", "8", "--dataset", "data.hdf5"])
-    assert "has dataset" in line and "choose a --name" in line and "--resume" not in line
+    runs.write_hdf5("data.hdf5")  # another file of the same name: --resume alone is refused as well
+    other = [*tiny, *SEEDS, "--num-updates", "8", "--dataset", "data.hdf5"]
+    for words in (other, [*other, "--resume"]):
+        line = refused(capsys, words)
+        assert "has dataset" in line and "choose another --name" in line
+        assert "continue that run with its own dataset and --resume" in line
+    config.parse(runs.module("rebrac").Config, [*other, "--name", "another"])  # one remedy
+    config.parse(runs.module("rebrac").Config, [*tiny, *SEEDS, "--num-updates", "8", "--resume"])
     longer = [*tiny, *SEEDS, "--resume", "--num-updates", "16"]
     assert "discount" in refused(capsys, [*longer, "--discount", "0.5"])
 
