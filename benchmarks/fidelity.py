@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How far the files of algorithms/ are from their authors' code, and what that comparison notices.
+"""How far the files of algorithms/ are from their references, and what that comparison notices.
 
 Run        python benchmarks/fidelity.py --output benchmarks/results/fidelity.md
 Difference The largest one of tests/algorithms/test_parity.py: every loss, gradient, parameter,
@@ -279,15 +279,16 @@ def row(algorithm, mutation):
     ]
 
 
-INTRODUCTION = """# Every file against its authors' code
+INTRODUCTION = """# Every file against its authors' or a reference code
 
 The same parameters, batches and random numbers go through a file of algorithms/ and through its
 reference: the code of the method's authors or, for `cql`, `awac`, `bc` and `cql_discrete`, the
 reimplementation by CORL or d3rlpy that the file follows. The losses of every update, the first
 gradients of every network, the parameters and targets after the first and the last update, and the
 actions of the policy on ten observations are compared, in
-[test_parity.py](../../tests/algorithms/test_parity.py). Only of IDQL's wide actor, three of the
-first gradients and the targets after the first update are left out. What the reference made is
+[test_parity.py](../../tests/algorithms/test_parity.py). Left out are three first gradients of
+IDQL's wide actor, its targets after the first update, and the first gradient of CQL's multiplier
+where its weight is fixed. What the reference made is
 stored in [tests/fixtures/parity](../../tests/fixtures/parity), with a text that says how. Two
 hidden layers of 16 units, in float64 on both sides unless the text says otherwise; "difference" is
 the largest one of all those numbers, relative to the largest number of its array, and includes the
@@ -301,9 +302,9 @@ case are named in the texts beside the fixtures.
 
 A mutant is a copy of a file with one small error: a sign, a mean for a sum, the online network in
 place of its target, a termination not heeded, a clip, a square, a stop_gradient or an update left
-out, another factor or constant. It is caught if the comparison fails. Where a number of possible mutants
-is given, a choice of all kinds was tried, else all. A mutant that does not run at all counts as
-neither.
+out, another factor or constant. It is caught if the comparison fails. Where a number of possible
+mutants is given, a choice of all kinds was tried, else all. A mutant that does not run at all
+counts as neither.
 
     python benchmarks/fidelity.py --output benchmarks/results/fidelity.md
 """
