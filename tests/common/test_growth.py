@@ -617,16 +617,14 @@ def test_which_envs_mujoco_draws(env_id, drawn):
 
 
 def test_export_acts_in_numpy(made, capsys):
-    """The lines of docs: two hidden layers of ReLU and a tanh, in NumPy alone."""
+    """The function of docs/forking.md, taken from there, acts as the policy does."""
     program.main([COPY, "--export", "policy", "--seed", "1"])  # under exactly that name
-    p = np.load("policy")
+    text = (ROOT / "docs" / "forking.md").read_text()
+    (lines,) = re.findall(r"^(def act\(p, .*?)\n\n\n", text, re.M | re.S)
+    of_docs = {"np": np}
+    exec(lines, of_docs)
     observation = np.float32([0.1, -0.2, 0.3])
-    x = observation
-    layers = sorted(name[: -len(".kernel")] for name in p if name.endswith(".kernel"))
-    for i, layer in enumerate(layers):
-        x = x @ p[f"{layer}.kernel"] + p[f"{layer}.bias"]
-        x = np.tanh(x) if i + 1 == len(layers) else np.maximum(x, 0)
-    action = p["action_low"] + (p["action_high"] - p["action_low"]) * (x + 1) / 2
+    action = of_docs["act"](np.load("policy"), observation)
     policy = experiment.load_policy(runs.module("rebrac"), made, seed=1)
     assert action == pytest.approx(policy.act(observation), abs=1e-5)
 
