@@ -408,7 +408,7 @@ def beside(rows, reference):
 def command(row):
     """The command line of a row: the values that differ from today's defaults and suite file.
 
-    If that does not give the row's config, the command names the run's own config file. If today's
+    A field that was added to the Config after the run has its default, as in `--config FILE`. If that does not give the row's config, the command names the run's own config file. If today's
     code does not accept that file either, a comment says why.
     """
     start = f"python algorithms/{row.algorithm}.py"
@@ -416,6 +416,7 @@ def command(row):
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         try:
             module = importlib.import_module(f"algorithms.{row.algorithm}")
+            values = config.resolved(module.Config(), config.Options()) | values
             # A name of its own: a run folder of the same config may be here.
             extra = ["--runs-dir", "/nonexistent"]
             flags = ["--dataset", values["dataset"]]
