@@ -408,7 +408,8 @@ def beside(rows, reference):
 def command(row):
     """The command line of a row: the values that differ from today's defaults and suite file.
 
-    A field that was added to the Config after the run has its default, as in `--config FILE`. If that does not give the row's config, the command names the run's own config file. If today's
+    A field that was added to the Config after the run has its default, as in `--config FILE`. If
+    the flags do not give the row's config, the command names the run's own config file. If today's
     code does not accept that file either, a comment says why.
     """
     start = f"python algorithms/{row.algorithm}.py"
