@@ -10,16 +10,14 @@ episodes in several rounds. That changes no number, unless an environment draws 
 generator while it steps.
 """
 
-import os
 import time
-import traceback
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import jax
 import numpy as np
 import psutil
 
-from common import fail, told
+from common import envs, told
 
 EVAL_SEED = 10_000
 
@@ -36,71 +34,10 @@ class _Played:
         """A step of episode i."""
         self.returns[i] += reward
         self.length[i] += 1
-        success = _success(info)
+        success = envs.success(info)
         if success is not None:
             self.reports_success = True
             self.success[i] |= success
-
-
-def _success(info):
-    """Whether a step was successful, as `success` or `is_success` of its info tells it; else None.
-
-    Where that is an array, as with several goals, all of them must be reached. What is no number,
-    or an empty array, tells nothing; NaN is no success.
-    """
-    for name in ("success", "is_success"):
-        told = np.asarray(info.get(name))
-        if told.dtype.kind in "biuf" and told.size:
-            return bool((told > 0).all())
-    return None
-
-
-def _reset(env, seed):
-    """The first observation. What the env raises is one line and exit code 2."""
-    try:
-        np.random.seed(seed)  # noqa: NPY002 - ogbench envs draw from NumPy's global generator
-        observation, _ = env.reset(seed=seed)
-    except Exception as error:  # of the env
-        _fail(env, "reset", error)
-    return observation
-
-
-def _step(env, action):
-    """The same for a step, whose reward becomes a plain number."""
-    try:
-        observation, reward, termination, truncation, info = env.step(action)
-    except Exception as error:  # of the env
-        _fail(env, "step", error)
-    try:
-        number = float(np.asarray(reward).reshape(()))
-    except (TypeError, ValueError):
-        fail(f"env {_name(env)}: the reward of a step must be one number, not {reward!r}")
-    return observation, number, bool(termination or truncation), info or {}
-
-
-def _is_finite(observation):
-    """Whether an observation is made of finite numbers, as far as it is made of numbers."""
-    observation = np.asarray(observation)
-    return observation.dtype.kind != "f" or bool(np.isfinite(observation).all())
-
-
-def _check_shape(env, observation, first):
-    """One line and exit code 2 where an observation has another shape than the first."""
-    if np.shape(observation) != np.shape(first):
-        shapes = f"{np.shape(observation)} after one of shape {np.shape(first)}"
-        fail(f"env {_name(env)}: gave an observation of shape {shapes}")
-
-
-def _fail(env, call, error):
-    """One line on what an env raised, with the place in its code."""
-    place = traceback.extract_tb(error.__traceback__)[-1]
-    where = f"{os.path.basename(place.filename)}:{place.lineno}"
-    fail(f"env {_name(env)}: its {call} raised {told(error)} ({where}); see --env")
-
-
-def _name(env):
-    spec = getattr(env, "spec", None)
-    return type(env).__name__ if spec is None else spec.id
 
 
 class Rollouts:
@@ -111,7 +48,7 @@ class Rollouts:
         act: (params, observation [E, O], key) -> action [E, A] in [-1, 1] (or integers [E]);
             with a memory (..., memory, reward [E] of the step before) -> (action, memory).
         policy_keys: [S]; the key of a step depends on (seed, update, env step) alone.
-        cfg: read are `eval_episodes`, `eval_every` and `num_updates`.
+        cfg: read are `eval_episodes`, `eval_every`, `num_updates` and `online_updates`.
         memory: arrays with which the policy of one seed begins its E episodes, None if it has none.
         first_start: the seed of the first episode's reset; the next one has the next number.
     """
@@ -168,7 +105,7 @@ class Rollouts:
             try:
                 env.close()
             except Exception as closing:  # of the env; the run itself is over
-                print(f"env {_name(env)}: its close raised {told(closing)}")
+                print(f"env {envs.name(env)}: its close raised {told(closing)}")
 
     def start(self, params, update):
         """A future of `run`'s result; an accelerator trains the next chunk meanwhile."""
@@ -226,7 +163,7 @@ class Rollouts:
         first = [self._reset(i) for i in episodes.tolist()]
         for i, given in zip(episodes, first, strict=True):
             env = self.envs[i % len(self.envs)]
-            _check_shape(env, given, first[0])
+            envs.check_shape(env, given, first[0])
             if not self._check(env, given, "observation"):
                 played.returns[i] = np.nan
         first = np.stack(first)
@@ -248,8 +185,9 @@ class Rollouts:
             over = np.zeros(len(observation), bool)
             for i in live:
                 env = self.envs[i % len(self.envs)]
-                given, reward, over[i], info = _step(env, action[i])
-                _check_shape(env, given, first[0])
+                given, reward, termination, truncation, info = envs.step(env, action[i])
+                over[i] = termination or truncation
+                envs.check_shape(env, given, first[0])
                 if not (self._check(env, reward) and self._check(env, given, "observation")):
                     played.returns[i] = np.nan
                 observation[i] = given
@@ -260,17 +198,18 @@ class Rollouts:
 
     def _reset(self, i):
         seed = self.first_start + i % self.cfg.eval_episodes
-        return _reset(self.envs[i % len(self.envs)], seed)
+        return envs.reset(self.envs[i % len(self.envs)], seed)
 
     def _check(self, env, numbers, what="reward"):
         """Whether a step's numbers are finite. Say once that a seed has no score otherwise."""
-        if _is_finite(numbers):
+        if envs.is_finite(numbers):
             return True
         if not self.said_not_finite:
             self.said_not_finite = True
             bad = np.ravel(numbers)[~np.isfinite(np.ravel(numbers))][0]
             has = f"is {bad}" if what == "reward" else f"has {bad} in it"
-            print(f"env {_name(env)}: a step's {what} {has}; seeds that meet it get no score")
+            name = envs.name(env)
+            print(f"env {name}: a step's {what} {has}; seeds that meet it get no score")
         return False
 
     def _estimate(self):
@@ -279,14 +218,15 @@ class Rollouts:
         self._reset(0)
         began, steps = time.perf_counter(), 0
         while time.perf_counter() - began < 0.2:
-            _, reward, over, _ = _step(env, env.action_space.sample())
+            _, reward, termination, truncation, _ = envs.step(env, env.action_space.sample())
             self._check(env, reward)
             steps += 1
-            if over:
+            if termination or truncation:
                 self._reset(0)
         speed = steps / (time.perf_counter() - began)
         horizon = self.dataset.horizon or 1000
-        evaluations = 1 + -(-cfg.num_updates // cfg.eval_every)
+        updates = cfg.num_updates + getattr(cfg, "online_updates", 0)
+        evaluations = 1 + -(-updates // cfg.eval_every)
         count = len(self.keys) * cfg.eval_episodes
         seconds = count * horizon * evaluations / speed
         fit = f", {len(self.envs)} at a time for memory" if len(self.envs) < count else ""

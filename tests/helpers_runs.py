@@ -32,6 +32,11 @@ SLOW = pytest.mark.skipif("ATOLL_SLOW" not in os.environ, reason="minutes: ATOLL
 ALGORITHMS = ["rebrac"]  # every test of runs goes through these files
 CONTINUOUS = ["rebrac", "td3_bc", "iql", "awr", "awac", "cql"]  # these refuse integer actions
 CONTINUOUS += ["dt", "bcq", "atac", "odice", "ivr", "xql", "idql", "fql", "qc"]
+CONTINUOUS += ["sac_n", "edac", "lb_sac"]
+CONTINUOUS += ["optidice", "algaedice"]
+CONTINUOUS += ["sac"]
+CONTINUOUS += ["brac", "fisher_brc"]
+CONTINUOUS += ["diffusion_ql", "gfp"]
 DISCRETE = ["cql_discrete"]  # these refuse others
 EITHER = ["bc"]  # takes both
 HANGS = 900  # seconds after which a test gives up; no machine is so slow
@@ -43,10 +48,15 @@ ALSO_TINY = {  # by algorithm
     "atac": ["--warm-start", "10"],
     "awr": ["--actor-updates", "2", "--critic-updates", "1"],
     "bcq": ["--vae-hidden", "8", "--num-samples", "2", "--num-eval-samples", "2"],
+    "brac": ["--critic-hidden", "8", "--clone-updates", "4", "--warm-start", "4"],
     "cql": ["--critic-hidden", "8", "--num-samples", "2"],
+    "fisher_brc": ["--behaviour-hidden", "8", "--clone-updates", "4"],
     "idql": ["--actor-hidden", "8", "--num-samples", "2"],
     "odice": ["--value-hidden", "8"],
+    "diffusion_ql": ["--generator-steps", "2", "--num-samples", "2"],
+    "optidice": ["--warm-start", "2"],
     "fql": ["--flow-steps", "2"],
+    "gfp": ["--flow-steps", "2"],
     "qc": ["--flow-steps", "2", "--num-samples", "2", "--horizon", "3"],
 }
 SEQUENCE = {  # by algorithm, in place of hidden layers

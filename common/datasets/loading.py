@@ -6,7 +6,7 @@ import os
 import numpy as np
 
 from common import envs, fail
-from common.datasets import checks, reading, reference_scores
+from common.datasets import checks, env_only, reading, reference_scores
 from common.datasets.dataset import Dataset
 from common.datasets.transitions import cut
 
@@ -33,6 +33,8 @@ def load(dataset_id, env=None, env_steps=None, actions="continuous") -> Dataset:
         fail(f"{dataset_id}: integer actions, but this method takes continuous ones only")
     if actions == "discrete" and dataset.num_actions is None:
         fail(f"{dataset_id}: continuous actions, but this method takes integer ones only")
+    if dataset_id.startswith(env_only.PREFIX):
+        dataset = env_only.emptied(dataset)
     print(_summary(dataset))
     return dataset
 
@@ -107,6 +109,8 @@ def _env_name(spec):
 def _summary(dataset):
     t, returns = dataset.transitions, dataset.episode_returns
     action = dataset.num_actions or t.action.shape[1]
+    if not len(t.reward):
+        return f"data {dataset.id}: no rows yet, O={t.observation.shape[1]} A={action}"
     left_out = dataset.record["rows_left_out"]
     without = f" ({left_out:,} rows without a next observation left out)" if left_out else ""
     return (

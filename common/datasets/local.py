@@ -14,6 +14,10 @@ from common.datasets.source import Source
 def read(dataset_id: str, env: str | None, env_steps: int | None) -> Source:
     if dataset_id.startswith("local/ogbench/"):
         return _read_ogbench(dataset_id, env, env_steps)
+    if dataset_id in recipes.mujoco.IDS:
+        if not minari.is_there(dataset_id):
+            recipes.mujoco.fail_missing(dataset_id)
+        return minari.read(dataset_id, env, env_steps)
     if dataset_id not in recipes.IDS:
         names.fail_unknown(dataset_id)
     if minari.is_missing(dataset_id):

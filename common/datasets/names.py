@@ -16,9 +16,11 @@ MINARI_ID = re.compile(r"[\w.-]+(/[\w.-]+)+-v\d+")
 OGBENCH_ID = re.compile(r"((?:\w+-)+\w+)-singletask(-task[1-5])?-v0")
 OGBENCH_ENVS = ("pointmaze", "antmaze", "humanoidmaze", "antsoccer", "cube", "scene", "puzzle")
 SUITES = {  # suite of configs -> how the names of its data sets begin; the first match counts
+    "online": r"env/",  # no rows but those of the online phase
     "ogbench": r"[\w-]+-singletask-v0$",
     "classic": r"local/cartpole/|.*cartpole",  # integer actions
     "v4": r"(hopper|halfcheetah|walker2d)-[a-z-]+-v4$",  # small files rolled out in v4 envs
+    "mujoco_local": r"local/mujoco/",
     "pointmaze": r"local/pointmaze/",
     "maze2d": r"maze2d-|D4RL/pointmaze/",
     "antmaze": r"antmaze-\w+(-\w+)?-v|D4RL/antmaze/",

@@ -9,13 +9,14 @@ my-recording-v0                     one without a namespace, where Minari's loca
 hopper-medium-v2, ...               D4RL's names: its files, in ~/.d4rl/datasets
 cube-single-play-singletask-v0, ... OGBench's names: its files, in ~/.ogbench/data
 path/to/file.hdf5                   a file in D4RL's layout
+env/Hopper-v4, ...                  no rows: they come in the online phase
 """
 
 import os
 from pathlib import Path
 
 from common import fail, folders
-from common.datasets import d4rl, local, minari, names, ogbench, reference_scores
+from common.datasets import d4rl, env_only, local, minari, names, ogbench, reference_scores
 from common.datasets.source import Source
 
 
@@ -36,6 +37,8 @@ def read(dataset_id: str, env: str | None, env_steps: int | None) -> Source:
     path = Path(os.path.expanduser(dataset_id))
     if names.is_file(path):
         return d4rl.read_file(path, env, env_steps, reference_scores.row_of(path.stem))
+    if dataset_id.startswith(env_only.PREFIX):
+        return env_only.read(dataset_id, env, env_steps)
     if dataset_id.startswith("local/"):
         return local.read(dataset_id, env, env_steps)
     if dataset_id in reference_scores.table() and not only_in_minari(dataset_id):

@@ -17,16 +17,17 @@ from common import fail, files, one_line
 from common.experiment import digests, disk_errors, unreadable
 
 
-def manager(folder, name="checkpoints", kept=2):
+def manager(folder, name="checkpoints", kept=2, every=None):
     """Orbax's manager of a run folder's `checkpoints/`. It keeps the newest two.
 
-    `name` is another folder beside it, where the newest `kept` are kept.
+    `name` is another folder beside it, where the newest `kept` are kept. With `every`, those of
+    updates that it divides are kept as well.
     """
     import orbax.checkpoint as ocp
 
     disk_errors.silence_closed_loops()
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax raises what it logs as well
-    options = {"max_to_keep": kept, "enable_async_checkpointing": False}
+    options = {"max_to_keep": kept, "keep_period": every, "enable_async_checkpointing": False}
     handlers = {"state": ocp.StandardCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()}
     if jax.process_count() > 1:  # every process has a folder of its own
         index = jax.process_index()

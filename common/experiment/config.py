@@ -25,6 +25,7 @@ from common.experiment import (
     beginning,
     growth,
     kinds,
+    phases,
     processes,
     ranges,
     show_config,
@@ -47,7 +48,7 @@ class Options:
     wandb_entity: str | None = None  # wandb's user or team (default: WANDB_ENTITY or your own)
     start_from: str | None = None  # run folder whose parameters are the beginning of this run
     start_optimizer: bool = False  # with --start-from: the states of its optimisers as well
-    keep: Literal["last", "best"] = "last"  # best: each seed's policy of its best evaluation, too
+    keep: Literal["last", "best", "all"] = "last"  # also the best evaluated policy, or all of them
     save_seconds: float = 10.0  # least time between checkpoints; 0: one at every chunk boundary
     data: Literal["device", "host"] = "device"  # host: the device holds the rows of two chunks only
     devices: int = 1  # devices that share the batches of one seed; several seeds always share all
@@ -82,6 +83,9 @@ def parse(config_class, argv=None):
     not_given = "\0"  # tells whether the command line names a data set
     cfg, options = _command_line(config_class, ["--dataset", not_given, *argv], script.name)
     chosen = None if cfg.dataset == not_given else cfg.dataset
+    if chosen is None and options.config is None and options.env and phases.online_updates(cfg):
+        chosen = f"env/{options.env}"  # an env and no data: the online phase alone
+        argv = ["--dataset", chosen, *argv]
     for name in ("config", "env", "name", "runs_dir", "distributed"):
         _printable(ranges.flag(name), getattr(options, name) or "-")
     dataset = _printable("--dataset", chosen or config_class.dataset)
@@ -113,6 +117,7 @@ def check(cfg, options):
     kinds.check(cfg)
     kinds.check(options)
     ranges.check(cfg)
+    phases.check(cfg, options)
     if not 0 <= options.save_seconds < float("inf"):
         fail(f"--save-seconds {options.save_seconds}: must be 0 or more")
     if options.devices < 1:
@@ -323,7 +328,7 @@ def run_folder(cfg, options):
                     f"{folder} has {key} {was}, not {now}; choose another --name, or continue that "
                     f"run with its own {key} and --resume"
                 )
-        growth.check(folder, before["num_updates"], cfg, script)
+        growth.check(folder, before, cfg, script)
         if not options.resume:
             fail(f"{folder} exists; continue it with --resume or start another run with --name")
     return folder

@@ -4,9 +4,10 @@
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from common.experiment import digests, host_data, meshes, platforms, processes, ranges
+from common.experiment import buffers, digests, host_data, meshes, platforms, processes, ranges
 
 
 def streams(seeds, number):
@@ -48,8 +49,8 @@ def over_seeds(chunk, update=None):
 
     Returns:
         (state, keys, start, data) -> (state, metrics), where state, keys and metrics have an axis
-        [S] of seeds in front. The memory of the state that is passed in is reused (donated), so the
-        caller must not use it again.
+        [S] of seeds in front. In the online phase `data` is a Buffer, see buffers.py. The memory of
+        the state that is passed in is reused (donated), so the caller must not use it again.
 
     On an accelerator the seeds are computed together (`vmap`). On a CPU they are computed one after
     the other, because its batched matrix products are slow. Of several devices each takes an equal
@@ -58,10 +59,22 @@ def over_seeds(chunk, update=None):
     """
 
     def all_seeds(state, keys, start, data):
+        if isinstance(data, buffers.Buffer):
+            return beside_envs(state, keys, start, data)
         data = data.columns() if isinstance(data, host_data.Rows) else data
         if jax.default_backend() == "cpu":
             return jax.lax.map(lambda seed: chunk(*seed, start, data), (state, keys))
         return jax.vmap(chunk, (0, 0, None, None))(state, keys, start, data)
+
+    def beside_envs(state, keys, start, buffer):
+        def one_seed(arguments):
+            index, state, key = arguments
+            return chunk(state, key, start, buffer.of_seed(index))
+
+        seeds = jnp.arange(len(keys)), state, keys
+        if jax.default_backend() == "cpu":
+            return jax.lax.map(one_seed, seeds)
+        return jax.vmap(one_seed)(seeds)
 
     compiled = None
 
@@ -69,7 +82,7 @@ def over_seeds(chunk, update=None):
         nonlocal compiled
         if compiled is None:  # only the first call shows where the data are
             compiled = _compile(all_seeds, keys, data)
-            if isinstance(data[0], np.ndarray) and update is not None:
+            if _on_host(data) and update is not None:
                 cfg = chunk.keywords["cfg"]
                 one_update = partial(update, cfg=cfg)
                 feed = host_data.Feed(one_update, state, keys, data, cfg.log_every, cfg.num_updates)
@@ -81,9 +94,13 @@ def over_seeds(chunk, update=None):
 
 def _compile(all_seeds, keys, data):
     """The program for the devices that are there."""
-    on_host, devices = isinstance(data[0], np.ndarray), jax.devices()
-    if not on_host and (mesh := meshes.of_batches(data)):
+    devices, is_buffer = jax.devices(), isinstance(data, buffers.Buffer)
+    if not _on_host(data) and not is_buffer and (mesh := meshes.of_batches(data)):
         return meshes.share_batches(all_seeds, mesh)
-    if len(devices) == 1 or len(keys) == 1:
+    if len(devices) == 1 or len(keys) == 1 or is_buffer:
         return jax.jit(all_seeds, donate_argnums=0)
     return meshes.share_seeds(all_seeds, devices)
+
+
+def _on_host(data):
+    return not isinstance(data, buffers.Buffer) and isinstance(data[0], np.ndarray)

@@ -11,14 +11,15 @@ import functools
 from pathlib import Path
 
 from common import fail
-from common.experiment import provenance
+from common.experiment import phases, provenance, ranges
 
-MAY_CHANGE = ("num_updates", "eval_every", "eval_episodes")
+LENGTHS = ("num_updates", "online_updates")
+MAY_CHANGE = (*LENGTHS, "eval_every", "eval_episodes")
 
 
 # --- The length of a run ------------------------------------------------------------------------
-def length_dependence(script, cfg):
-    """Where an algorithm's file uses `num_updates` for more than the end of training, else None.
+def length_dependence(script, cfg, length="num_updates"):
+    """Where an algorithm's file uses a length for more than the end of training, else None.
 
     Every use counts that this Config reaches, except comparisons in `train` ("step <
     cfg.num_updates"): a branch of `if cfg.cosine` counts only where that field chooses it. The file
@@ -29,7 +30,7 @@ def length_dependence(script, cfg):
         if isinstance(node, ast.ClassDef) and node.name == type(cfg).__name__:
             continue
         name = getattr(node, "name", "the top level")
-        if line := _first_use(node, cfg, comparisons=name != "train"):
+        if line := _first_use(node, cfg, length, comparisons=name != "train"):
             return f"{name} (line {line} of {Path(script).name})"
     return None
 
@@ -39,15 +40,15 @@ def _parsed(text):
     return provenance.parsed(text)
 
 
-def _first_use(node, cfg, comparisons):
-    """The line of the first use of `num_updates` below a node of the syntax tree, else None."""
+def _first_use(node, cfg, length, comparisons):
+    """The line of the first use of a length below a node of the syntax tree, else None."""
     if isinstance(node, ast.Compare) and not comparisons:
         return None
     names = {getattr(node, "attr", None), getattr(node, "id", None), getattr(node, "value", None)}
-    if "num_updates" in {x for x in names if isinstance(x, str)}:
+    if length in {x for x in names if isinstance(x, str)}:
         return node.lineno
     for child in _reached(node, cfg):
-        if line := _first_use(child, cfg, comparisons):
+        if line := _first_use(child, cfg, length, comparisons):
             return line
     return None
 
@@ -58,7 +59,7 @@ def _reached(node, cfg):
     is_field = isinstance(test, ast.Attribute) and isinstance(test.value, ast.Name)
     if not isinstance(node, ast.If | ast.IfExp) or not is_field:
         return list(ast.iter_child_nodes(node))
-    if test.value.id != "cfg" or not hasattr(cfg, test.attr) or test.attr == "num_updates":
+    if test.value.id != "cfg" or not hasattr(cfg, test.attr) or test.attr in LENGTHS:
         return list(ast.iter_child_nodes(node))
     branch = node.body if getattr(cfg, test.attr) else node.orelse
     return branch if isinstance(branch, list) else [branch]
@@ -72,26 +73,35 @@ def reached(folder):
 
 
 def check(folder, before, cfg, script):
-    """Exit with code 2 after one line, where a run cannot take its new number of updates.
+    """Exit with code 2 after one line, where a run cannot take its new numbers of updates.
 
     Args:
         folder: the run folder.
-        before: number of updates that the run was to have so far.
+        before: its values so far.
         cfg: the Config with which it is resumed.
         script: the algorithm's file.
     """
-    if before == cfg.num_updates:
-        return
-    if (updates := reached(folder)) > cfg.num_updates:
-        fail(
-            f"{folder} has trained for {updates} updates already, more than --num-updates "
-            f"{cfg.num_updates}; give at least {updates} or choose a --name"
-        )
-    if where := length_dependence(script, cfg):
-        fail(
-            f"{folder} was begun with num_updates {before}, and {where} depends on it, so with "
-            f"{cfg.num_updates} all of its updates differ; choose a --name"
-        )
+    updates = reached(folder)
+    for length in LENGTHS:
+        was, now = before.get(length, 0), getattr(cfg, length, 0)
+        if was == now:
+            continue
+        if updates > phases.last_update(cfg):
+            least = updates - phases.last_update(cfg) + now  # the other phase has the rest
+            fail(
+                f"{folder} has trained for {updates} updates already, more than "
+                f"{ranges.flag(length)} {now}; give at least {least} or choose a --name"
+            )
+        if length == "num_updates" and phases.online_updates(cfg) and updates > was:
+            fail(
+                f"{folder} is in its online phase, which began after num_updates {was}; resume "
+                "with that or choose a --name"
+            )
+        if where := length_dependence(script, cfg, length):
+            fail(
+                f"{folder} was begun with {length} {was}, and {where} depends on it, so with "
+                f"{now} all of its updates differ; choose a --name"
+            )
 
 
 def find(folder, values, cfg, script):
@@ -112,10 +122,10 @@ def find(folder, values, cfg, script):
         keys = {*before, *values} - {*MAY_CHANGE, "record"}
         # A field that is newer than the run has its default there: `run_folder` looks closer.
         same = all(before.get(key, values.get(key)) == values.get(key) for key in keys)
-        longer = before.get("num_updates") != cfg.num_updates
-        if not before or not same or reached(file.parent) > cfg.num_updates:
+        longer = [x for x in LENGTHS if before.get(x, 0) != getattr(cfg, x, 0)]
+        if not before or not same or reached(file.parent) > phases.last_update(cfg):
             continue
-        if longer and length_dependence(script, cfg):
+        if any(length_dependence(script, cfg, length) for length in longer):
             continue
         found.append(file.parent)
     if len(found) > 1:

@@ -50,13 +50,14 @@ def describe(folder) -> str:
     checkpoints = sorted(
         int(path.name) for path in (folder / "checkpoints").glob("*") if path.name.isdigit()
     )
+    updates = values.get("num_updates", 0) + values.get("online_updates", 0)
     kept = " and best/" if (folder / best.FOLDER).is_dir() else ""
     lines = [
         ("algorithm", record.get("algorithm")),
         ("data set", f"{values.get('dataset')} ({record.get('digest')})"),
         ("evaluated in", record.get("env") or "nothing: no env is known"),
         ("seeds", " ".join(map(str, values.get("seeds", [])))),
-        ("updates", f"{reached:,} of {values.get('num_updates', 0):,}, {state}"),
+        ("updates", f"{reached:,} of {updates:,}, {state}"),
         ("checkpoints", f"{', '.join(map(str, checkpoints)) or 'none'}{kept}"),
     ]
     if origin := record.get("started_from"):

@@ -7,6 +7,8 @@ import time
 
 import numpy as np
 
+from common.experiment import phases
+
 QUIET = 60.0  # seconds after which a log file gets a line
 LONG = 3600.0  # seconds: what takes longer is said together with a number of updates that does not
 CHUNKS = 2  # after so many the speed is known; the first one includes compiling
@@ -33,7 +35,7 @@ class Progress:
     def advance(self, step, timing):
         """A chunk boundary: move the bar, say how long the rest takes."""
         self.bar.update(step - self.bar.n)
-        if step == self.cfg.num_updates or len(timing.chunks) < CHUNKS:
+        if step == phases.last_update(self.cfg) or len(timing.chunks) < CHUNKS:
             return
         if not self.speed_is_known:
             self.speed_is_known = True
@@ -70,9 +72,10 @@ class Progress:
 def seconds_left(cfg, step, timing):
     """(training, evaluation) from this chunk boundary to the end, by what was measured so far."""
     chunk = statistics.median(timing.chunks[1:] or timing.chunks)
-    training = chunk * (cfg.num_updates - step) / cfg.log_every
+    updates = phases.last_update(cfg)
+    training = chunk * (updates - step) / cfg.log_every
     # The last update is evaluated too, whether eval_every divides it or not.
-    evaluations = -(-cfg.num_updates // cfg.eval_every) - step // cfg.eval_every
+    evaluations = -(-updates // cfg.eval_every) - step // cfg.eval_every
     done = max(timing.evaluations, 1)
     return training, evaluations * timing.evaluation_here / done
 
@@ -81,16 +84,17 @@ def speed_line(cfg, step, timing):
     """The speed and what follows from it, in one line."""
     training, evaluation = seconds_left(cfg, step, timing)
     total = training + evaluation
-    speed = (cfg.num_updates - step) / max(training, 1e-9)
+    updates = phases.last_update(cfg)
+    speed = (updates - step) / max(training, 1e-9)
     seeds = f" of {len(cfg.seeds)} seeds each" if len(cfg.seeds) > 1 else ""
     digits = 1 if speed < 10 else 0
     line = (
         f"speed: {speed:,.{digits}f} updates/s{seeds}, so about {duration(total)} to go "
         f"(training {duration(training)}, evaluation {duration(evaluation)})"
     )
-    fewer = int(LONG / max(total, LONG) * cfg.num_updates // cfg.eval_every) * cfg.eval_every
+    fewer = int(LONG / max(total, LONG) * updates // cfg.eval_every) * cfg.eval_every
     begun_here = step == len(timing.chunks) * cfg.log_every
-    if total > LONG and begun_here and fewer:
+    if total > LONG and begun_here and fewer and not phases.online_updates(cfg):
         line += "; that is long on this machine, where an hour is enough for about "
         line += f"--num-updates {fewer}"
     return line

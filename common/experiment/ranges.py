@@ -9,7 +9,7 @@ SHARES = ("discount", "target_rate", "actor_target_rate", "td_lambda", "lam", "r
 LARGEST = 3.4e38  # of float32, in which the networks compute
 # Patterns of names.
 POSITIVE = "learning_rate$|^fixed_std$|^return_scale$|^beta$|^(sql|eql)_alpha$|^huber_delta$"
-POSITIVE += "|^weight_norm$|^max_(weight|clip|gradient_norm)$"
+POSITIVE += "|^weight_norm$|^max_(weight|clip|gradient_norm)$|^kernel_width$"
 NOT_NEGATIVE = "alpha$|_penalty$|noise|_weight$|_decay$|^inverse_temperature$|^perturbation$|^eta$"
 
 
@@ -28,8 +28,8 @@ def check(cfg):
             check_seeds(value)
         elif name.endswith("hidden") and not value:
             fail(f"{given}: give at least one hidden layer")
-        elif any(type(x) is int and x < 1 for x in numbers):
-            fail(f"{given}: must be at least 1")
+        elif any(type(x) is int and x < _least(name, cfg) for x in numbers):
+            fail(f"{given}: must be at least {_least(name, cfg)}")
         elif name in SHARES and not 0 <= value <= 1:
             fail(f"{given}: must be a number from 0 to 1")
         elif name == "fraction" and not 0 < value <= 1:
@@ -43,11 +43,13 @@ def check(cfg):
     for whole, part in (
         ("eval_every", "log_every"),
         ("num_updates", "log_every"),
+        ("clone_updates", "log_every"),
         ("log_every", "policy_delay"),
         ("log_every", "actor_updates"),
+        ("online_updates", "log_every"),
         ("embedding", "num_heads"),
     ):
-        if hasattr(cfg, part) and getattr(cfg, whole) % getattr(cfg, part):
+        if {whole, part} <= {*vars(cfg)} and getattr(cfg, whole) % getattr(cfg, part):
             number, divisor = getattr(cfg, whole), getattr(cfg, part)
             near = max(1, round(number / divisor)) * divisor
             smaller = f", or {flag(part)} {number}" if number < divisor else ""
@@ -55,6 +57,25 @@ def check(cfg):
                 f"{flag(whole)} {number} is no multiple of {flag(part)} {divisor}; "
                 f"{near} would be one{smaller}"
             )
+    cloning = getattr(cfg, "clone_updates", 0)
+    if cloning >= cfg.num_updates:
+        fail(
+            f"--num-updates {cfg.num_updates}: counts the --clone-updates {cloning} as well, "
+            "so it must be more"
+        )
+
+    refresh = getattr(cfg, "steps_per_refresh", 1) * getattr(cfg, "updates_per_step", 1)
+    if refresh > 1 and cfg.online_updates and cfg.log_every % refresh:
+        counts = f"{cfg.steps_per_refresh} * {cfg.updates_per_step}"
+        what = f"no multiple of steps_per_refresh * updates_per_step, {counts}"
+        fail(f"--log-every {cfg.log_every}: {what}, the updates between two sets of env steps")
+
+
+def _least(name, cfg):
+    """The least value of a whole number."""
+    if name in ("online_updates", "random_steps"):
+        return 0
+    return 0 if name == "num_updates" and getattr(cfg, "online_updates", 0) else 1
 
 
 def check_seeds(seeds):

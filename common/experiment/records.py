@@ -58,9 +58,14 @@ class Records:
     def read_result(self):
         return read_result(self.folder)
 
-    def resume(self, start):
-        """Drop everything that update `start` and the later ones wrote: it is written again."""
+    def resume(self, start, columns=()):
+        """Drop everything that update `start` and the later ones wrote: it is written again.
+
+        `columns` are further ones of metrics.csv, which a run gets that grows by an online phase.
+        """
         (self.folder / "result.json").unlink(missing_ok=True)  # a folder with it is finished
+        for name in columns:
+            self._add_column(name)
         self._cut("metrics.csv", self.waiting[0][0] if self.waiting else start)
         self._cut("timing.csv", start)
 
@@ -71,6 +76,17 @@ class Records:
             header, *rows = file.read_text(encoding="utf-8").splitlines(keepends=True) or [""]
             rows = [row for row in rows if row[-1] == "\n" and int(row.split(",")[0]) < first]
             files.write(file, "".join([header, *rows] if rows else []))
+
+    def _add_column(self, column):
+        """An empty column of metrics.csv, before those of the evaluations, if it is not there."""
+        file = self.folder / "metrics.csv"
+        rows = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+        if not rows or column in rows[0].split(","):
+            return
+        place = rows[0].split(",").index(SCORES[0])
+        cells = [row.split(",") for row in rows if len(row.split(",")) == len(rows[0].split(","))]
+        lines = [[*row[:place], "" if i else column, *row[place:]] for i, row in enumerate(cells)]
+        files.write(file, "".join(",".join(line) + "\n" for line in lines))
 
     def write_metrics(self, step, metrics, scores, diverged, last):
         """Add the rows of a chunk boundary to metrics.csv, one per seed.
@@ -86,12 +102,13 @@ class Records:
         """
         for i, seed in enumerate(self.seeds):
             gone = diverged.get(i, step) < step
-            means = {} if gone else {name: x[i] for name, x in (metrics or {}).items()}
+            means = {name: x[i] for name, x in (metrics or {}).items() if x[i] is not None}
+            means = {} if gone else means
             numbers = {name: x[i] for name, x in (scores or {}).items()}
             self.waiting.append((step, seed, means, numbers))
         if not metrics and not last:
             return []
-        names, lines = list(metrics or {}), []
+        names, lines = self._columns(list(metrics or {})), []
         for update, seed, means, numbers in self.waiting:
             cells = [_cell(means.get(name)) for name in names]
             cells += [_cell(numbers.get(name)).replace("nan", "") for name in SCORES]
@@ -99,6 +116,26 @@ class Records:
         self.append("metrics.csv", ("update", "seed", *names, *SCORES), *lines)
         written, self.waiting = self.waiting, []
         return written
+
+    def _columns(self, names):
+        """The metrics that metrics.csv has, then those of `names` that are new, in this order.
+
+        A method that learns in several phases has other metrics in each of them. The first rows of
+        a phase give the file its columns; the rows before have empty cells there.
+        """
+        file = self.folder / "metrics.csv"
+        text = file.read_text(encoding="utf-8") if file.exists() else ""
+        header, *rows = [line.split(",") for line in text.splitlines()] or [[]]
+        first, last = 2, len(header) - len(SCORES)  # metrics are the columns in between
+        if header[:first] != ["update", "seed"] or header[last:] != [*SCORES]:
+            return names  # a new file, or one that `append` refuses
+        known = header[first:last]
+        new = [name for name in names if name not in known]
+        if new:
+            lines = [[*header[:last], *new, *SCORES]]
+            lines += [[*row[:last], *[""] * len(new), *row[last:]] for row in rows]
+            files.write(file, "".join(",".join(line) + "\n" for line in lines))
+        return known + new
 
     def write_timing(self, step, seconds):
         header = ("update", "chunk_seconds", "train_seconds", "eval_seconds")

@@ -9,6 +9,7 @@ boundary. A run folder `<runs-dir>/<algorithm>/<data set>/<name>/` holds
     timing.csv    seconds; the first chunk of every start includes compiling
     checkpoints/  orbax, the newest two
     best/         orbax, with --keep best: every seed's policy of its best evaluation
+    online.rows   the rows of the online phase, see common/interaction.py
     result.json   written last: final and best score per seed, versions, code, hardware, speed
     wandb/        offline runs, one per seed; wandb.id is the end of their ids
 """
@@ -29,6 +30,7 @@ from common.experiment import (
     checkpoints,
     config,
     disk_errors,
+    phases,
     processes,
     records,
     signals,
@@ -52,6 +54,7 @@ class Run:
     def __init__(self, cfg, options, dataset, acting=None):
         config.check(cfg, options)
         config.refuse_unread(options)
+        phases.check_env(cfg, dataset)
         self.cfg, self.options, self.dataset, self.acting = cfg, options, dataset, acting
         self.script = Path(inspect.getfile(type(cfg)))
         self.folder = config.run_folder(cfg, options)
@@ -68,6 +71,12 @@ class Run:
         self.save_due = 0.0  # when the next checkpoint is due
         self.done = False  # finished by an earlier start
         self.kept = None  # Best, with --keep best
+        self.last_update = phases.last_update(cfg)
+        self.interaction, self.reported = None, {}  # of the online phase, and what it reports
+
+    def attach(self, interaction):
+        """Let checkpoints save and restore the online phase, and metrics.csv have its numbers."""
+        self.interaction = interaction
 
     # --- Opening and closing --------------------------------------------------------------------
     def __enter__(self):
@@ -104,7 +113,8 @@ class Run:
         print(f"run {self.folder}")
         if jax.config.jax_enable_x64:
             print("JAX_ENABLE_X64 is on: the numbers are not those of a run without it")
-        self.manager = checkpoints.manager(self.folder)
+        every = self.cfg.eval_every if self.options.keep == "all" else None
+        self.manager = checkpoints.manager(self.folder, every=every)
         if self.options.keep == "best":
             self.kept = Best(self.folder, self.cfg.seeds)
         self.wandb = Mirror(self, record)  # wandb is not told where files are on this machine
@@ -113,16 +123,19 @@ class Run:
     def _record(self):
         """Facts about the run: for the reader, and for acting without the data set."""
         dataset, returns = self.dataset, self.dataset.episode_returns
-        first = dataset.transitions.observation[0], dataset.transitions.action[0]
-        shapes = zip(("observation", "action"), first, strict=True)
+        names = ("observation", "action")
+        shapes = {name: [*getattr(dataset.transitions, name).shape[1:]] for name in names}
+        data_return = {}
+        if len(returns):  # an env without rows has none
+            data_return = {"mean": float(returns.mean()), "max": float(returns.max())}
         return (
             {"algorithm": self.algorithm}
             | (dataset.record or {})
             | {
-                "data_return": {"mean": float(returns.mean()), "max": float(returns.max())},
+                "data_return": data_return,
                 "reference": [dataset.ref_min_score, dataset.ref_max_score],
                 "digest": self.origin.world["data"],
-                "shapes": {name: list(np.shape(x)) for name, x in shapes},
+                "shapes": shapes,
                 "num_actions": dataset.num_actions,
                 "horizon": dataset.horizon,
                 "score_is_success": dataset.score_is_success,
@@ -163,6 +176,7 @@ class Run:
             "algorithm": self.algorithm,
             "dataset": cfg.dataset,
             "num_updates": cfg.num_updates,
+            **({} if self.interaction is None else self.interaction.result()),
             "eval_episodes": cfg.eval_episodes,
             "score": self._by_seed(self.scores),
             **records.over_seeds("score", self.scores),
@@ -200,17 +214,19 @@ class Run:
             if self.options.resume:
                 print(f"nothing to resume in {self.folder}: starting anew")
             state = self._begin(state)
+        if self.interaction is not None and not self.done:
+            self.interaction.restore(meta and meta.get("interaction"))
         if self.kept is not None:
             self.kept.restore(state)
         if not self.done:
-            self.records.resume(start)
+            self.records.resume(start, self.interaction.METRICS if self.interaction else ())
         self.wandb.replay(self.folder / "metrics.csv")
         # Process 0 alone has a run folder: the others go on from its state.
         diverged = list(self.divergence.seeds.items())
         start, diverged, self.done = processes.ask([start, diverged, self.done])[0]
         self.divergence.seeds = dict(diverged)
         state = processes.from_first(state)
-        self.progress.start(start, self.cfg.num_updates)
+        self.progress.start(start, self.last_update)
         return state, metrics, start
 
     def _begin(self, state):
@@ -232,9 +248,10 @@ class Run:
         result = self.records.read_result()
         # Both may have grown since: with more episodes the last policy is scored again.
         same = all(
-            result.get(key) == vars(self.cfg)[key] for key in ("num_updates", "eval_episodes")
+            result.get(key, 0) == vars(self.cfg).get(key, 0)
+            for key in ("num_updates", "online_updates", "eval_episodes")
         )
-        self.done = start == self.cfg.num_updates and same
+        self.done = start == self.last_update and same
         print("finished before" if self.done else f"resuming at update {start:,}")
         if self.done:
             self._read_result()
@@ -252,15 +269,16 @@ class Run:
         say_result(self.folder, self.scores, self.best, returns, len(result["diverged"]))
 
     def boundaries(self, start):
-        """The chunk boundaries start, start + log_every, ..., num_updates; none if all is done."""
+        """The chunk boundaries start, start + log_every, ..., last_update; none if all is done."""
         self.start = start
         self.timing.begin_chunk()
         if not self.done:
-            yield from range(start, self.cfg.num_updates + 1, self.cfg.log_every)
+            yield from range(start, self.last_update + 1, self.cfg.log_every)
 
     def evaluates(self, step):
         """Whether the policy is evaluated at this chunk boundary."""
-        return step % self.cfg.eval_every == 0 or step == self.cfg.num_updates
+        ends = (self.cfg.num_updates, self.last_update)  # of both phases
+        return step % self.cfg.eval_every == 0 or step in ends
 
     def save(self, step, state, metrics):
         """Wait for the chunk, freeze seeds that diverged in it, save a checkpoint where one is due.
@@ -272,6 +290,8 @@ class Run:
         if step > self.start:
             self.timing.end_chunk()
         self.divergence.freeze(step, host_state, metrics or {})
+        if self.interaction is not None:  # now: the next chunk begins before this one is logged
+            self.reported = self.interaction.report()
         signal_number = processes.agree(self.signals.number or 0)
         late = time.perf_counter() >= self.save_due
         due = signal_number or late or self.divergence.all_lost or self.evaluates(step)
@@ -285,6 +305,8 @@ class Run:
                 "diverged": self.divergence.seeds,
                 **self.origin.saved(),
             }
+            if self.interaction is not None:
+                meta["interaction"] = self.interaction.saved()
             checkpoints.save(self.manager, step, host_state, meta)
             self.save_due = time.perf_counter() + self.options.save_seconds
         if signal_number:
@@ -319,10 +341,10 @@ class Run:
             self.progress.evaluated(step, self.scores)
         written = self.records.write_metrics(
             step,
-            _lists(metrics),
+            metrics and _lists(metrics) | self.reported,
             self.last_evaluation if evaluation else None,
             self.divergence.seeds,
-            last=step == self.cfg.num_updates,
+            last=step == self.last_update,
         )
         for update, seed, means, numbers in written:
             self.wandb.log(seed, update, means | numbers)

@@ -4,6 +4,8 @@
 import statistics
 import time
 
+from common.experiment import phases
+
 
 class Timing:
     """Seconds in all, and those of the chunks of this start."""
@@ -50,7 +52,7 @@ class Timing:
         left out where there are others.
         """
         chunks = self.chunks[1:] or self.chunks
-        chunks = chunks or [self.train * cfg.log_every / cfg.num_updates]  # finished before
+        chunks = chunks or [self.train * cfg.log_every / phases.last_update(cfg)]  # finished before
         speed = cfg.log_every * len(cfg.seeds) / statistics.median(chunks)
         total = max(self.train + self.evaluation, 1e-9)
         return {

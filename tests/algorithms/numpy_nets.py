@@ -18,6 +18,7 @@ from common import datasets, experiment
 from common.experiment import config
 
 CFG = {"hidden": (16, 16), "batch_size": 32}  # as many rows as the data: one program serves both
+OPTIMISERS = ("learning_rate", "weight_decay", "gradient_norm")  # ends of names that they read
 
 
 # --- NumPy --------------------------------------------------------------------------------------
@@ -178,7 +179,7 @@ def setup(module, num_actions=None, **overrides):
     unseen = {
         field.name: field.default
         for field in dataclasses.fields(cfg)
-        if "float" in str(field.type) and not field.name.endswith(("learning_rate", "weight_decay"))
+        if "float" in str(field.type) and not field.name.endswith(OPTIMISERS)
     }
     state = shapes(module, dataclasses.replace(cfg, **unseen), num_actions)
     state = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), state)

@@ -57,6 +57,7 @@ class Case:
     action_dim: int | None = None  # of the data, where a batch has other actions than the data
     policy: str = "policy"  # function of the file that gives the action
     carry: str | None = None  # function of (state, data, cfg): what `update` takes with the state
+    update: str = "update"  # function of the file that makes an update, of a phase of the training
 
 
 CONFIG = {"hidden": (16, 16), "log_every": 2}
@@ -71,6 +72,16 @@ LEFT_OUT = {
     ),
     ("cql", "mujoco"): ("log_multiplier/mu/",),
     ("cql", "unweighted"): ("log_multiplier/mu/",),
+}
+# Parts of the state that no update of a case changes, so a fixture need not have them: the other
+# phase's networks and fixed weights.
+CLONED = ("behaviour/", "clone_temperature/")
+UNCHANGED = {
+    ("brac", "value"): (*CLONED, "alpha/"),
+    ("brac", "policy"): CLONED,
+    ("brac", "both"): (*CLONED, "alpha/"),
+    ("brac", "clone"): ("actor/", "critic/", "alpha/"),
+    ("brac", "bear"): CLONED,
 }
 # What a policy takes besides its parameters, and the field of State whose apply function it is.
 NETWORKS = {"apply_critics": "critic", "critic": "critic", "apply_vae": "vae"}
@@ -151,7 +162,11 @@ def replayed(module, batches, draws):
     def randint(key, shape, *args, **kwargs):
         return draw("randint", shape)
 
+    def categorical(key, logits, axis=-1):
+        return (logits + draw("gumbel", logits.shape)).argmax(axis)  # one of softmax(logits)
+
     fakes = {"normal": normal, "uniform": uniform, "bernoulli": bernoulli, "randint": randint}
+    fakes["categorical"] = categorical
     real = {kind: getattr(jax.random, kind) for kind in fakes} | {"param": Scope.param}
     with contextlib.ExitStack() as stack:
         if batches:
@@ -258,8 +273,10 @@ def difference(found, expected):
 def rows(module, columns):
     """A Transitions of the columns that the authors' code reads, the others zero.
 
-    For QC a Chunks, and for DT a Steps.
+    For QC a Chunks, for DT a Steps, and with initial observations a TransitionsAndStarts.
     """
+    if "initial_observation" in columns:
+        return module.TransitionsAndStarts(**columns)
     if "valid" in columns:
         return module.Chunks(**columns)
     if "timestep" in columns:
@@ -318,6 +335,7 @@ def compare(module, case, arrays=None, stop_above=None):
 
 def _compare(module, case, arrays, dtype, stop_above):
     cfg, key = config_of(module, case), jax.random.key(0)
+    update = getattr(module, case.update)
 
     def inputs(prefix):
         # NumPy arrays, since taking an item of one compiles nothing.
@@ -341,10 +359,10 @@ def _compare(module, case, arrays, dtype, stop_above):
     def one_update(state, step, batches, draws):
         if whole:
             with replayed(module, [], draws):
-                return module.update(state, step, key, data, cfg)
+                return update(state, step, key, data, cfg)
         turns = [item(batches, i) for i in range(len(batches.reward))]
         with replayed(module, turns, draws):
-            return module.update(state, step, key, turns[0], cfg)
+            return update(state, step, key, turns[0], cfg)
 
     found = collections.defaultdict(dict)
 
@@ -356,6 +374,7 @@ def _compare(module, case, arrays, dtype, stop_above):
         worst = max((x for numbers in found.values() for x in numbers.values()), default=0.0)
         return stop_above is not None and not worst <= stop_above
 
+    begun_with = trees_of(state if case.carry is None else state[0])
     for i in range(number):
         step = i * case.gradient_steps
         state, metrics = one_update(state, step, item(batches, i), item(draws, i))
@@ -365,6 +384,7 @@ def _compare(module, case, arrays, dtype, stop_above):
         stored = under(arrays, f"after/{i + 1}")
         if i in (0, number - 1):
             check_complete(case, i == 0, ours, stored)
+            check_unchanged(case, ours, begun_with)
         for name, expected in stored.items():
             tree = name.split("/")[1]
             what = f"parameters after {'1' if i == 0 else 'N'}"
@@ -382,10 +402,19 @@ def _compare(module, case, arrays, dtype, stop_above):
 def check_complete(case, first, ours, stored):
     """Nothing that an update changes is missing in the fixture, but for LEFT_OUT."""
     wanted = {name for name in ours if first or name.split("/")[1] != "mu"}
+    unchanged = UNCHANGED.get((case.algorithm, case.name), ())
+    wanted = {name for name in wanted if not name.startswith(unchanged)}
     if first:
         left_out = LEFT_OUT.get((case.algorithm, case.name), ())
         wanted = {name for name in wanted if not name.startswith(left_out)}
     assert wanted <= set(stored), f"not in the fixture: {sorted(wanted - set(stored))}"
+
+
+def check_unchanged(case, ours, begun_with):
+    """The parts in UNCHANGED are, to the bit."""
+    for name in ours:
+        if name.startswith(UNCHANGED.get((case.algorithm, case.name), ())):
+            assert np.array_equal(ours[name], begun_with[name]), f"an update changes {name}"
 
 
 def play_once(module, case, state, cfg, recorded, draws, example):

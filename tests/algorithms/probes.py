@@ -155,6 +155,7 @@ FAST = {"actor_learning_rate": 1e-3, "critic_learning_rate": 1e-3}
 NET = {"hidden": (64, 64), "batch_size": 64}
 SEQUENCE = {"embedding": 16, "num_layers": 1, "batch_size": 64}
 SMALL = {  # what makes an algorithm file small and fast; data sets and claims set the rest
+    "algaedice": NET | FAST,
     "atac": NET | FAST | {"warm_start": 20},
     "awac": NET | FAST,
     "awr": NET | FAST | {"optimiser": "adam", "actor_updates": 5, "critic_updates": 2},
@@ -162,19 +163,36 @@ SMALL = {  # what makes an algorithm file small and fast; data sets and claims s
     "bcq": NET
     | FAST
     | {"vae_learning_rate": 1e-3, "vae_hidden": (64, 64), "num_samples": 4, "num_eval_samples": 50},
+    "brac": NET
+    | FAST
+    | {"critic_hidden": (64, 64), "clone_updates": 1000, "clone_learning_rate": 1e-3}
+    | {"warm_start": 20, "alpha_training": "linear", "divergence": "mmd", "kernel_width": 2.0},
     "cql": NET | FAST | {"critic_hidden": (64, 64), "num_samples": 4},
     "cql_discrete": NET | FAST,
     "dt": SEQUENCE | FAST | {"context": 3, "warm_up": 10, "episode_length": 20},
+    "edac": NET | FAST | {"temperature_learning_rate": 1e-3, "num_critics": 3},
+    "fisher_brc": NET
+    | FAST
+    | {"temperature_learning_rate": 1e-3, "behaviour_hidden": (64, 64), "clone_updates": 1000},
+    "diffusion_ql": NET
+    | FAST
+    | {"generator_steps": 3, "max_gradient_norm": 10.0}
+    | {"actor_target_start": 1, "actor_target_rate": 0.05},
     "fql": NET | FAST | {"flow_steps": 5},
+    "gfp": NET | FAST | {"flow_steps": 5},
     "idql": NET
     | FAST
     | {"cosine": False, "actor_hidden": (32,), "dropout": None, "actor_target_rate": 0.01}
     | {"layer_norm": "none"},  # of one number it leaves none
     "iql": NET | FAST | {"cosine": False},
     "ivr": NET | FAST | {"cosine": False},
+    "lb_sac": NET | FAST | {"temperature_learning_rate": 1e-3, "num_critics": 3},
     "odice": NET | FAST | {"value_hidden": (64, 64), "value_learning_rate": 1e-3},
+    "optidice": NET | {"learning_rate": 1e-3, "warm_start": 20},
     "qc": NET | FAST | {"flow_steps": 5, "num_samples": 4, "horizon": 3},
     "rebrac": NET | FAST,
+    "sac": NET | FAST | {"temperature_learning_rate": 1e-3},
+    "sac_n": NET | FAST | {"temperature_learning_rate": 1e-3, "num_critics": 3},
     "td3_bc": NET | FAST,
     "xql": NET | FAST | {"cosine": False},
 }
@@ -194,6 +212,10 @@ def prepared(module, data, cfg):
     dataset = Dataset("rows", data, ends, np.zeros(len(ends)))
     if hasattr(module, "episode_steps"):
         return module.episode_steps(dataset, data)
+    if hasattr(module, "with_absorbing_state"):
+        data = module.with_absorbing_state(data, cfg)
+    if hasattr(module, "with_starts"):
+        return module.with_starts(dataset, data)
     return module.chunked(dataset, cfg) if hasattr(module, "chunked") else data
 
 
@@ -226,7 +248,7 @@ def compiled_chunk(module_chunk):
 
 
 def train(module, data, updates, seed=0, **overrides):
-    """State of one seed after `updates` updates.
+    """State of one seed after `updates` updates, and before them those that clone a behaviour.
 
     Floats of the Config enter the compiled program as arguments: one program serves them all.
     """
@@ -234,7 +256,10 @@ def train(module, data, updates, seed=0, **overrides):
     state, key, data = start(module, data, cfg, seed)
     numbers = {name: value for name, value in vars(cfg).items() if isinstance(value, float)}
     cfg = dataclasses.replace(cfg, **dict.fromkeys(numbers))
-    for step in range(0, updates, CHUNK):
+    cloning = cfg.clone_updates if hasattr(module, "clone_chunk") else 0
+    for step in range(0, cloning, CHUNK):
+        state, _ = compiled_chunk(module.clone_chunk)(state, key, step, data, numbers, cfg)
+    for step in range(cloning, cloning + updates, CHUNK):
         state, _ = compiled_chunk(module.train_chunk)(state, key, step, data, numbers, cfg)
     return state
 

@@ -30,11 +30,14 @@ CAUTIOUS = {
     "awac": {},
     "bc": {},
     "bcq": {},
+    "brac": {"alpha": 1.0, "alpha_training": "none", "divergence": "kl"},
     "cql": {"alpha": 5.0},
+    "fisher_brc": {"survival_bonus": 0.0, "action_margin": 0.01},
     "fql": {},
     "idql": {},
     "iql": {},
     "ivr": {},
+    "optidice": {"warm_start": 1000},
     "odice": {"lam": 0.5, "alpha": 0.1},  # with alpha 1 the weights vanish next to such rewards
     "qc": {"horizon": 1},
     "rebrac": {"actor_penalty": 1.0, "critic_penalty": 1.0},
@@ -48,6 +51,7 @@ STITCHING = {
     "iql": {"expectile": 0.9, "inverse_temperature": 10.0},
     "ivr": {"sql_alpha": 0.05},
     "odice": {"alpha": 0.1},
+    "optidice": {"alpha": 0.05, "residual_fit": "mse", "warm_start": 1000},
     "qc": {"horizon": 1, "num_samples": 16, "q_agg": "min"},
     "rebrac": {"actor_penalty": 1.0, "critic_penalty": 0.1},
     "td3_bc": {},
@@ -55,7 +59,16 @@ STITCHING = {
 }
 
 
-SAMPLING = ("bcq", "fql", "idql", "odice", "qc")  # many actions per update: minutes
+SAMPLING = (
+    "bcq",
+    "brac",
+    "fisher_brc",
+    "fql",
+    "idql",
+    "odice",
+    "optidice",
+    "qc",
+)  # many actions per update: minutes
 
 
 # --- Overestimation -----------------------------------------------------------------------------

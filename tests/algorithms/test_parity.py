@@ -27,6 +27,20 @@ DT = {
     "dropout": None,
 }
 QC = {"horizon": 3}
+SAC = {"hidden": (8, 8, 8)}
+BRAC = {"critic_hidden": (16, 16), "clone_updates": 0, "warm_start": 0}
+FISHER_BRC = {"behaviour_hidden": (16, 16)}
+FBRAC = {
+    "generator": "flow",
+    "actor_q": "mean",
+    "q_agg": "mean",
+    "num_samples": 1,
+    "max_gradient_norm": None,
+    "actor_target_rate": 1.0,
+    "actor_target_every": 1,
+    "actor_target_start": 1,
+}
+OPTIDICE = {"absorbing_state": "none"}  # the batches are rows as the update takes them
 CHUNKS = {"action_dim": 2, "policy": "sample_chunk"}  # its policy plays what sample_chunk returns
 
 CASES = [
@@ -59,6 +73,51 @@ CASES = [
     ),
     Case("fql", "mean", {}),
     Case("fql", "min", {"alpha": 3.0, "q_agg": "min", "normalize_q": True, "discount": 0.995}),
+    Case("gfp", "cube", {"eta": 0.5, "target_agg": "mean"}),
+    Case(
+        "gfp",
+        "antmaze",
+        {
+            "alpha": 0.3,
+            "eta": 0.1,
+            "q_agg": "min",
+            "discount": 0.995,
+            "guidance_agg": "max",
+            "flow_steps": 4,
+        },
+    ),
+    Case(
+        "gfp",
+        "fql",
+        {
+            "alpha": 3.0,
+            "eta": None,
+            "normalize_q": False,
+            "discount": 0.9,
+            "target_agg": "flow",
+            "flow_steps": 3,
+        },
+    ),
+    Case(
+        "diffusion_ql",
+        "mujoco",
+        {"max_gradient_norm": 2.5, "actor_target_start": 2, "actor_target_every": 2},
+    ),
+    Case(
+        "diffusion_ql",
+        "antmaze",
+        {
+            "discount": 0.95,
+            "eta": 3.5,
+            "generator_steps": 3,
+            "actor_learning_rate": 1e-3,
+            "max_gradient_norm": None,
+            "target_samples": 10,
+            "actor_target_start": 1,
+            "actor_target_every": 3,
+        },
+    ),
+    Case("diffusion_ql", "fbrac", FBRAC | {"alpha": 30.0, "discount": 0.97, "flow_steps": 4}),
     Case("cql", "mujoco", CQL),
     Case(
         "cql",
@@ -187,6 +246,19 @@ CASES = [
             "dropout": None,
         },
     ),
+    Case("sac", "twin", {}),
+    Case(
+        "sac",
+        "several",
+        {
+            "num_critics": 4,
+            "discount": 0.9,
+            "target_rate": 0.05,
+            "actor_learning_rate": 1e-3,
+            "critic_learning_rate": 3e-3,
+            "temperature_learning_rate": 5e-3,
+        },
+    ),
     Case("dt", "mujoco", DT | {"warm_up": 4}),
     Case(
         "dt",
@@ -207,6 +279,93 @@ CASES = [
         "strong",
         {"alpha": 4.0, "target_every": 5, "discount": 0.9},
         create={"num_actions": 4},
+    ),
+    Case("sac_n", "ten", SAC),
+    Case(
+        "sac_n",
+        "two",
+        SAC
+        | {
+            "num_critics": 2,
+            "discount": 0.95,
+            "actor_learning_rate": 1e-3,
+            "critic_learning_rate": 1e-3,
+            "temperature_learning_rate": 1e-3,
+        },
+    ),
+    Case("edac", "mujoco", SAC | {"num_critics": 5}),
+    Case("edac", "adroit", SAC | {"num_critics": 8, "eta": 200.0, "discount": 0.95}),
+    Case("lb_sac", "plain", SAC),
+    Case("lb_sac", "layer_norm", SAC | {"num_critics": 5, "layer_norm": True, "discount": 0.95}),
+    Case("brac", "value", BRAC | {"warm_start": 2}),
+    Case(
+        "brac",
+        "policy",
+        BRAC
+        | {
+            "variant": "p",
+            "divergence": "mmd",
+            "alpha": 3.0,
+            "alpha_training": "linear",
+            "target_divergence": 0.05,
+            "kernel_width": 2.0,
+            "discount": 0.95,
+            "num_eval_samples": 6,
+        },
+    ),
+    Case("brac", "both", BRAC | {"divergence": "mmd", "alpha": 0.7}),
+    Case("brac", "clone", BRAC, update="clone_update"),
+    Case(
+        "brac",
+        "bear",
+        BRAC
+        | {
+            "variant": "p",
+            "divergence": "mmd",
+            "alpha": 1.0,
+            "alpha_training": "log",
+            "target_divergence": 0.05,
+            "warm_start": 2,
+            "kernel_width": 8.0,
+            "mmd_root": True,
+            "mmd_before_tanh": True,
+            "lam": 0.75,
+            "num_target_samples": 10,
+            "num_eval_samples": 6,
+        },
+    ),
+    Case("fisher_brc", "mujoco", FISHER_BRC),
+    Case(
+        "fisher_brc",
+        "strong",
+        FISHER_BRC | {"gradient_penalty": 3.0, "survival_bonus": 0.0, "discount": 0.9},
+    ),
+    Case("fisher_brc", "clone", FISHER_BRC, update="clone_update"),
+    Case("optidice", "iproj", OPTIDICE | {"alpha": 0.7, "components": 3, "warm_start": 0}),
+    Case(
+        "optidice",
+        "kl",
+        OPTIDICE
+        | {
+            "f": "kl",
+            "residual_fit": "mse",
+            "alpha": 1.5,
+            "discount": 0.95,
+            "components": 2,
+            "warm_start": 2,
+        },
+    ),
+    Case(
+        "optidice",
+        "wbc",
+        OPTIDICE | {"f": "chi2", "extraction": "wbc", "alpha": 0.5, "warm_start": 0},
+    ),
+    Case("algaedice", "code", {}, gradient_steps=2),
+    Case(
+        "algaedice",
+        "residual",
+        {"online_share": 0.6, "exponent": 2.0, "alpha": 0.5, "discount": 0.9, "target_rate": 0.1},
+        gradient_steps=2,
     ),
 ]
 

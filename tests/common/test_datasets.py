@@ -281,6 +281,8 @@ def test_slug_and_suite():
         "pen-human-v1": "adroit",
         "D4RL/kitchen/partial-v2": "kitchen",
         "local/pointmaze/umaze-v0": "pointmaze",
+        "local/mujoco/hopper-medium-v0": "mujoco_local",
+        "env/Hopper-v4": "online",
         "local/ogbench/cube-single-play-v0": "ogbench",
         "cube-single-play-singletask-v0": "ogbench",
         "antmaze-large-navigate-singletask-task2-v0": "ogbench",

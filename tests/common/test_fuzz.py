@@ -585,6 +585,7 @@ def test_a_minari_data_set_of_an_env_that_is_known(empty, monkeypatch, capsys, m
 
 # --- Configurations -----------------------------------------------------------------------------
 KEPT = ("dataset", "seeds", "num_updates", "log_every", "eval_every", "eval_episodes")
+KEPT += ("clone_updates",)
 SIZES = ("hidden", "vae_hidden", "critic_hidden", "value_hidden", "actor_hidden", "embedding")
 DIVIDE = ("policy_delay", "actor_updates", "num_heads")
 TO_ONE = (*ranges.SHARES, "expectile", "dropout", "action_margin", "fraction")
@@ -621,7 +622,8 @@ def trains(folder, capsys, name, draw):
     """Whether a drawn configuration trained; if not, it was refused and wrote nothing."""
     write = runs.write_cartpole if name in runs.DISCRETE else runs.write_hdf5
     argv = ["--dataset", write("data.hdf5"), *runs.tiny(name), *drawn(name, draw)]
-    argv += ["--num-updates", "4", "--log-every", "4", "--eval-every", "4", "--eval-episodes", "1"]
+    end = "8" if hasattr(CONFIGS[name], "clone_updates") else "4"  # a chunk of each phase
+    argv += ["--num-updates", end, "--log-every", "4", "--eval-every", "4", "--eval-episodes", "1"]
     argv += ["--runs-dir", f"runs{draw}"]
     print(name, *argv)  # pytest shows it where the test fails
     if not ends_well(capsys, lambda: runs.start(name, argv)):
@@ -630,7 +632,7 @@ def trains(folder, capsys, name, draw):
     run = runs.only_run(f"runs{draw}")
     last = runs.read_csv(run / "metrics.csv")[-1]
     result = json.loads((run / "result.json").read_text())
-    assert last["update"] == "4" and result["num_updates"] == 4 and not result["diverged"]
+    assert last["update"] == end and result["num_updates"] == int(end) and not result["diverged"]
     assert len(last) > 6 and all(np.isfinite(float(cell)) for cell in last.values() if cell)
     return True
 

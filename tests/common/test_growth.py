@@ -128,13 +128,14 @@ def test_train_may_compare_with_the_length_and_nothing_else(tmp_path):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_files_whose_schedule_ends_with_the_run(name):
-    """Those that have a cosine decay, unless it is switched off; no other."""
+    """Those that have a cosine decay, while it is switched on; no other."""
     module = importlib.import_module(f"algorithms.{name}")
-    where = growth.length_dependence(module.__file__, module.Config())
-    assert (where is not None) == ("cosine" in vars(module.Config))
-    if where:
-        flat = module.Config(cosine=False)
-        assert growth.length_dependence(module.__file__, flat) is None
+    if "cosine" not in vars(module.Config):
+        assert growth.length_dependence(module.__file__, module.Config()) is None
+        return
+    for cosine in (True, False):
+        where = growth.length_dependence(module.__file__, module.Config(cosine=cosine))
+        assert (where is not None) == cosine
 
 
 # --- Longer, and evaluated otherwise ------------------------------------------------------------
@@ -156,7 +157,8 @@ def test_more_updates_and_other_evaluations(made, tiny, capsys):
     evaluated = [row["update"] for row in runs.read_csv(made / "metrics.csv") if row["score"]]
     assert evaluated[::2] == ["0", "4", "8", "16"]
     values = yaml.safe_load((made / "config.yaml").read_text())
-    assert [values[key] for key in growth.MAY_CHANGE] == [16, 8, 1]
+    names = ("num_updates", "eval_every", "eval_episodes")
+    assert [values[key] for key in names] == [16, 8, 1]
     assert values["record"]["history"] == [
         {"until_update": 8, "eval_episodes": 1},
         {"until_update": 8, "num_updates": 8, "eval_every": 4, "eval_episodes": 2},
@@ -850,6 +852,11 @@ SEEN_IN = {
     "has a new name": "test_a_former_name_of_a_field_is_one_line_that_names_the_present_one",
     "no checkpoint can be read": "test_every_checkpoint_damaged",
     "give at least one hidden layer": "test_a_config_made_in_python_is_checked",
+    "is in its online phase": (
+        "test_the_offline_phase_is_that_of_an_offline_run_which_may_go_on_online"
+    ),
+    "set --num-updates 0": "test_bad_input_is_one_line",
+    "no env is known for": "test_an_online_phase_without_an_env_is_one_line",
 }
 
 

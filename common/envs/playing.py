@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reset and step an env. What it raises, and a reward that is no number, end with one line."""
+
+import os
+import traceback
+
+import numpy as np
+
+from common import fail, told
+
+
+def reset(env, seed):
+    """The first observation of the episode that this seed begins."""
+    try:
+        np.random.seed(seed)  # noqa: NPY002 - ogbench envs draw from NumPy's global generator
+        observation, _ = env.reset(seed=seed)
+    except Exception as error:  # of the env
+        _fail(env, "reset", error)
+    return observation
+
+
+def step(env, action):
+    """(observation, reward, termination, truncation, info), with the reward as a plain number."""
+    try:
+        observation, reward, termination, truncation, info = env.step(action)
+    except Exception as error:  # of the env
+        _fail(env, "step", error)
+    try:
+        number = float(np.asarray(reward).reshape(()))
+    except (TypeError, ValueError):
+        fail(f"env {name(env)}: the reward of a step must be one number, not {reward!r}")
+    return observation, number, bool(termination), bool(truncation), info or {}
+
+
+def success(info):
+    """Whether a step was successful, as `success` or `is_success` of its info tells it; else None.
+
+    Where that is an array, as with several goals, all of them must be reached. What is no number,
+    or an empty array, tells nothing; NaN is no success.
+    """
+    for key in ("success", "is_success"):
+        reported = np.asarray(info.get(key))
+        if reported.dtype.kind in "biuf" and reported.size:
+            return bool((reported > 0).all())
+    return None
+
+
+def is_finite(numbers):
+    """Whether an observation or reward is made of finite numbers, as far as it has numbers."""
+    numbers = np.asarray(numbers)
+    return numbers.dtype.kind != "f" or bool(np.isfinite(numbers).all())
+
+
+def check_shape(env, observation, first):
+    """One line and exit code 2 where an observation has another shape than the first."""
+    if np.shape(observation) != np.shape(first):
+        shapes = f"{np.shape(observation)} after one of shape {np.shape(first)}"
+        fail(f"env {name(env)}: gave an observation of shape {shapes}")
+
+
+def name(env):
+    spec = getattr(env, "spec", None)
+    return type(env).__name__ if spec is None else spec.id
+
+
+def _fail(env, call, error):
+    """One line on what an env raised, with the place in its code."""
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    where = f"{os.path.basename(place.filename)}:{place.lineno}"
+    fail(f"env {name(env)}: its {call} raised {told(error)} ({where}); see --env")

@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The two phases of a run: `num_updates` on fixed data, then `online_updates` beside an env.
+
+Updates are counted through both. A Config without `online_updates` has the first phase only.
+"""
+
+from common import fail
+
+
+def online_updates(cfg) -> int:
+    """The updates of the online phase."""
+    return getattr(cfg, "online_updates", 0)
+
+
+def last_update(cfg) -> int:
+    """The number of updates in all."""
+    return cfg.num_updates + online_updates(cfg)
+
+
+def env_steps(cfg) -> int:
+    """The env steps of every seed in the online phase."""
+    if not online_updates(cfg):
+        return 0
+    return getattr(cfg, "random_steps", 0) + cfg.online_updates // cfg.updates_per_step
+
+
+def check(cfg, options):
+    """Exit with code 2 after one line, where the phases cannot be as they are asked for."""
+    asked = f"--online-updates {online_updates(cfg)}"
+    if cfg.dataset.startswith("env/") and not online_updates(cfg):
+        fail(f"--dataset {cfg.dataset}: an env without rows; its rows come with --online-updates N")
+    if cfg.dataset.startswith("env/") and cfg.num_updates:
+        what = f"no rows for the updates before the online phase (--num-updates {cfg.num_updates})"
+        fail(f"--dataset {cfg.dataset}: {what}; set --num-updates 0")
+    if not online_updates(cfg):
+        return
+    if options.data == "host":
+        fail(f"{asked}: its rows are on the device; start it without --data host")
+    if options.devices != 1 or options.distributed is not None:
+        fail(f"{asked}: takes one device; start it without --devices and --distributed")
+
+
+def check_env(cfg, dataset):
+    """The same, where there is no env for the online phase."""
+    if online_updates(cfg) and dataset.make_env is None:
+        asked = f"--online-updates {cfg.online_updates}"
+        fail(f"{asked}: no env is known for {dataset.id}; name one with --env")

@@ -1,0 +1,269 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The online phase of a run: envs are stepped, the policy is trained on what they give, in turns.
+
+Every seed has an env of its own. It takes `steps_per_refresh` steps with the policy as it is, then
+come `updates_per_step` updates for each of them, and so on. The new rows go behind those of the
+data set, see experiment/buffers.py. Time limits are truncations. No number depends on the other
+seeds: the episodes of a seed begin with `reset(seed=...)`, a number made of seed and episode.
+
+The rows are kept in the run folder, in `online.rows`: float32, a row per env step and seed. A
+checkpoint tells how many of them count. When a run is resumed, an episode that was under way is
+played again, by its recorded actions, up to where it was. The env is then as it was, whatever it
+consists of, and each row tells whether that is so. Where it is not, the env cannot repeat an
+episode. A line says so and the seed's next episode begins.
+"""
+
+import dataclasses
+import os
+import time
+import zlib
+from functools import partial
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from common import envs, fail, files
+from common.datasets import Transitions
+from common.experiment import buffers, devices, phases
+
+FILE = "online.rows"
+COLUMNS = ("observation", "action", "reward", "next_observation", "termination", "truncation")
+
+
+def columns(example):
+    """({name: place in a row of the file}, numbers per row), by the shapes of Transitions."""
+    places, end = {}, 0
+    for name in COLUMNS:
+        size = int(np.prod(getattr(example, name).shape[1:]))
+        places[name] = slice(end, end + size)
+        end += size
+    return places, end
+
+
+def recorded(folder, example, seeds, steps):
+    """{name: [steps, seeds, ...]}: the first rows of the online phase of a run."""
+    places, width = columns(example)
+    rows = np.fromfile(Path(folder) / FILE, np.float32, steps * seeds * width)
+    rows = rows.reshape(steps, seeds, width)
+    return {name: rows[..., place] for name, place in places.items()}
+
+
+class Interaction:
+    """Used as in every `train` that has an online phase; without one it does nothing.
+
+    Args:
+        run: the Run. It saves where the envs are, and restores it.
+        data: the rows of the data set as the updates take them, on the device.
+        act: (params, observation [1, O], key) -> action [1, A] in [-1, 1], exploration included.
+        keys: [S] random keys; that of a step depends on the seed and the step alone.
+        policy_params: State -> the `params` of `act`.
+        train_chunk: that of the algorithm's file.
+        transform: of the env's rows, Transitions [T, S, ...], to rows like those of `data`.
+    """
+
+    METRICS = ("online_return",)  # columns of metrics.csv
+
+    def __init__(self, run, data, act, keys, policy_params, train_chunk, transform=None):
+        self.cfg, self.dataset, self.data = run.cfg, run.dataset, data
+        self.file = run.folder / FILE
+        self.policy_params, self.transform = policy_params, transform or (lambda rows: rows)
+        self.steps = phases.env_steps(self.cfg)  # of every seed, over the whole run
+        self.count = 0  # env steps so far
+        self.written, self.digest = 0, 0  # rows in the file, and their CRC
+        self.seconds = 0.0  # spent on acting and on env steps
+        self.envs, self.buffer = [], None
+        if not self.steps:
+            return
+        run.attach(self)
+        self.cpu = jax.local_devices(backend="cpu")[0]
+        self.keys = jax.device_put(keys, self.cpu)
+        refresh = self.cfg.steps_per_refresh * self.cfg.updates_per_step
+        chunk = partial(train_chunk, cfg=dataclasses.replace(self.cfg, log_every=refresh))
+        self.train = devices.over_seeds(chunk)
+
+        def act_all(params, observation, keys, env_step):
+            def one_seed(arguments):
+                params, observation, key = arguments
+                return act(params, observation[None], jax.random.fold_in(key, env_step))[0]
+
+            # One seed after the other, so that their number changes no result.
+            return jax.lax.map(one_seed, (params, observation, keys))
+
+        self.act = jax.jit(act_all)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        for env in self.envs:
+            env.close()
+
+    # --- Env steps and updates ------------------------------------------------------------------
+    def chunk(self, state, keys, start):
+        """The `log_every` updates from update `start` on. Returns the State and mean metrics."""
+        cfg, means = self.cfg, []
+        if not self.envs:
+            self._begin()
+        self.finished = [[] for _ in cfg.seeds]
+        if self.count == 0 and cfg.random_steps:
+            self._collect(None, cfg.random_steps)
+        refresh = cfg.steps_per_refresh * cfg.updates_per_step
+        for update in range(start, start + cfg.log_every, refresh):
+            params = jax.block_until_ready(self.policy_params(state))  # so that times are true
+            self._collect(params, cfg.steps_per_refresh)
+            state, metrics = self.train(state, keys, np.int32(update), self.buffer)
+            means.append(metrics)
+        means = jax.device_get(means)
+        return state, {name: np.mean([x[name] for x in means], axis=0) for name in means[0]}
+
+    def _collect(self, params, steps):
+        """Step every env `steps` times, at random without `params`, and add the rows."""
+        began, first = time.perf_counter(), self.count
+        if params is not None and jax.default_backend() != "cpu":
+            params = jax.device_put(params, self.cpu)
+        for _ in range(steps):
+            action = self._random() if params is None else self._policy(params)
+            for i in range(len(self.envs)):
+                self._step(i, action[i])
+            self.count += 1
+        # Once more the row before, whose next action was not known.
+        first = max(first - 1, 0)
+        rows = self.transform(self._transitions(first))
+        self.buffer = buffers.write(self.buffer, rows, first)
+        self.seconds += time.perf_counter() - began
+
+    def _policy(self, params):
+        action = self.act(params, self.observation, self.keys, np.uint32(self.count))
+        return np.nan_to_num(np.asarray(action).clip(-1, 1))  # of a seed that diverged
+
+    def _random(self):
+        """Actions [S, A], uniform in [-1, 1]."""
+        size = self.columns["action"].stop - self.columns["action"].start
+        draws = [np.random.default_rng((seed, self.count)) for seed in self.cfg.seeds]
+        return np.stack([draw.uniform(-1, 1, size).astype(np.float32) for draw in draws])
+
+    def _step(self, i, action):
+        """One step of the env of seed i, and the first observation of the next episode."""
+        next_observation, reward, termination, truncation, _ = envs.step(self.envs[i], action)
+        self.lengths[i] += 1
+        self.returns[i] += reward
+        late = self.dataset.horizon is not None and self.lengths[i] >= self.dataset.horizon
+        truncation = (truncation or late) and not termination
+        row = self.rows[self.count, i]
+        values = self.observation[i], action, reward, next_observation, termination, truncation
+        for name, value in zip(COLUMNS, values, strict=True):
+            row[self.columns[name]] = value
+        self.observation[i] = next_observation
+        if termination or truncation:
+            self.finished[i].append(self.returns[i])
+            self._reset(i, self.episodes[i] + 1)
+
+    def _reset(self, i, episode):
+        """Begin that episode of seed i."""
+        numbers = np.random.SeedSequence((self.cfg.seeds[i], episode))
+        self.observation[i] = envs.reset(self.envs[i], int(numbers.generate_state(1)[0]))
+        self.episodes[i], self.lengths[i], self.returns[i] = episode, 0, 0.0
+
+    def _transitions(self, first):
+        """The rows from `first` on, Transitions [T, S, ...]. A next action may yet be unknown."""
+        rows = self.rows[first : self.count]
+        column = {name: rows[..., place] for name, place in self.columns.items()}
+        for name in ("reward", "termination", "truncation"):
+            column[name] = column[name][..., 0]
+        action = column["action"]
+        next_action = np.concatenate([action[1:], action[-1:]])
+        ended = column["termination"] + column["truncation"] > 0
+        next_action = np.where(ended[..., None], action, next_action)
+        return Transitions(**column, next_action=next_action)
+
+    # --- Beginning and resuming -----------------------------------------------------------------
+    def _begin(self):
+        """Make the envs and the buffer, and begin the first episodes."""
+        seeds = self.cfg.seeds
+        self.envs = [self.dataset.make_env() for _ in seeds]
+        self.columns, width = columns(self.dataset.transitions)
+        self.rows = np.zeros((self.steps, len(seeds), width), np.float32)
+        self.observation = self.rows[0, :, self.columns["observation"]].copy()
+        self.buffer = buffers.empty(self.data, len(seeds), self.steps)
+        self.episodes, self.lengths = [0] * len(seeds), [0] * len(seeds)
+        self.returns, self.finished = [0.0] * len(seeds), [[] for _ in seeds]
+        self.broken = []  # [row, seed's index]: episodes that a resumed run could not go on with
+        for i in range(len(seeds)):
+            self._reset(i, 0)
+
+    def report(self):
+        """Of the chunk before: mean return of the episodes that ended in it, [S], or None."""
+        if not self.envs:
+            return {"online_return": [None] * len(self.cfg.seeds)}
+        return {"online_return": [float(np.mean(x)) if x else None for x in self.finished]}
+
+    def result(self):
+        """What result.json says."""
+        return {
+            "online_updates": self.cfg.online_updates,
+            "env_steps": self.count,
+            "env_seconds": round(self.seconds, 1),
+        }
+
+    def saved(self):
+        """Add the new rows to the file. Returns what a checkpoint keeps beside them."""
+        if not self.envs:
+            return None
+        new = self.rows[self.written : self.count].tobytes()
+        with self.file.open("ab") as out:
+            out.write(new)
+            files.sync(out)
+        self.digest, self.written = zlib.crc32(new, self.digest), self.count
+        return {
+            "rows": self.count,
+            "digest": self.digest,
+            "episodes": self.episodes,
+            "lengths": self.lengths,
+            "finished": self.finished,
+            "broken": self.broken,
+            "seconds": self.seconds,
+        }
+
+    def restore(self, saved):
+        """Go on from what `saved` returned, None where the phase had not begun.
+
+        Rows that no checkpoint counts are dropped from the file: they are made again.
+        """
+        if saved is None:
+            self.file.unlink(missing_ok=True)
+            return
+        self._begin()
+        count, kept = saved["rows"], self.rows[: saved["rows"]]
+        if not self.file.exists() or self.file.stat().st_size < kept.nbytes:
+            fail(f"{self.file}: rows are missing, so the run cannot go on; choose a --name")
+        os.truncate(self.file, kept.nbytes)
+        kept[:] = np.fromfile(self.file, np.float32).reshape(kept.shape)
+        self.digest, self.written, self.count = zlib.crc32(kept.tobytes()), count, count
+        if self.digest != saved["digest"]:
+            fail(f"{self.file}: is not as it was written, so the run cannot go on; choose a --name")
+        self.broken, self.finished = saved["broken"], saved["finished"]
+        self.seconds = saved["seconds"]
+        for i in range(len(self.envs)):
+            self._replay(i, saved["episodes"][i], saved["lengths"][i])
+        for t, i in self.broken:
+            self.rows[t, i, self.columns["truncation"]] = 1
+        if count:
+            self.buffer = buffers.write(self.buffer, self.transform(self._transitions(0)), 0)
+
+    def _replay(self, i, episode, length):
+        """Play the last `length` rows of seed i again, which are the beginning of that episode."""
+        self._reset(i, episode)
+        for row in self.rows[self.count - length : self.count, i]:
+            known = {name: row[place] for name, place in self.columns.items()}
+            observation, reward, *_ = envs.step(self.envs[i], known["action"])
+            self.observation[i] = observation
+            self.returns[i] += reward
+            self.lengths[i] += 1
+            same = np.array_equal(self.observation[i], known["next_observation"])
+            if not same or np.float32(reward) != known["reward"][0]:
+                name, seed = envs.name(self.envs[i]), self.cfg.seeds[i]
+                print(f"env {name}: does not repeat an episode, so that of seed {seed} ends here")
+                self.broken.append([self.count - 1, i])
+                self._reset(i, episode + 1)
+                return
