@@ -26,6 +26,7 @@ from common.experiment import (
     growth,
     kinds,
     phases,
+    processes,
     ranges,
     show_config,
     wandb_settings,
@@ -103,7 +104,8 @@ def parse(config_class, argv=None):
         show_config.show(cfg, options, argv, found, IN_YAML)
         raise SystemExit(0)
     run_folder(cfg, options)
-    return cfg, options
+    # `Run` refuses a file that nobody has read.
+    return cfg, dataclasses.replace(options, config=None)
 
 
 def check(cfg, options):
@@ -122,6 +124,15 @@ def check(cfg, options):
         fail(f"--devices {options.devices}: must be at least 1")
     wandb_settings.check(cfg, options)
     beginning.check(options, cfg, Path(inspect.getfile(type(cfg))))
+
+
+def refuse_unread(options):
+    """Exit with code 2 after one line on a field that `parse` acts on, if `parse` never saw it."""
+    instead = "only experiment.parse heeds it; take Config and Options from there"
+    if options.config is not None:
+        fail(f"--config {options.config}: {instead}")
+    if options.distributed is not None and not processes.joined():
+        fail(f"--distributed {options.distributed}: {instead}")
 
 
 def _check_copy(script):

@@ -53,6 +53,7 @@ class Run:
 
     def __init__(self, cfg, options, dataset, acting=None):
         config.check(cfg, options)
+        config.refuse_unread(options)
         phases.check_env(cfg, dataset)
         self.cfg, self.options, self.dataset, self.acting = cfg, options, dataset, acting
         self.script = Path(inspect.getfile(type(cfg)))

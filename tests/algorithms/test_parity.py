@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every algorithm file against its authors' code: same parameters, batches and random numbers.
+"""Every algorithm file against its authors' or a reference code, from the same parameters.
+
+Both sides take the same batches and random numbers.
 
 The fixtures and how they were made are in tests/fixtures/parity, the comparison is in parity.py.
 """
@@ -399,7 +401,7 @@ def test_every_file_and_every_case_of_a_fixture_is_compared():
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.algorithm}-{case.name}")
-def test_the_update_rule_is_the_authors(case):
+def test_the_update_rule_is_that_of_the_reference(case):
     module = importlib.import_module(f"algorithms.{case.algorithm}")
     found = parity.compare(module, case)
     expected = {"loss", "gradient", "parameters after 1", "parameters after N", "policy"}
