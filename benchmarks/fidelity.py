@@ -15,6 +15,7 @@ import ast
 import copy
 import importlib
 import json
+import re
 import sys
 import types
 from pathlib import Path
@@ -262,7 +263,11 @@ def row(algorithm, mutation):
         losses |= set(found["loss"])
     facts = header(algorithm)
     repository = facts["Repository"].removeprefix("https://github.com/")
-    commit = facts["Commit"][:7]
+    reference = (
+        f"[{repository}@{facts['Commit'][:7]}]({facts['Repository']}/tree/{facts['Commit']})"
+    )
+    if not re.fullmatch("[0-9a-f]{40}", facts["Commit"]):
+        reference = f"[{repository}]({facts['Repository']}), commit {facts['Commit'].split(':')[0]}"
     counts = "not tried"
     if mutation:
         counts = f"{mutation['caught']} of {mutation['mutants']}"
@@ -270,7 +275,7 @@ def row(algorithm, mutation):
             counts += f" ({mutation['of']} possible)"
     return [
         f"[{algorithm}](../../algorithms/{algorithm}.py)",
-        f"[{repository}@{commit}]({facts['Repository']}/tree/{facts['Commit']})",
+        reference,
         f"[{len(cases)}](../../tests/fixtures/parity/{algorithm}.md)",
         ", ".join(sorted(losses)),
         str(steps),
@@ -282,15 +287,16 @@ def row(algorithm, mutation):
 INTRODUCTION = """# Every file against its authors' or a reference code
 
 The same parameters, batches and random numbers go through a file of algorithms/ and through its
-reference: the code of the method's authors or, for `cql`, `awac`, `bc` and `cql_discrete`, the
-reimplementation by CORL or d3rlpy that the file follows. The losses of every update, the first
-gradients of every network, the parameters and targets after the first and the last update, and the
-actions of the policy on ten observations are compared, in
+reference: the code of the method's authors or, for `cql`, `awac`, `bc`, `cql_discrete`, `sac`,
+`sac_n` and `edac`, the reimplementation by CORL or d3rlpy that the file follows. The losses of
+every update, the first gradients of every network, the parameters and targets after the first and
+the last update, and the actions of the policy on ten observations are compared, in
 [test_parity.py](../../tests/algorithms/test_parity.py). Left out are three first gradients of
 IDQL's wide actor, its targets after the first update, and the first gradient of CQL's multiplier
-where its weight is fixed. What the reference made is
-stored in [tests/fixtures/parity](../../tests/fixtures/parity), with a text that says how. Two
-hidden layers of 16 units, in float64 on both sides unless the text says otherwise; "difference" is
+where its weight is fixed. What the reference made is stored in
+[tests/fixtures/parity](../../tests/fixtures/parity), with a text that says how, and what of it had
+to be replaced: the networks in GFP's case. Code of google-research is that of a fork. Two hidden
+layers of 16 units, in float64 on both sides unless the text says otherwise; "difference" is
 the largest one of all those numbers, relative to the largest number of its array, and includes the
 rounding of the stored numbers: 7e-12, 5e-10 in IDQL's wide layers. dt.py computes the learning rate
 of its warm-up in float32, which is all of its difference.
