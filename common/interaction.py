@@ -12,8 +12,8 @@ played again, by its recorded actions, up to where it was. The env is then as it
 consists of, and each row tells whether that is so. Where it is not, the env cannot repeat an
 episode. A line says so and the seed's next episode begins.
 
-The regret of the phase is that of CORL: 1 - the share of its episodes that were successful. Where
-the env reports no success, the normalised score / 100 takes the place of that share.
+The regret of the phase is 1 - the mean normalised score of its episodes / 100. Their actions are
+those that exploration took. Where the score is a success rate, as on AntMaze, that is CORL's.
 """
 
 import dataclasses
@@ -58,23 +58,39 @@ class Interaction:
     Args:
         run: the Run. It saves where the envs are, and restores it.
         data: the rows of the data set as the updates take them, on the device.
-        act: (params, observation [1, O], key) -> action [1, A] in [-1, 1], exploration included.
+        act: (params, observation [1, O], key) -> action [1, A] in [-1, 1], exploration included;
+            with a memory (..., memory, reward [1], not used) -> (action, memory).
         keys: [S] random keys; that of a step depends on the seed and the step alone.
         policy_params: State -> the `params` of `act`.
         train_chunk: that of the algorithm's file, or what takes its place in this phase.
         transform: of the env's rows, Transitions [T, S, ...], to rows like those of `data`.
         apart: `train_chunk` gets the rows of the data set and the new ones as two trees, `Apart`.
+        window: how many rows `transform` needs for one of its own, the row itself and those that
+            follow. It gets them all, and a row is drawn once those that follow are there.
+        memory: arrays with which the policy begins an episode, None if it has none.
     """
 
     METRICS = ("online_return",)  # columns of metrics.csv
 
     def __init__(
-        self, run, data, act, keys, policy_params, train_chunk, transform=None, apart=False
+        self,
+        run,
+        data,
+        act,
+        keys,
+        policy_params,
+        train_chunk,
+        transform=None,
+        apart=False,
+        window=1,
+        memory=None,
     ):
         self.cfg, self.dataset, self.data = run.cfg, run.dataset, data
         self.file = run.folder / FILE
         self.policy_params, self.transform = policy_params, transform or (lambda rows: rows)
-        self.apart = apart
+        self.apart, self.window = apart, window
+        self.first_memory = jax.tree.map(np.array, memory)
+        self.memory = jax.tree.map(lambda x: np.stack([x] * len(keys)), self.first_memory)
         self.steps = phases.env_steps(self.cfg)  # of every seed, over the whole run
         self.count = 0  # env steps so far
         self.written, self.digest = 0, 0  # rows in the file, and their CRC
@@ -92,13 +108,17 @@ class Interaction:
         chunk = partial(train_chunk, cfg=dataclasses.replace(self.cfg, log_every=refresh))
         self.train = experiment.over_seeds(chunk)
 
-        def act_all(params, observation, keys, env_step):
+        def act_all(params, observation, keys, env_step, memory):
             def one_seed(arguments):
-                params, observation, key = arguments
-                return act(params, observation[None], jax.random.fold_in(key, env_step))[0]
+                params, observation, key, past = arguments
+                key = jax.random.fold_in(key, env_step)
+                if past is None:
+                    return act(params, observation[None], key)[0], None
+                action, past = act(params, observation[None], key, past, np.zeros(1, np.float32))
+                return action[0], past
 
             # One seed after the other, so that their number changes no result.
-            return jax.lax.map(one_seed, (params, observation, keys))
+            return jax.lax.map(one_seed, (params, observation, keys, memory))
 
         self.act = jax.jit(act_all)
 
@@ -118,6 +138,8 @@ class Interaction:
         self.finished = [[] for _ in cfg.seeds]
         if self.count == 0 and hasattr(cfg, "random_steps"):
             self._collect(None, cfg.random_steps)
+        if self.count == 0 and hasattr(cfg, "warm_up_steps"):
+            self._collect(jax.block_until_ready(self.policy_params(state)), cfg.warm_up_steps)
         refresh = cfg.steps_per_refresh * cfg.updates_per_step
         for update in range(start, start + cfg.log_every, refresh):
             params = jax.block_until_ready(self.policy_params(state))  # so that times are true
@@ -139,14 +161,21 @@ class Interaction:
             for i in range(len(self.envs)):
                 self._step(i, action[i])
             self.count += 1
-        # Once more the row before, whose next action was not known.
-        first = max(first - 1, 0)
-        rows = self.transform(self._transitions(first))
-        self.buffer = buffers.write(self.buffer, rows, first)
+        # Once more the row before, whose next action was not known, or the window before.
+        self._write(max(first - max(self.window - 1, 1), 0))
         self.seconds += time.perf_counter() - began
 
+    def _write(self, first):
+        """Put the rows from `first` on into the buffer. The last ones may not be drawn yet."""
+        rows = self.transform(self._transitions(first))
+        self.buffer = buffers.write(self.buffer, rows, first)
+        ready = max(self.count - (self.window - 1), 0)
+        self.buffer = self.buffer.replace(filled=np.int32(ready))
+
     def _policy(self, params):
-        action = self.act(params, self.observation, self.keys, np.uint32(self.count))
+        step = np.uint32(self.count)
+        action, memory = self.act(params, self.observation, self.keys, step, self.memory)
+        self.memory = jax.tree.map(np.array, memory)  # copied, so that `_reset` can write
         return np.nan_to_num(np.asarray(action).clip(-1, 1))  # of a seed that diverged
 
     def _random(self):
@@ -204,6 +233,12 @@ class Interaction:
         self.observation[i] = observation
         self.episodes[i], self.lengths[i], self.returns[i] = episode, 0, 0.0
         self.success[i] = False
+        self._remember(i, self.first_memory)
+
+    def _remember(self, i, memory):
+        """Give the policy of seed i that memory."""
+        for x, of_seed in zip(jax.tree.leaves(self.memory), jax.tree.leaves(memory), strict=True):
+            x[i] = of_seed
 
     def _transitions(self, first):
         """The rows from `first` on, Transitions [T, S, ...]. A next action may yet be unknown."""
@@ -251,16 +286,21 @@ class Interaction:
         }
 
     def regret(self):
-        """1 - mean success (or score / 100) of the episodes that ended, [S], NaN without one."""
-        nothing = np.full(len(self.cfg.seeds), np.nan)
-        if not self.envs:
-            return nothing
+        """1 - mean score / 100 of the episodes that ended, [S], NaN without a normalised score."""
+        dataset, success = self.dataset, self.online_success()
+        normalised = dataset.ref_min_score is not None
+        if dataset.score_is_success:
+            normalised = success is not None
+        if not self.envs or not normalised:
+            return np.full(len(self.cfg.seeds), np.nan)
         count = np.where(self.over, self.over, np.nan)
-        if self.reports_success:
-            return 1 - self.successes / count
-        if self.dataset.ref_min_score is None:
-            return nothing  # its scores are returns
-        return 1 - self.dataset.score(self.sum_of_returns / count) / 100
+        return 1 - dataset.score(self.sum_of_returns / count, success) / 100
+
+    def online_success(self):
+        """Share of the episodes that ended which were successful, [S]; None if it is unknown."""
+        if not self.envs or not self.reports_success:
+            return None
+        return self.successes / np.where(self.over, self.over, np.nan)
 
     def saved(self):
         """Add the new rows to the file. Returns what a checkpoint keeps beside them."""
@@ -282,6 +322,7 @@ class Interaction:
             "successes": self.successes,
             "reports_success": self.reports_success,
             "broken": self.broken,
+            "memory": [x.tolist() for x in jax.tree.leaves(self.memory)],
             "seconds": self.seconds,
         }
 
@@ -308,10 +349,12 @@ class Interaction:
         self.successes, self.reports_success = saved["successes"], saved["reports_success"]
         for i in range(len(self.envs)):
             self._replay(i, saved["episodes"][i], saved["lengths"][i])
+            if self.lengths[i] == saved["lengths"][i]:  # the env has repeated the episode
+                self._remember(i, [np.array(x[i]) for x in saved["memory"]])
         for t, i in self.broken:
             self.rows[t, i, self.columns["truncation"]] = 1
         if count:
-            self.buffer = buffers.write(self.buffer, self.transform(self._transitions(0)), 0)
+            self._write(0)
 
     def _replay(self, i, episode, length):
         """Play the last `length` rows of seed i again, which are the beginning of that episode."""

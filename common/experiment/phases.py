@@ -21,7 +21,8 @@ def env_steps(cfg) -> int:
     """The env steps of every seed in the online phase."""
     if not online_updates(cfg):
         return 0
-    return getattr(cfg, "random_steps", 0) + cfg.online_updates // cfg.updates_per_step
+    first_steps = getattr(cfg, "random_steps", 0) + getattr(cfg, "warm_up_steps", 0)
+    return first_steps + cfg.online_updates // cfg.updates_per_step
 
 
 def check(cfg, options):

@@ -199,6 +199,9 @@ class Run:
     def _of_the_online_phase(self):
         """Offline score -> final score, and the regret in between, for result.json."""
         found, cfg = {"regret": self.divergence.blank(self.interaction.regret())}, self.cfg
+        success = self.interaction.online_success()
+        if success is not None:
+            found["online_success"] = self.divergence.blank(success)
         if cfg.num_updates:
             offline = self.records.scores_at(cfg.num_updates)
             found["offline_score"] = np.array([offline.get(seed, np.nan) for seed in cfg.seeds])

@@ -14,12 +14,12 @@ import numpy as np
 import probes
 import pytest
 
-from algorithms import awac, cql, fql, iql, rebrac, td3_bc
+from algorithms import awac, cql, fql, iql, qc, rebrac, td3_bc
 from common import datasets, experiment, interaction
 from common.experiment import buffers, growth
 
 LIMIT = 5  # steps per episode of Slide
-FILES = ["rebrac", "td3_bc", "iql", "awac", "cql", "fql"]
+FILES = ["rebrac", "td3_bc", "iql", "awac", "cql", "fql", "qc"]
 
 
 class Slide(gymnasium.Env):
@@ -66,7 +66,7 @@ def arguments(name, data, folder):
 
 
 # --- Over all files -----------------------------------------------------------------------------
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", runs.slow_but(FILES, ["rebrac", "qc"]))
 def test_a_resumed_run_equals_an_undisturbed_one(name, data, tmp_path, monkeypatch, capsys):
     """Stopped in the online phase; one file also before it. All rows and metrics are equal."""
     argv = arguments(name, data, tmp_path)
@@ -210,6 +210,25 @@ def test_new_rows_are_like_those_of_the_data(module, cfg, more, scale, shift):
         assert np.array_equal(getattr(new, name), getattr(rows, name))
 
 
+def test_qc_makes_chunks_of_the_rows_and_leaves_those_to_come():
+    """Chunks end with their episode; they equal those of a data set of the same rows."""
+    rows = env_rows()
+    for name, ends in (("termination", [1, 0, 0, 0]), ("truncation", [0, 0, 1, 0])):
+        getattr(rows, name)[:] = np.array(ends)[:, None]
+    cfg = qc.Config(horizon=2, discount=0.5, reward_shift=-1.0)
+    chunks = qc.online_rows(rows, datasets.Dataset("toy", None, None, None), cfg)
+    reward = rows.reward - 1.0
+    for i in (0, 1):
+        # Row 0 terminates, rows 1 and 2 are an episode that is cut, row 3 waits for a row 4.
+        expected = [reward[0, i], reward[1, i] + 0.5 * reward[2, i], reward[2, i], reward[3, i]]
+        np.testing.assert_allclose(chunks.reward[:, i], expected, rtol=1e-5, atol=1e-6)
+        assert chunks.valid[:, i].tolist() == [[1, 0], [1, 1], [1, 0], [1, 0]]
+        assert chunks.termination[:, i].tolist() == [1, 0, 0, 0]
+        action = rows.action.clip(-1 + 1e-5, 1 - 1e-5)[:, i]
+        assert np.array_equal(chunks.action[1, i], action[1:3].ravel())
+        assert np.array_equal(chunks.next_observation[1, i], rows.next_observation[2, i])
+
+
 # --- Exploration --------------------------------------------------------------------------------
 def test_exploration():
     """Drawn actions have the policy's mean and std, clipped; without noise they are its own."""
@@ -251,25 +270,27 @@ def test_exploration():
 
 
 # --- Scores and regret --------------------------------------------------------------------------
-def online_of(reports_success, low=0.0, high=10.0):
-    """An Interaction of two seeds, as `regret` reads it."""
-    cfg = types.SimpleNamespace(seeds=(0, 1))
-    dataset = datasets.Dataset("x", None, None, None, ref_min_score=low, ref_max_score=high)
-    numbers = {"over": [4, 5], "successes": [1, 5], "sum_of_returns": [8.0, 50.0]}
-    return types.SimpleNamespace(
-        cfg=cfg, dataset=dataset, envs=[1], reports_success=reports_success, **numbers
+def regret(low, high, reports_success, score_is_success, over=(4, 5)):
+    """Of two seeds whose episodes returned 8 and 50 in all and succeeded once and five times."""
+    online = interaction.Interaction.__new__(interaction.Interaction)
+    online.cfg, online.envs = types.SimpleNamespace(seeds=(0, 1)), [None]
+    online.dataset = datasets.Dataset(
+        "toy", None, None, None, None, None, low, high, score_is_success=score_is_success
     )
+    online.over, online.sum_of_returns, online.successes = over, [8.0, 50.0], [1, 5]
+    online.sum_of_returns = np.array(online.sum_of_returns)
+    online.successes, online.reports_success = np.array(online.successes), reports_success
+    return online.regret()
 
 
 def test_regret():
-    """1 - success of the phase's episodes as in CORL, else 1 - score / 100; NaN where unknown."""
-    regret = interaction.Interaction.regret
-    np.testing.assert_allclose(regret(online_of(True)), [0.75, 0.0])
-    np.testing.assert_allclose(regret(online_of(False)), [0.8, 0.0])
-    assert np.isnan(regret(online_of(False, None, None))).all()
-    online = online_of(True)
-    online.over, online.successes = [0, 5], [0, 4]
-    np.testing.assert_allclose(regret(online), [np.nan, 0.2])
+    """1 - mean score / 100, by reference scores or success; NaN where a score is not normalised."""
+    np.testing.assert_allclose(regret(0.0, 10.0, False, False), [0.8, 0.0])
+    np.testing.assert_allclose(regret(0.0, 10.0, True, False), [0.8, 0.0])
+    np.testing.assert_allclose(regret(None, None, True, True), [0.75, 0.0])
+    np.testing.assert_allclose(regret(0.0, 10.0, True, False, over=(0, 5)), [np.nan, 0.0])
+    assert np.isnan(regret(None, None, False, True)).all()  # the env reports no success
+    assert np.isnan(regret(None, None, True, False)).all()  # the score is the return
 
 
 # --- Bad input ----------------------------------------------------------------------------------
