@@ -11,7 +11,8 @@ Deviations  Rows at a truncation are kept where their next observation is known,
             GELU, Glorot initialisation (the actor's last layer 10 times smaller), no tanh on the
             mean, losses and targets that read the networks from before the update, awr weights from
             the online critics, and sampled actions where the std is learned. deterministic and
-            normalise_observations follow CORL.
+            normalise_observations follow CORL. Online the actor's learning rate is constant, after
+            the cosine of the offline phase; the authors fine-tune without cosine.
 
 Shapes: S seeds, K critics, B batch, E episodes, O observation, A action. Arrays are float32.
 """

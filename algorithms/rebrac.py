@@ -8,7 +8,9 @@ Parent      td3_bc.py (144 lines)
 Results     docs/results.md
 Deviations  none known in the method. Rows at a truncation are kept if the data record their next
             observation (0.1 % of the rows of 1000-step episodes). Their next action is unknown, so
-            their own action takes its place. The reference drops these rows.
+            their own action takes its place. The reference drops these rows. The online phase
+            is that of CORL's finetune/rebrac.py, but a new row's next action is the one that was
+            taken (there: the policy's). It counts only with an online_critic_penalty.
 
 Shapes: S seeds, K critics, B batch, E episodes, O observation, A action. Arrays are float32.
 """

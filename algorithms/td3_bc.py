@@ -8,7 +8,8 @@ Parent      none
 Results     docs/results.md
 Deviations  none known from the authors' code, which divides Q by mean |Q| of the policy's actions;
             Eq. 5 has the data's actions. Rows at a truncation are kept if the data record their
-            next observation; D4RL's loader drops them.
+            next observation; D4RL's loader drops them. The paper has no online phase: here it
+            goes on with the same losses and TD3's exploration noise.
 
 Shapes: S seeds, K critics, B batch, E episodes, O observation, A action. Arrays are float32.
 """

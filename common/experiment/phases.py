@@ -4,6 +4,8 @@
 Updates are counted through both. A Config without `online_updates` has the first phase only.
 """
 
+import dataclasses
+
 from common import fail
 
 
@@ -23,6 +25,12 @@ def env_steps(cfg) -> int:
         return 0
     first_steps = getattr(cfg, "random_steps", 0) + getattr(cfg, "warm_up_steps", 0)
     return first_steps + cfg.online_updates // cfg.updates_per_step
+
+
+def fields(config_class):
+    """Names of the fields of a Config that belong to the online phase: the last ones."""
+    names = [field.name for field in dataclasses.fields(config_class)]
+    return names[names.index("online_updates") :] if "online_updates" in names else []
 
 
 def check(cfg, options):

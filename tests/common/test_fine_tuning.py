@@ -16,7 +16,7 @@ import pytest
 
 from algorithms import awac, cql, fql, iql, qc, rebrac, td3_bc
 from common import datasets, experiment, interaction
-from common.experiment import buffers, growth
+from common.experiment import buffers, config, growth
 
 LIMIT = 5  # steps per episode of Slide
 FILES = ["rebrac", "td3_bc", "iql", "awac", "cql", "fql", "qc"]
@@ -148,11 +148,22 @@ def test_rebrac_decays_its_actor_penalty(step, share, monkeypatch):
     assert dataclasses.replace(used, actor_penalty=0.4, critic_penalty=1.0) == cfg
 
 
-def test_rebrac_may_still_train_longer_offline():
-    """The decay counts from `num_updates`, but an offline run does not depend on that."""
-    file = rebrac.__file__
-    assert growth.length_dependence(file, rebrac.Config()) is None
-    assert growth.length_dependence(file, rebrac.Config(), "online_updates") is None
+@pytest.mark.parametrize("name", FILES)
+def test_a_run_may_go_on_online_and_then_for_longer(name):
+    """No number of the offline phase depends on the online one, nor an online one on its length."""
+    module = runs.module(name)
+    cfg = module.Config(online_updates=1000)
+    assert growth.length_dependence(module.__file__, cfg, "online_updates") is None
+    if name != "iql":  # its cosine; ReBRAC's decay counts from `num_updates` in the online phase
+        assert growth.length_dependence(module.__file__, cfg) is None
+
+
+def test_settings_of_a_phase_that_is_not_there_do_not_name_a_run(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    flags = [[], ["--mixing-ratio", "0.25"], ["--online-updates", "1000"]]
+    flags += [["--online-updates", "1000", "--mixing-ratio", "0.25"]]
+    names = [config.run_folder(*config.parse(rebrac.Config, argv)).name for argv in flags]
+    assert names[0] == names[1] and len(set(names)) == 3
 
 
 def test_iql_learns_at_its_full_rate_online(monkeypatch):
