@@ -68,6 +68,8 @@ class Interaction:
         window: how many rows `transform` needs for one of its own, the row itself and those that
             follow. It gets them all, and a row is drawn once those that follow are there.
         memory: arrays with which the policy begins an episode, None if it has none.
+        episodes: `transform` gets the rows of an episode once more, all of them, when it has ended,
+            and the buffer has what it makes of them then.
     """
 
     METRICS = ("online_return",)  # columns of metrics.csv
@@ -84,11 +86,12 @@ class Interaction:
         apart=False,
         window=1,
         memory=None,
+        episodes=False,
     ):
         self.cfg, self.dataset, self.data = run.cfg, run.dataset, data
         self.file = run.folder / FILE
         self.policy_params, self.transform = policy_params, transform or (lambda rows: rows)
-        self.apart, self.window = apart, window
+        self.apart, self.window, self.episodes_again = apart, window, episodes
         self.first_memory = jax.tree.map(np.array, memory)
         self.memory = jax.tree.map(lambda x: np.stack([x] * len(keys)), self.first_memory)
         self.steps = phases.env_steps(self.cfg)  # of every seed, over the whole run
@@ -153,7 +156,7 @@ class Interaction:
         """Step every env `steps` times, at random without `params`, and add the rows."""
         if not steps:
             return
-        began, first = time.perf_counter(), self.count
+        began, first, over = time.perf_counter(), self.count, list(self.over)
         if params is not None and jax.default_backend() != "cpu":
             params = jax.device_put(params, self.cpu)
         for _ in range(steps):
@@ -162,7 +165,10 @@ class Interaction:
                 self._step(i, action[i])
             self.count += 1
         # Once more the row before, whose next action was not known, or the window before.
-        self._write(max(first - max(self.window - 1, 1), 0))
+        back = max(self.window - 1, 1)
+        if self.episodes_again and self.over != over:  # always so many: one program serves
+            back = max(back, self.dataset.horizon or first)
+        self._write(max(first - back, 0))
         self.seconds += time.perf_counter() - began
 
     def _write(self, first):

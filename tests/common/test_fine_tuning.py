@@ -240,6 +240,33 @@ def test_qc_makes_chunks_of_the_rows_and_leaves_those_to_come():
         assert np.array_equal(chunks.next_observation[1, i], rows.next_observation[2, i])
 
 
+def test_the_rows_of_an_ended_episode_are_given_once_more(tmp_path):
+    """Two steps per refresh, episodes of five: after steps 6 and 10 the rows of five steps more."""
+    given = []
+
+    def transform(rows):
+        given.append(rows.observation[:, 0, 0])
+        return rows
+
+    def train_chunk(state, key, start, data, cfg):
+        return state, {"reward": data.reward[jnp.arange(2)].mean()}
+
+    cfg = rebrac.Config(num_updates=0, online_updates=24, log_every=12)
+    dataset = datasets.load("env/Slide-v0")
+    run = types.SimpleNamespace(
+        cfg=cfg, dataset=dataset, folder=tmp_path, attach=lambda online: None
+    )
+    keys, explore_keys = experiment.streams(cfg.seeds, 2)
+    arguments = dataset.transitions, lambda params, observation, key: params * observation[:, :1]
+    online = interaction.Interaction(
+        run, *arguments, explore_keys, lambda state: state, train_chunk, transform, episodes=True
+    )
+    online.chunk(jnp.zeros(1), keys, 0)
+    assert [len(x) for x in given] == [2, 3, 2 + 4, 3, 2 + 5, 3]
+    assert np.array_equal(given[4], online.rows[3:10, 0, 0])  # the second episode is rows 5 to 9
+    assert online.over == [2] and online.lengths == [2]
+
+
 # --- Exploration --------------------------------------------------------------------------------
 def test_exploration():
     """Drawn actions have the policy's mean and std, clipped; without noise they are its own."""
