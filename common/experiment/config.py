@@ -302,10 +302,12 @@ def run_folder(cfg, options):
             Only what growth.py lists may change.
     """
     values = resolved(cfg, options)
-    # The name does not depend on how a path is spelled, nor on whether a field was renamed.
+    # The name does not depend on how a path is spelled, nor on whether a field was renamed, nor on
+    # the settings of an online phase that the run does not have.
     former = {new: old for old, new in renamed(type(cfg)).items()}
     known = values | {"dataset": datasets.slug(cfg.dataset)}
-    known = {former.get(key, key): value for key, value in known.items()}
+    unused = () if phases.online_updates(cfg) else phases.fields(type(cfg))
+    known = {former.get(key, key): value for key, value in known.items() if key not in unused}
     digest = hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:8]
     name = digest if options.name is None else options.name
     if not re.fullmatch(r"\w[\w.-]*", name):
