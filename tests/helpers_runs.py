@@ -34,6 +34,7 @@ CONTINUOUS = ["rebrac", "td3_bc", "iql", "awr", "awac", "cql"]  # these refuse i
 CONTINUOUS += ["dt", "bcq", "atac", "odice", "ivr", "xql", "idql", "fql", "qc"]
 CONTINUOUS += ["sac_n", "edac", "lb_sac"]
 CONTINUOUS += ["sac"]
+CONTINUOUS += ["rlpd"]
 CONTINUOUS += ["brac", "fisher_brc"]
 CONTINUOUS += ["diffusion_ql", "gfp"]
 DISCRETE = ["cql_discrete"]  # these refuse others
@@ -56,6 +57,7 @@ ALSO_TINY = {  # by algorithm
     "fql": ["--flow-steps", "2"],
     "gfp": ["--flow-steps", "2"],
     "qc": ["--flow-steps", "2", "--num-samples", "2", "--horizon", "3"],
+    "rlpd": ["--num-critics", "3", "--updates-per-step", "2", "--online-updates", "0"],
 }
 SEQUENCE = {  # by algorithm, in place of hidden layers
     "dt": ["--context", "3", "--embedding", "8", "--num-layers", "1"],

@@ -46,6 +46,7 @@ def check(cfg):
         ("clone_updates", "log_every"),
         ("log_every", "policy_delay"),
         ("log_every", "actor_updates"),
+        ("log_every", "updates_per_step"),
         ("online_updates", "log_every"),
         ("embedding", "num_heads"),
     ):
@@ -58,7 +59,7 @@ def check(cfg):
                 f"{near} would be one{smaller}"
             )
     cloning = getattr(cfg, "clone_updates", 0)
-    if cloning >= cfg.num_updates:
+    if cloning and cloning >= cfg.num_updates:
         fail(
             f"--num-updates {cfg.num_updates}: counts the --clone-updates {cloning} as well, "
             "so it must be more"

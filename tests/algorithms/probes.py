@@ -189,6 +189,9 @@ SMALL = {  # what makes an algorithm file small and fast; data sets and claims s
     "odice": NET | FAST | {"value_hidden": (64, 64), "value_learning_rate": 1e-3},
     "qc": NET | FAST | {"flow_steps": 5, "num_samples": 4, "horizon": 3},
     "rebrac": NET | FAST,
+    "rlpd": NET
+    | FAST
+    | {"temperature_learning_rate": 1e-3, "num_critics": 3, "updates_per_step": 2},
     "sac": NET | FAST | {"temperature_learning_rate": 1e-3},
     "sac_n": NET | FAST | {"temperature_learning_rate": 1e-3, "num_critics": 3},
     "td3_bc": NET | FAST,
