@@ -34,7 +34,7 @@ CONTINUOUS = ["rebrac", "td3_bc", "iql", "awr", "awac", "cql"]  # these refuse i
 CONTINUOUS += ["dt", "bcq", "atac", "odice", "ivr", "xql", "idql", "fql", "qc"]
 CONTINUOUS += ["sac_n", "edac", "lb_sac"]
 CONTINUOUS += ["sac"]
-CONTINUOUS += ["rlpd"]
+CONTINUOUS += ["rlpd", "spot"]
 CONTINUOUS += ["brac", "fisher_brc"]
 CONTINUOUS += ["diffusion_ql", "gfp"]
 DISCRETE = ["cql_discrete"]  # these refuse others
@@ -57,6 +57,7 @@ ALSO_TINY = {  # by algorithm
     "fql": ["--flow-steps", "2"],
     "gfp": ["--flow-steps", "2"],
     "qc": ["--flow-steps", "2", "--num-samples", "2", "--horizon", "3"],
+    "spot": ["--vae-hidden", "8", "--clone-updates", "4"],
     "rlpd": ["--num-critics", "3", "--updates-per-step", "2", "--online-updates", "0"],
 }
 SEQUENCE = {  # by algorithm, in place of hidden layers
