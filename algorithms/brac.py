@@ -4,7 +4,7 @@
 Paper       https://arxiv.org/abs/1911.11361, BEAR https://arxiv.org/abs/1906.00949
 Reference   https://github.com/google-research/google-research (behavior_regularized_offline_rl)
 Run         python algorithms/brac.py --config configs/brac/mujoco.yaml
-Parent      sac.py (313 lines)
+Parent      sac.py (334 lines)
 Results     docs/results.md
 Deviations  An alpha that is learned takes the divergence of the actor before its step, where the
             authors estimate it anew after it; so does the temperature of the cloning. The steps of

@@ -4,7 +4,7 @@
 Paper       https://arxiv.org/abs/2103.08050
 Reference   https://github.com/google-research/google-research (fisher_brc)
 Run         python algorithms/fisher_brc.py --config configs/fisher_brc/mujoco.yaml
-Parent      sac.py (288 lines)
+Parent      sac.py (303 lines)
 Results     docs/results.md
 Deviations  Adam's epsilon is 1e-8, not TensorFlow's 1e-7. The learning rate of the cloning falls at
             80 % and at 90 % of `clone_updates`, where the authors' falls at their million's. Rows

@@ -4,7 +4,7 @@
 Paper       https://arxiv.org/abs/2507.07969
 Reference   https://github.com/ColinQiyangLi/qc
 Run         python algorithms/qc.py --config configs/qc/ogbench.yaml
-Parent      fql.py (201 lines)
+Parent      fql.py (217 lines)
 Results     docs/results.md
 Deviations  Those of fql.py. Offline only; the paper continues online. Rewards after a termination
             inside a chunk do not count (in the reference they do, and only the bootstrap stops).

@@ -11,6 +11,9 @@ checkpoint tells how many of them count. When a run is resumed, an episode that 
 played again, by its recorded actions, up to where it was. The env is then as it was, whatever it
 consists of, and each row tells whether that is so. Where it is not, the env cannot repeat an
 episode. A line says so and the seed's next episode begins.
+
+The regret of the phase is that of CORL: 1 - the share of its episodes that were successful. Where
+the env reports no success, the normalised score / 100 takes the place of that share.
 """
 
 import dataclasses
@@ -23,9 +26,9 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from common import envs, fail, files
+from common import envs, experiment, fail, files
 from common.datasets import Transitions
-from common.experiment import buffers, devices, phases
+from common.experiment import buffers, phases
 
 FILE = "online.rows"
 COLUMNS = ("observation", "action", "reward", "next_observation", "termination", "truncation")
@@ -58,16 +61,20 @@ class Interaction:
         act: (params, observation [1, O], key) -> action [1, A] in [-1, 1], exploration included.
         keys: [S] random keys; that of a step depends on the seed and the step alone.
         policy_params: State -> the `params` of `act`.
-        train_chunk: that of the algorithm's file.
+        train_chunk: that of the algorithm's file, or what takes its place in this phase.
         transform: of the env's rows, Transitions [T, S, ...], to rows like those of `data`.
+        apart: `train_chunk` gets the rows of the data set and the new ones as two trees, `Apart`.
     """
 
     METRICS = ("online_return",)  # columns of metrics.csv
 
-    def __init__(self, run, data, act, keys, policy_params, train_chunk, transform=None):
+    def __init__(
+        self, run, data, act, keys, policy_params, train_chunk, transform=None, apart=False
+    ):
         self.cfg, self.dataset, self.data = run.cfg, run.dataset, data
         self.file = run.folder / FILE
         self.policy_params, self.transform = policy_params, transform or (lambda rows: rows)
+        self.apart = apart
         self.steps = phases.env_steps(self.cfg)  # of every seed, over the whole run
         self.count = 0  # env steps so far
         self.written, self.digest = 0, 0  # rows in the file, and their CRC
@@ -75,12 +82,15 @@ class Interaction:
         self.envs, self.buffer = [], None
         if not self.steps:
             return
+        if apart and not len(self.dataset.transitions.reward):
+            what = "an env without rows, and a part of every batch comes from a data set"
+            fail(f"--dataset {self.cfg.dataset}: {what}")
         run.attach(self)
         self.cpu = jax.local_devices(backend="cpu")[0]
         self.keys = jax.device_put(keys, self.cpu)
         refresh = self.cfg.steps_per_refresh * self.cfg.updates_per_step
         chunk = partial(train_chunk, cfg=dataclasses.replace(self.cfg, log_every=refresh))
-        self.train = devices.over_seeds(chunk)
+        self.train = experiment.over_seeds(chunk)
 
         def act_all(params, observation, keys, env_step):
             def one_seed(arguments):
@@ -106,7 +116,7 @@ class Interaction:
         if not self.envs:
             self._begin()
         self.finished = [[] for _ in cfg.seeds]
-        if self.count == 0 and cfg.random_steps:
+        if self.count == 0 and hasattr(cfg, "random_steps"):
             self._collect(None, cfg.random_steps)
         refresh = cfg.steps_per_refresh * cfg.updates_per_step
         for update in range(start, start + cfg.log_every, refresh):
@@ -119,6 +129,8 @@ class Interaction:
 
     def _collect(self, params, steps):
         """Step every env `steps` times, at random without `params`, and add the rows."""
+        if not steps:
+            return
         began, first = time.perf_counter(), self.count
         if params is not None and jax.default_backend() != "cpu":
             params = jax.device_put(params, self.cpu)
@@ -145,9 +157,7 @@ class Interaction:
 
     def _step(self, i, action):
         """One step of the env of seed i, and the first observation of the next episode."""
-        next_observation, reward, termination, truncation, _ = envs.step(self.envs[i], action)
-        self.lengths[i] += 1
-        self.returns[i] += reward
+        next_observation, reward, termination, truncation = self._env_step(i, action)
         late = self.dataset.horizon is not None and self.lengths[i] >= self.dataset.horizon
         truncation = (truncation or late) and not termination
         row = self.rows[self.count, i]
@@ -157,13 +167,43 @@ class Interaction:
         self.observation[i] = next_observation
         if termination or truncation:
             self.finished[i].append(self.returns[i])
+            self.over[i] += 1
+            self.sum_of_returns[i] += self.returns[i]
+            self.successes[i] += self.success[i]
             self._reset(i, self.episodes[i] + 1)
+
+    def _env_step(self, i, action):
+        """(next observation, reward, termination, truncation) of a step in the env of seed i."""
+        env = self.envs[i]
+        observation, reward, termination, truncation, info = envs.step(env, action)
+        envs.check_shape(env, observation, self.observation[i])
+        self._check(i, reward, "a step's reward is")
+        self._check(i, observation, "a step's observation has in it")
+        self.lengths[i] += 1
+        self.returns[i] += reward
+        success = envs.success(info)
+        if success is not None:
+            self.reports_success = True
+            self.success[i] |= success
+        return observation, reward, termination, truncation
+
+    def _check(self, i, numbers, what):
+        """One line and exit code 2 where the env of seed i gave a number that is not finite."""
+        if envs.is_finite(numbers):
+            return
+        bad = np.ravel(numbers)[~np.isfinite(np.ravel(numbers))][0]
+        where = f"at env step {self.count + 1} of seed {self.cfg.seeds[i]}"
+        fail(f"env {envs.name(self.envs[i])}: {what} {bad} {where}, from which nothing is learnt")
 
     def _reset(self, i, episode):
         """Begin that episode of seed i."""
         numbers = np.random.SeedSequence((self.cfg.seeds[i], episode))
-        self.observation[i] = envs.reset(self.envs[i], int(numbers.generate_state(1)[0]))
+        observation = envs.reset(self.envs[i], int(numbers.generate_state(1)[0]))
+        envs.check_shape(self.envs[i], observation, self.observation[i])
+        self._check(i, observation, "the observation of a reset has in it")
+        self.observation[i] = observation
         self.episodes[i], self.lengths[i], self.returns[i] = episode, 0, 0.0
+        self.success[i] = False
 
     def _transitions(self, first):
         """The rows from `first` on, Transitions [T, S, ...]. A next action may yet be unknown."""
@@ -185,8 +225,12 @@ class Interaction:
         self.columns, width = columns(self.dataset.transitions)
         self.rows = np.zeros((self.steps, len(seeds), width), np.float32)
         self.observation = self.rows[0, :, self.columns["observation"]].copy()
-        self.buffer = buffers.empty(self.data, len(seeds), self.steps)
+        self.buffer = buffers.empty(self.data, len(seeds), self.steps, self.apart)
         self.episodes, self.lengths = [0] * len(seeds), [0] * len(seeds)
+        self.success, self.reports_success = [False] * len(seeds), False
+        # Of the episodes that ended: how many, their returns' sum, how many were successful.
+        self.over, self.sum_of_returns = [0] * len(seeds), [0.0] * len(seeds)
+        self.successes = [0] * len(seeds)
         self.returns, self.finished = [0.0] * len(seeds), [[] for _ in seeds]
         self.broken = []  # [row, seed's index]: episodes that a resumed run could not go on with
         for i in range(len(seeds)):
@@ -206,6 +250,18 @@ class Interaction:
             "env_seconds": round(self.seconds, 1),
         }
 
+    def regret(self):
+        """1 - mean success (or score / 100) of the episodes that ended, [S], NaN without one."""
+        nothing = np.full(len(self.cfg.seeds), np.nan)
+        if not self.envs:
+            return nothing
+        count = np.where(self.over, self.over, np.nan)
+        if self.reports_success:
+            return 1 - self.successes / count
+        if self.dataset.ref_min_score is None:
+            return nothing  # its scores are returns
+        return 1 - self.dataset.score(self.sum_of_returns / count) / 100
+
     def saved(self):
         """Add the new rows to the file. Returns what a checkpoint keeps beside them."""
         if not self.envs:
@@ -221,6 +277,10 @@ class Interaction:
             "episodes": self.episodes,
             "lengths": self.lengths,
             "finished": self.finished,
+            "over": self.over,
+            "sum_of_returns": self.sum_of_returns,
+            "successes": self.successes,
+            "reports_success": self.reports_success,
             "broken": self.broken,
             "seconds": self.seconds,
         }
@@ -244,6 +304,8 @@ class Interaction:
             fail(f"{self.file}: is not as it was written, so the run cannot go on; choose a --name")
         self.broken, self.finished = saved["broken"], saved["finished"]
         self.seconds = saved["seconds"]
+        self.over, self.sum_of_returns = saved["over"], saved["sum_of_returns"]
+        self.successes, self.reports_success = saved["successes"], saved["reports_success"]
         for i in range(len(self.envs)):
             self._replay(i, saved["episodes"][i], saved["lengths"][i])
         for t, i in self.broken:
@@ -256,10 +318,8 @@ class Interaction:
         self._reset(i, episode)
         for row in self.rows[self.count - length : self.count, i]:
             known = {name: row[place] for name, place in self.columns.items()}
-            observation, reward, *_ = envs.step(self.envs[i], known["action"])
+            observation, reward, _, _ = self._env_step(i, known["action"])
             self.observation[i] = observation
-            self.returns[i] += reward
-            self.lengths[i] += 1
             same = np.array_equal(self.observation[i], known["next_observation"])
             if not same or np.float32(reward) != known["reward"][0]:
                 name, seed = envs.name(self.envs[i]), self.cfg.seeds[i]

@@ -177,12 +177,13 @@ def over_seeds(chunk, update=None):
 
     cfg = chunk.keywords["cfg"]
     same = dataclasses.replace(cfg, dataset="", seeds=(), eval_every=1, eval_episodes=1)
-    if not growth.length_dependence(Path(inspect.getfile(chunk.func)), cfg):
+    two_phases = getattr(cfg, "online_updates", 0) > 0
+    if not two_phases and not growth.length_dependence(Path(inspect.getfile(chunk.func)), cfg):
         same = dataclasses.replace(same, num_updates=same.log_every)
     of_this_run = devices.over_seeds(chunk, update=update)
 
     def train(state, keys, start, data):
-        if isinstance(data[0], np.ndarray):  # --data host
+        if isinstance(data, tuple) and isinstance(data[0], np.ndarray):  # --data host
             return of_this_run(state, keys, start, data)
         arrays, structure = jax.tree.flatten(state)
         # Fresh counts are of Python's numbers, restored ones are not: one program serves both.

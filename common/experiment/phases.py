@@ -32,6 +32,8 @@ def check(cfg, options):
     if cfg.dataset.startswith("env/") and cfg.num_updates:
         what = f"no rows for the updates before the online phase (--num-updates {cfg.num_updates})"
         fail(f"--dataset {cfg.dataset}: {what}; set --num-updates 0")
+    if cfg.dataset.startswith("env/") and not hasattr(cfg, "random_steps"):
+        fail(f"--dataset {cfg.dataset}: an env without rows, and this method needs some to begin")
     if not online_updates(cfg):
         return
     if options.data == "host":

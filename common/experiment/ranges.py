@@ -6,6 +6,7 @@ import re
 from common import fail
 
 SHARES = ("discount", "target_rate", "actor_target_rate", "td_lambda", "lam", "residual")
+SHARES += ("mixing_ratio", "penalty_floor")
 LARGEST = 3.4e38  # of float32, in which the networks compute
 # Patterns of names.
 POSITIVE = "learning_rate$|^fixed_std$|^return_scale$|^beta$|^(sql|eql)_alpha$|^huber_delta$"
@@ -70,6 +71,11 @@ def check(cfg):
         counts = f"{cfg.steps_per_refresh} * {cfg.updates_per_step}"
         what = f"no multiple of steps_per_refresh * updates_per_step, {counts}"
         fail(f"--log-every {cfg.log_every}: {what}, the updates between two sets of env steps")
+    delay = getattr(cfg, "policy_delay", 1)
+    if getattr(cfg, "online_updates", 0) and refresh % delay:
+        steps = cfg.steps_per_refresh
+        what = f"times updates_per_step {cfg.updates_per_step} it is no multiple of policy_delay"
+        fail(f"--steps-per-refresh {steps}: {what} {delay}; {steps * delay} would be right")
 
 
 def _least(name, cfg):
