@@ -4,7 +4,7 @@
 Paper       https://arxiv.org/abs/2202.06239
 Reference   https://github.com/corl-team/CORL (algorithms/finetune/spot.py)
 Run         python algorithms/spot.py --config configs/spot/antmaze.yaml
-Parent      td3_bc.py (233 lines)
+Parent      td3_bc.py (226 lines)
 Results     docs/results.md
 Deviations  As in the reference, observations are not normalised and the actor has no dropout; the
             authors have both in their runs on MuJoCo. Their importance-weighted bound is not here.
