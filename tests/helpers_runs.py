@@ -35,6 +35,7 @@ CONTINUOUS += ["dt", "bcq", "atac", "odice", "ivr", "xql", "idql", "fql", "qc"]
 CONTINUOUS += ["sac_n", "edac", "lb_sac"]
 CONTINUOUS += ["optidice", "algaedice"]
 CONTINUOUS += ["sac"]
+CONTINUOUS += ["rlpd", "spot"]
 CONTINUOUS += ["brac", "fisher_brc"]
 CONTINUOUS += ["diffusion_ql", "gfp"]
 DISCRETE = ["cql_discrete"]  # these refuse others
@@ -58,6 +59,8 @@ ALSO_TINY = {  # by algorithm
     "fql": ["--flow-steps", "2"],
     "gfp": ["--flow-steps", "2"],
     "qc": ["--flow-steps", "2", "--num-samples", "2", "--horizon", "3"],
+    "spot": ["--vae-hidden", "8", "--clone-updates", "4"],
+    "rlpd": ["--num-critics", "3", "--updates-per-step", "2", "--online-updates", "0"],
 }
 SEQUENCE = {  # by algorithm, in place of hidden layers
     "dt": ["--context", "3", "--embedding", "8", "--num-layers", "1"],

@@ -47,6 +47,7 @@ def check(cfg):
         ("clone_updates", "log_every"),
         ("log_every", "policy_delay"),
         ("log_every", "actor_updates"),
+        ("log_every", "updates_per_step"),
         ("online_updates", "log_every"),
         ("embedding", "num_heads"),
     ):
