@@ -222,14 +222,17 @@ def start(tmp_path, monkeypatch, capsys, valid):
     def refuse(*args, **kwargs):
         raise OSError(errno.EROFS, "not in this test")
 
+    joined = []
+
     def initialize(coordinator_address=None, num_processes=None, process_id=None):
+        joined.append(True)
         if coordinator_address is not None:  # all that is checked before JAX is asked
             host, _, port = coordinator_address.rpartition(":")
             assert host and coordinator_address.isascii() and 0 < int(port) < 1 << 16
             assert 0 <= process_id < num_processes < 1 << 31
 
     class Manager:
-        def __init__(self, folder):
+        def __init__(self, folder, every=None):
             pass
 
         def close(self):
@@ -240,6 +243,7 @@ def start(tmp_path, monkeypatch, capsys, valid):
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     monkeypatch.setattr("urllib.request.getproxies", dict)
     monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    monkeypatch.setattr(experiment.config.processes, "joined", lambda: bool(joined))
     monkeypatch.setattr(experiment.checkpoints, "manager", Manager)  # these two are slow
     monkeypatch.setattr(experiment.provenance, "code", lambda files: "code")
     for name in ("HOME", "MINARI_DATASETS_PATH", "D4RL_DATASET_DIR", "OGBENCH_DATASET_DIR"):
@@ -585,9 +589,9 @@ def test_a_minari_data_set_of_an_env_that_is_known(empty, monkeypatch, capsys, m
 
 # --- Configurations -----------------------------------------------------------------------------
 KEPT = ("dataset", "seeds", "num_updates", "log_every", "eval_every", "eval_episodes")
-KEPT += ("clone_updates",)
+KEPT += ("clone_updates", "model_updates", "online_updates", "exponent")
 SIZES = ("hidden", "vae_hidden", "critic_hidden", "value_hidden", "actor_hidden", "embedding")
-DIVIDE = ("policy_delay", "actor_updates", "num_heads")
+DIVIDE = ("policy_delay", "actor_updates", "num_heads", "updates_per_step")
 TO_ONE = (*ranges.SHARES, "expectile", "dropout", "action_margin", "fraction")
 DRAWS = 6 if MANY else 2
 
