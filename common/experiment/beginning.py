@@ -33,9 +33,7 @@ def check(options, cfg, script):
 def facts(folder, algorithm):
     """What a run's record tells of its beginning: {folder, seeds, update, digest}."""
     flag = f"--start-from {folder}"
-    if not (Path(folder) / "config.yaml").exists():
-        fail(f"{flag}: no config.yaml in it, so no run folder")
-    config = yaml_files.of_run(folder)
+    config = yaml_files.of_run(folder, flag)
     other = config["record"].get("algorithm")
     if other != algorithm:
         fail(f"{flag}: a run of {other}; {algorithm} begins with its own runs only")
