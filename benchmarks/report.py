@@ -65,7 +65,7 @@ INTERVALS = """
 IQM is the interquartile mean over seeds and data sets. Brackets hold 95 % intervals of a bootstrap
 stratified by data set. "Row beats column" is the probability that a seed of the row scores higher
 than a seed of the column on the same data set, averaged over data sets. All methods and seeds share
-the same start states, so intervals and standard deviations exclude variation from other starts.
+the same start states, so intervals and standard deviations do not cover other start states.
 """
 
 

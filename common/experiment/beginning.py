@@ -52,7 +52,7 @@ def facts(folder, algorithm):
 def begin(state, seeds, facts, optimiser):
     """The State [S, ...] with the parameters of the run that `facts` tells of.
 
-    A seed begins with the same seed of that run, or with its only one.
+    A seed begins with the same seed of that run. If that run has one seed, all begin with it.
     """
     flag = f"--start-from {facts['folder']}"
     arrays, meta = _read(facts["folder"], facts["update"])

@@ -35,7 +35,7 @@ from common.experiment import (
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What belongs to this start of a run rather than to its Config."""
+    """Flags that are not fields of a Config. Those of IN_YAML change a run's numbers."""
 
     config: str | None = None  # YAML over the defaults above (default: the data set's suite's)
     name: str | None = None  # run name (default: a hash of the resolved config)
