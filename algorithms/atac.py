@@ -10,7 +10,9 @@ Deviations  The networks, their initialisation, the limits of the targets and ac
             those of chinganc/lightATAC. lightATAC differs from this file in that it does not sum
             log pi over the action dimensions, resets the target critics to their initial parameters
             and the critics' optimiser at the end of the warm start, and projects no weights before
-            that. Neither code has the paper's beta per data set. Rows at truncations are kept.
+            that. The defaults are microsoft/ATAC's recipe (beta 16 with 6M updates); the configs of
+            D4RL have lightATAC's (beta 3 with 1.1M). Neither code has the paper's beta per data
+            set. Rows at truncations are kept.
 
 Shapes: S seeds, K critics, B batch, E episodes, O observation, A action. Arrays are float32.
 """
@@ -34,7 +36,7 @@ from common import datasets, evaluation, experiment
 class Config:
     dataset: str = "local/pointmaze/umaze-v0"  # data set id or path, see docs/data.md
     seeds: tuple[int, ...] = (0,)  # trained in parallel
-    num_updates: int = 1_100_000  # gradient steps of every network, including the warm start
+    num_updates: int = 6_000_000  # gradient steps of every network, including the warm start
     log_every: int = 1_000  # updates per compiled chunk, the unit of logging and saving
     eval_every: int = 20_000  # updates between evaluations
     eval_episodes: int = 10  # episodes per seed and evaluation

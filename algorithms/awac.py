@@ -4,7 +4,7 @@
 Paper       https://arxiv.org/abs/2006.09359
 Reference   https://github.com/corl-team/CORL (algorithms/offline/awac.py)
 Run         python algorithms/awac.py --config configs/awac/mujoco.yaml
-Parent      iql.py (154 lines)
+Parent      iql.py (180 lines)
 Results     docs/results.md
 Deviations  The initialisation, the tanh on the mean and the range [-5, 2] of log_std are those of
             ikostrikov's IQL (his AWAC has [-10, 2]). CORL has PyTorch's initialisation, no tanh and
@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import optax
 from flax.training import train_state
 
-from common import datasets, evaluation, experiment
+from common import datasets, evaluation, experiment, interaction
 
 
 # --- Config -------------------------------------------------------------------------------------
@@ -50,6 +50,10 @@ class Config:
     # AWAC
     inverse_temperature: float = 3.0  # 1 / lambda, Eq. 13
     weight: Literal["exp", "softmax"] = "exp"  # exp(A / lambda) up to 100, or softmax over batch
+    # Online phase
+    online_updates: int = 0  # updates beside an env, after those on fixed data
+    updates_per_step: int = 1  # updates per env step
+    steps_per_refresh: int = 1  # env steps between two versions of the policy that takes them
 
 
 # --- Networks -----------------------------------------------------------------------------------
@@ -247,6 +251,14 @@ def policy(apply_fn, params, observation, key):
     return mean
 
 
+def explore(apply_fn, params, observation, key):
+    """An action drawn from pi, clipped to [-1, 1], by which the online phase acts."""
+    actor_params, statistics = params
+    mean, log_std = apply_fn(actor_params, standardise(observation, statistics))
+    noise = jax.random.normal(key, mean.shape)
+    return (mean + jnp.exp(log_std) * noise).clip(-1.0, 1.0)
+
+
 def policy_params(state):
     return state.actor.params, state.statistics
 
@@ -257,6 +269,16 @@ def policy_fn(state, cfg):
 
 
 # --- Training -----------------------------------------------------------------------------------
+def online_rows(rows, statistics, cfg):
+    """Rows of the env as those of the data set are: the same rewards and observations."""
+    mean, std = statistics
+    return rows._replace(
+        reward=rows.reward + cfg.reward_shift,
+        observation=(rows.observation - mean) / std,
+        next_observation=(rows.next_observation - mean) / std,
+    )
+
+
 def train(cfg, options):
     """Train every seed of `cfg` and return its final normalised scores, [S]."""
     dataset = datasets.load(cfg.dataset, options.env, options.env_steps)
@@ -264,20 +286,25 @@ def train(cfg, options):
     data, statistics = normalise(dataset.transitions._replace(reward=reward))
     data = experiment.place(data, options)
     example = jax.tree.map(lambda x: x[:1], data)  # one row, for its shapes
-    init_keys, train_keys, policy_keys = experiment.streams(cfg.seeds, 3)  # [S] keys each
+    init_keys, train_keys, policy_keys, explore_keys = experiment.streams(cfg.seeds, 4)  # [S] each
     create = partial(create_state, batch=example, cfg=cfg, statistics=statistics)
     # Not jitted: XLA can hang on the QR decompositions of two orthogonal initialisers.
     state = jax.vmap(create)(init_keys)
     # Compiled once for all seeds. `update` shows which rows a step reads, for --data host.
     train_seeds = experiment.over_seeds(partial(train_chunk, cfg=cfg), update=update)
     act = policy_fn(state, cfg)
+    explore_by = partial(explore, state.actor.apply_fn)
+    rows_as_data = partial(online_rows, statistics=statistics, cfg=cfg)
 
     with (
         experiment.Run(cfg, options, dataset) as run,
         evaluation.Rollouts(dataset, act, policy_keys, cfg) as rollouts,
+        interaction.Interaction(
+            run, data, explore_by, explore_keys, policy_params, train_chunk, rows_as_data
+        ) as online,
     ):
         state, metrics, start = run.restore(state)
-        for step in run.boundaries(start):  # start, start + log_every, ..., num_updates
+        for step in run.boundaries(start):  # start, start + log_every, ..., last_update
             run.save(step, state, metrics)
             scores = None
             if run.evaluates(step):
@@ -285,6 +312,8 @@ def train(cfg, options):
             last_metrics = metrics  # of the chunk that ended at this step
             if step < cfg.num_updates:  # an accelerator trains while the CPU evaluates
                 state, metrics = train_seeds(state, train_keys, step, data)
+            elif step < run.last_update:  # env steps and updates in turns
+                state, metrics = online.chunk(state, train_keys, step)
             run.log(step, last_metrics, scores)
     return run.scores
 

@@ -4,7 +4,7 @@
 Paper       https://arxiv.org/abs/1812.02900
 Reference   https://github.com/sfujim/BCQ (continuous_BCQ)
 Run         python algorithms/bcq.py --config configs/bcq/mujoco.yaml
-Parent      td3_bc.py (236 lines)
+Parent      td3_bc.py (263 lines)
 Results     docs/results.md
 Deviations  none known from the code. Data with recorded next observations keep the rows at a
             truncation, which D4RL's loader drops.

@@ -15,7 +15,7 @@ Shapes: S seeds, K critics, B batch, N num_samples, M actions per row, O observa
         Arrays are float32.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import optax
 from flax.training import train_state
 
-from common import datasets, evaluation, experiment
+from common import datasets, evaluation, experiment, interaction
 
 
 # --- Config -------------------------------------------------------------------------------------
@@ -56,6 +56,11 @@ class Config:
     target_action_gap: float | None = None  # the gap that a Lagrange multiplier aims at; None: off
     clip_diff_min: float | None = None  # lower bound on the conservative gap of each row
     max_target_backup: bool = False  # the TD target takes the best of N actions of pi(s'), not one
+    # Online phase
+    online_updates: int = 0  # updates beside an env, after those on fixed data
+    updates_per_step: int = 1  # updates per env step
+    steps_per_refresh: int = 1  # env steps between two versions of the policy that takes them
+    online_alpha: float | None = None  # alpha in this phase; None: as before, like CORL
 
 
 # --- Networks -----------------------------------------------------------------------------------
@@ -346,12 +351,26 @@ def train_chunk(state, key, start, data, cfg):
     return state, jax.tree.map(jnp.mean, metrics)
 
 
+def online_chunk(state, key, start, data, cfg):
+    """`train_chunk` of the online phase, with an alpha of its own."""
+    alpha = cfg.alpha if cfg.online_alpha is None else cfg.online_alpha
+    return train_chunk(state, key, start, data, replace(cfg, alpha=alpha))
+
+
 # --- Policy -------------------------------------------------------------------------------------
 def policy(apply_fn, params, observation, key):
     """tanh of the mean, [..., O] -> [..., A]. `key` is not used."""
     actor_params, statistics = params
     mean, _ = apply_fn(actor_params, standardise(observation, statistics))
     return jnp.tanh(mean)
+
+
+def explore(apply_fn, params, observation, key):
+    """An action drawn from pi, [..., O] -> [..., A], by which the online phase acts."""
+    actor_params, statistics = params
+    mean, log_std = apply_fn(actor_params, standardise(observation, statistics))
+    action, _ = sample_tanh(mean, log_std, key, 1)  # [B, 1, A]
+    return action[:, 0]
 
 
 def policy_params(state):
@@ -364,6 +383,16 @@ def policy_fn(state, cfg):
 
 
 # --- Training -----------------------------------------------------------------------------------
+def online_rows(rows, statistics, cfg):
+    """Rows of the env as those of the data set are: the same rewards and observations."""
+    mean, std = statistics
+    return rows._replace(
+        reward=cfg.reward_scale * rows.reward + cfg.reward_shift,
+        observation=(rows.observation - mean) / std,
+        next_observation=(rows.next_observation - mean) / std,
+    )
+
+
 def train(cfg, options):
     """Train every seed of `cfg` and return its final normalised scores, [S]."""
     dataset = datasets.load(cfg.dataset, options.env, options.env_steps)
@@ -374,20 +403,25 @@ def train(cfg, options):
         data, statistics = normalise(data)
     data = experiment.place(data, options)
     example = jax.tree.map(lambda x: x[:1], data)  # one row, for its shapes
-    init_keys, train_keys, policy_keys = experiment.streams(cfg.seeds, 3)  # [S] keys each
+    init_keys, train_keys, policy_keys, explore_keys = experiment.streams(cfg.seeds, 4)  # [S] each
     create = partial(create_state, batch=example, cfg=cfg, statistics=statistics)
     # Not jitted: XLA can hang on the QR decompositions of two orthogonal initialisers.
     state = jax.vmap(create)(init_keys)
     # Compiled once for all seeds. `update` shows which rows a step reads, for --data host.
     train_seeds = experiment.over_seeds(partial(train_chunk, cfg=cfg), update=update)
     act = policy_fn(state, cfg)
+    explore_by = partial(explore, state.actor.apply_fn)
+    rows_as_data = partial(online_rows, statistics=statistics, cfg=cfg)
 
     with (
         experiment.Run(cfg, options, dataset) as run,
         evaluation.Rollouts(dataset, act, policy_keys, cfg) as rollouts,
+        interaction.Interaction(
+            run, data, explore_by, explore_keys, policy_params, online_chunk, rows_as_data
+        ) as online,
     ):
         state, metrics, start = run.restore(state)
-        for step in run.boundaries(start):  # start, start + log_every, ..., num_updates
+        for step in run.boundaries(start):  # start, start + log_every, ..., last_update
             run.save(step, state, metrics)
             scores = None
             if run.evaluates(step):
@@ -395,6 +429,8 @@ def train(cfg, options):
             last_metrics = metrics  # of the chunk that ended at this step
             if step < cfg.num_updates:  # an accelerator trains while the CPU evaluates
                 state, metrics = train_seeds(state, train_keys, step, data)
+            elif step < run.last_update:  # env steps and updates in turns
+                state, metrics = online.chunk(state, train_keys, step)
             run.log(step, last_metrics, scores)
     return run.scores
 

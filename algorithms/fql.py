@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import optax
 from flax.training import train_state
 
-from common import datasets, evaluation, experiment
+from common import datasets, evaluation, experiment, interaction
 
 
 # --- Config -------------------------------------------------------------------------------------
@@ -50,6 +50,10 @@ class Config:
     q_agg: Literal["mean", "min"] = "mean"  # of the K critics, in the TD target
     normalize_q: bool = False  # divide Q by its mean absolute value in the actor loss
     flow_steps: int = 10  # Euler steps of the flow F from noise z to action
+    # Online phase
+    online_updates: int = 0  # updates beside an env, after those on fixed data
+    updates_per_step: int = 1  # updates per env step
+    steps_per_refresh: int = 1  # env steps between two versions of the policy that takes them
 
 
 # --- Networks -----------------------------------------------------------------------------------
@@ -252,6 +256,11 @@ def policy(apply_fn, params, observation, key):
     return apply_fn(params, observation, noise).clip(-1.0, 1.0)
 
 
+def explore(apply_fn, params, observation, key):
+    """mu(s, z) as in `policy`, by which the online phase acts."""
+    return policy(apply_fn, params, observation, key)
+
+
 def policy_params(state):
     return state.actor.params
 
@@ -262,6 +271,14 @@ def policy_fn(state, cfg):
 
 
 # --- Training -----------------------------------------------------------------------------------
+def online_rows(rows, cfg):
+    """Rows of the env as those of the data set are: the same actions and rewards."""
+    return rows._replace(
+        action=rows.action.clip(-1 + 1e-5, 1 - 1e-5),
+        reward=rows.reward + cfg.reward_shift,
+    )
+
+
 def train(cfg, options):
     """Train every seed of `cfg` and return its final normalised scores, [S]."""
     dataset = datasets.load(cfg.dataset, options.env, options.env_steps)
@@ -270,19 +287,24 @@ def train(cfg, options):
     data = dataset.transitions._replace(action=action, reward=reward)
     data = experiment.place(data, options)
     example = jax.tree.map(lambda x: x[:1], data)  # one row, for its shapes
-    init_keys, train_keys, policy_keys = experiment.streams(cfg.seeds, 3)  # [S] keys each
+    init_keys, train_keys, policy_keys, explore_keys = experiment.streams(cfg.seeds, 4)  # [S] each
     create = partial(create_state, batch=example, cfg=cfg)
     state = jax.vmap(create)(init_keys)
     # Compiled once for all seeds. `update` shows which rows a step reads, for --data host.
     train_seeds = experiment.over_seeds(partial(train_chunk, cfg=cfg), update=update)
     act = policy_fn(state, cfg)
+    explore_by = partial(explore, state.actor.apply_fn)
+    rows_as_data = partial(online_rows, cfg=cfg)
 
     with (
         experiment.Run(cfg, options, dataset) as run,
         evaluation.Rollouts(dataset, act, policy_keys, cfg) as rollouts,
+        interaction.Interaction(
+            run, data, explore_by, explore_keys, policy_params, train_chunk, rows_as_data
+        ) as online,
     ):
         state, metrics, start = run.restore(state)
-        for step in run.boundaries(start):  # start, start + log_every, ..., num_updates
+        for step in run.boundaries(start):  # start, start + log_every, ..., last_update
             run.save(step, state, metrics)
             scores = None
             if run.evaluates(step):
@@ -290,6 +312,8 @@ def train(cfg, options):
             last_metrics = metrics  # of the chunk that ended at this step
             if step < cfg.num_updates:  # an accelerator trains while the CPU evaluates
                 state, metrics = train_seeds(state, train_keys, step, data)
+            elif step < run.last_update:  # env steps and updates in turns
+                state, metrics = online.chunk(state, train_keys, step)
             run.log(step, last_metrics, scores)
     return run.scores
 

@@ -11,7 +11,8 @@ Deviations  Rows at a truncation are kept where their next observation is known,
             GELU, Glorot initialisation (the actor's last layer 10 times smaller), no tanh on the
             mean, losses and targets that read the networks from before the update, awr weights from
             the online critics, and sampled actions where the std is learned. deterministic and
-            normalise_observations follow CORL.
+            normalise_observations follow CORL. Online the actor's learning rate is constant, after
+            the cosine of the offline phase; the authors fine-tune without cosine.
 
 Shapes: S seeds, K critics, B batch, E episodes, O observation, A action. Arrays are float32.
 """
@@ -27,7 +28,7 @@ import jax.numpy as jnp
 import optax
 from flax.training import train_state
 
-from common import datasets, evaluation, experiment
+from common import datasets, evaluation, experiment, interaction
 
 
 # --- Config -------------------------------------------------------------------------------------
@@ -56,9 +57,13 @@ class Config:
     alpha: float = 1.0  # weight of log pi(a|s) in ddpg_bc
     deterministic: bool = False  # |a - mu(s)|^2 in place of -log pi(a|s)
     fixed_std: float | None = None  # std of the policy; None: one learned per action dimension
-    cosine: bool = True  # cosine decay of the actor's learning rate to 0 over num_updates
+    cosine: bool = True  # cosine decay of the actor's learning rate to 0; constant again online
     dropout: float | None = None  # dropout rate of the actor's hidden layers in training
     normalise_observations: bool = False  # to mean 0 and std 1, as CORL does
+    # Online phase
+    online_updates: int = 0  # updates beside an env, after those on fixed data
+    updates_per_step: int = 1  # updates per env step
+    steps_per_refresh: int = 1  # env steps between two versions of the policy that takes them
 
 
 # --- Networks -----------------------------------------------------------------------------------
@@ -152,7 +157,9 @@ def create_state(key, batch, cfg, statistics=(0.0, 1.0)):
 
     actor_learning_rate = cfg.actor_learning_rate
     if cfg.cosine:
-        actor_learning_rate = optax.cosine_decay_schedule(actor_learning_rate, cfg.num_updates)
+        decay = optax.cosine_decay_schedule(actor_learning_rate, cfg.num_updates)
+        constant = optax.constant_schedule(actor_learning_rate)  # in the online phase
+        actor_learning_rate = optax.join_schedules([decay, constant], [cfg.num_updates])
     actor_adam = optax.adam(actor_learning_rate)
     critic_adam = optax.adam(cfg.critic_learning_rate)
     value_adam = optax.adam(cfg.critic_learning_rate)
@@ -306,6 +313,21 @@ def policy(apply_fn, params, observation, key):
     return mean
 
 
+def explore(apply_fn, params, observation, key, cfg):
+    """An action drawn from pi, clipped to [-1, 1], by which the online phase acts.
+
+    It is the mean if deterministic.
+    """
+    actor_params, statistics = params
+    mean, log_std = apply_fn(actor_params, standardise(observation, statistics))
+    if cfg.deterministic:
+        return mean
+    if cfg.fixed_std is not None:
+        log_std = jnp.full_like(log_std, jnp.log(cfg.fixed_std))
+    noise = jax.random.normal(key, mean.shape)
+    return (mean + jnp.exp(log_std) * noise).clip(-1.0, 1.0)
+
+
 def policy_params(state):
     return state.actor.params, state.statistics
 
@@ -316,33 +338,51 @@ def policy_fn(state, cfg):
 
 
 # --- Training -----------------------------------------------------------------------------------
+def online_rows(rows, reward_scale, statistics, cfg):
+    """Rows of the env as those of the data set are: the same actions, rewards and observations."""
+    mean, std = statistics
+    return rows._replace(
+        action=rows.action.clip(-1 + 1e-5, 1 - 1e-5),
+        reward=reward_scale * (rows.reward + cfg.reward_shift),
+        observation=(rows.observation - mean) / std,
+        next_observation=(rows.next_observation - mean) / std,
+    )
+
+
 def train(cfg, options):
     """Train every seed of `cfg` and return its final normalised scores, [S]."""
     dataset = datasets.load(cfg.dataset, options.env, options.env_steps)
     action = dataset.transitions.action.clip(-1 + 1e-5, 1 - 1e-5)
     reward = dataset.transitions.reward + cfg.reward_shift
+    reward_scale = 1.0
     if cfg.return_scale is not None:
-        reward = reward * (cfg.return_scale / datasets.return_span(dataset))
+        reward_scale = cfg.return_scale / datasets.return_span(dataset)
+    reward = reward * reward_scale
     data = dataset.transitions._replace(action=action, reward=reward)
     statistics = (0.0, 1.0)  # leaves observations as they are
     if cfg.normalise_observations:
         data, statistics = normalise(data)
     data = experiment.place(data, options)
     example = jax.tree.map(lambda x: x[:1], data)  # one row, for its shapes
-    init_keys, train_keys, policy_keys = experiment.streams(cfg.seeds, 3)  # [S] keys each
+    init_keys, train_keys, policy_keys, explore_keys = experiment.streams(cfg.seeds, 4)  # [S] each
     create = partial(create_state, batch=example, cfg=cfg, statistics=statistics)
     # Not jitted: XLA can hang on the QR decompositions of two orthogonal initialisers.
     state = jax.vmap(create)(init_keys)
     # Compiled once for all seeds. `update` shows which rows a step reads, for --data host.
     train_seeds = experiment.over_seeds(partial(train_chunk, cfg=cfg), update=update)
     act = policy_fn(state, cfg)
+    explore_by = partial(explore, state.actor.apply_fn, cfg=cfg)
+    rows_as_data = partial(online_rows, reward_scale=reward_scale, statistics=statistics, cfg=cfg)
 
     with (
         experiment.Run(cfg, options, dataset) as run,
         evaluation.Rollouts(dataset, act, policy_keys, cfg) as rollouts,
+        interaction.Interaction(
+            run, data, explore_by, explore_keys, policy_params, train_chunk, rows_as_data
+        ) as online,
     ):
         state, metrics, start = run.restore(state)
-        for step in run.boundaries(start):  # start, start + log_every, ..., num_updates
+        for step in run.boundaries(start):  # start, start + log_every, ..., last_update
             run.save(step, state, metrics)
             scores = None
             if run.evaluates(step):
@@ -350,6 +390,8 @@ def train(cfg, options):
             last_metrics = metrics  # of the chunk that ended at this step
             if step < cfg.num_updates:  # an accelerator trains while the CPU evaluates
                 state, metrics = train_seeds(state, train_keys, step, data)
+            elif step < run.last_update:  # env steps and updates in turns
+                state, metrics = online.chunk(state, train_keys, step)
             run.log(step, last_metrics, scores)
     return run.scores
 

@@ -285,7 +285,9 @@ def actor_loss(params, state, batch, noise, cfg):
         )
         log_weight = log_ratio(normalised_residual(residual, state, cfg), cfg)  # [B]
         log_prob = gaussian_log_prob(x, mean, log_std)  # [B]
-        behaviour_log_prob = mixture_log_prob(state.behaviour.params, state, batch.observation, x)
+        behaviour_log_prob = gaussian_mixture_log_prob(
+            state.behaviour.params, state, batch.observation, x
+        )
         chex.assert_equal_shape([log_weight, log_prob, behaviour_log_prob, batch.reward])
         extraction_loss = (log_prob - behaviour_log_prob - log_weight).mean()
     else:
@@ -340,7 +342,7 @@ def multiplier_loss(params, state, batch, cfg):
 def behaviour_loss(params, state, batch):
     """-log pi_D(a|s), mean over B, as a density before tanh."""
     x = before_tanh(batch.action)
-    log_prob = mixture_log_prob(params, state, batch.observation, x)
+    log_prob = gaussian_mixture_log_prob(params, state, batch.observation, x)
     chex.assert_equal_shape([log_prob, batch.reward])
     loss = -log_prob.mean()
     return loss, {"behaviour_loss": loss}
@@ -359,7 +361,7 @@ def value_residual(params, state, batch, cfg):
 def lagrangian(residual, estimate, multiplier, cfg):
     """E[-alpha f(w) + w (residual - multiplier)] with w = w((estimate - multiplier) / alpha)."""
     y = (estimate - multiplier) / cfg.alpha
-    return (-cfg.alpha * divergence(y, cfg) + ratio(y, cfg) * (residual - multiplier)).mean()
+    return (-cfg.alpha * f_of_ratio(y, cfg) + ratio(y, cfg) * (residual - multiplier)).mean()
 
 
 def normalised_residual(residual, state, cfg):
@@ -376,7 +378,7 @@ def ratio(y, cfg):
     return jnp.where(y < 0, jnp.exp(jnp.minimum(y, 0.0)), y + 1.0)
 
 
-def divergence(y, cfg):
+def f_of_ratio(y, cfg):
     """f(w(y)). chi2: (w - 1)^2 / 2, kl: w log w, soft_chi2: w (log w - 1) + 1 below w = 1."""
     if cfg.f == "chi2":
         return 0.5 * jnp.square(ratio(y, cfg) - 1.0)
@@ -400,7 +402,7 @@ def before_tanh(action):
     return jnp.arctanh(action.clip(-1.0 + 1e-6, 1.0 - 1e-6))
 
 
-def mixture_log_prob(params, state, observation, x):
+def gaussian_mixture_log_prob(params, state, observation, x):
     """log of the density of the behaviour model at x, before tanh, [B]."""
     mean, log_std, log_share = state.behaviour.apply_fn(params, observation)  # [B, C, A], [B, C]
     x = jnp.broadcast_to(x[:, None], mean.shape)

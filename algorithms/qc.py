@@ -4,14 +4,14 @@
 Paper       https://arxiv.org/abs/2507.07969
 Reference   https://github.com/ColinQiyangLi/qc
 Run         python algorithms/qc.py --config configs/qc/ogbench.yaml
-Parent      fql.py (201 lines)
+Parent      fql.py (243 lines)
 Results     docs/results.md
-Deviations  Those of fql.py. Offline only; the paper continues online. Rewards after a termination
-            inside a chunk do not count (in the reference they do, and only the bootstrap stops).
-            The critics also learn from chunks in which a termination ends the episode (the
-            reference drops them; OGBench has few); their remaining actions are those of the rows
-            that follow in the data. A chunk may start in the data's last h - 1 rows (there: none
-            does). normalize_q is an addition: the reference has the setting, but does not read it.
+Deviations  Those of fql.py. Rewards after a termination inside a chunk do not count (in the
+            reference they do, and only the bootstrap stops). The critics also learn from chunks in
+            which a termination ends the episode (the reference drops them; OGBench has few); their
+            remaining actions are those of the rows that follow in the data. A chunk may start in
+            the data's last h - 1 rows (there: none does). normalize_q is an addition: the reference
+            has the setting, but does not read it.
 
 Shapes: S seeds, K critics, N samples, h steps of a chunk, B batch or rows, E episodes,
         O observation, A action. Arrays are float32. A chunk of actions is one vector, [h A].
@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import optax
 from flax.training import train_state
 
-from common import datasets, evaluation, experiment
+from common import datasets, evaluation, experiment, interaction
 
 
 # --- Config -------------------------------------------------------------------------------------
@@ -58,6 +58,10 @@ class Config:
     horizon: int = 5  # h, actions per chunk
     num_samples: int = 32  # N, with best_of_n: chunks of the flow from which Q chooses
     sparse_reward: bool = False  # rewards other than 0 become -1 (scene, puzzle-3x3)
+    # Online phase
+    online_updates: int = 0  # updates beside an env, after those on fixed data
+    updates_per_step: int = 1  # updates per env step
+    steps_per_refresh: int = 1  # env steps between two versions of the policy that takes them
 
 
 # --- Networks -----------------------------------------------------------------------------------
@@ -336,6 +340,11 @@ def policy(apply_fn, params, observation, key, memory, reward, apply_critics, cf
     return chunk[..., position, :], (chunk, step + 1)
 
 
+def explore(apply_fn, params, observation, key, memory, reward, apply_critics, cfg):
+    """`policy`, by which the online phase acts: it plays its chunks to their end."""
+    return policy(apply_fn, params, observation, key, memory, reward, apply_critics, cfg)
+
+
 def policy_params(state):
     if state.actor is None:
         return PolicyParams(actor=None, critic=state.critic.params, flow=state.flow.params)
@@ -387,31 +396,60 @@ def chunked(dataset, cfg):
     )
 
 
+def prepared(rows, cfg):
+    """Rows with actions just inside of [-1, 1] and the rewards that are learnt from."""
+    reward = rows.reward + cfg.reward_shift
+    if cfg.sparse_reward:
+        reward = -(reward != 0).astype("float32")
+    return rows._replace(action=rows.action.clip(-1 + 1e-5, 1 - 1e-5), reward=reward)
+
+
+def online_rows(rows, dataset, cfg):
+    """`Chunks` of the env's rows, [T, S, ...]. Those that the last row cuts are not drawn yet."""
+    chunks = []
+    for i in range(rows.reward.shape[1]):
+        own = prepared(jax.tree.map(lambda x, i=i: x[:, i], rows), cfg)  # [T, ...] of one seed
+        over = own.termination + own.truncation
+        over[-1] = 1.0
+        (last,) = over.nonzero()
+        chunks.append(chunked(replace(dataset, transitions=own, episode_ends=last + 1), cfg))
+    return jax.tree.map(lambda *columns: jnp.stack(columns, axis=1), *chunks)
+
+
 def train(cfg, options):
     """Train every seed of `cfg` and return its final normalised scores, [S]."""
     dataset = datasets.load(cfg.dataset, options.env, options.env_steps)
-    action = dataset.transitions.action.clip(-1 + 1e-5, 1 - 1e-5)
-    reward = dataset.transitions.reward + cfg.reward_shift
-    if cfg.sparse_reward:
-        reward = -(reward != 0).astype("float32")
-    rows = dataset.transitions._replace(action=action, reward=reward)
+    rows = prepared(dataset.transitions, cfg)
     data = chunked(replace(dataset, transitions=rows), cfg)
     data = experiment.place(data, options)
     example = jax.tree.map(lambda x: x[:1], rows)  # one row, for its shapes
-    init_keys, train_keys, policy_keys = experiment.streams(cfg.seeds, 3)  # [S] keys each
+    init_keys, train_keys, policy_keys, explore_keys = experiment.streams(cfg.seeds, 4)  # [S] each
     create = partial(create_state, batch=example, cfg=cfg)
     state = jax.vmap(create)(init_keys)
     # Compiled once for all seeds. `update` shows which rows a step reads, for --data host.
     train_seeds = experiment.over_seeds(partial(train_chunk, cfg=cfg), update=update)
     act = policy_fn(state, cfg)
+    explore_by = partial(explore, state.flow.apply_fn, apply_critics=state.critic.apply_fn, cfg=cfg)
+    rows_as_data = partial(online_rows, dataset=dataset, cfg=cfg)
     memory = initial_memory(cfg.eval_episodes, example, cfg)
 
     with (
         experiment.Run(cfg, options, dataset) as run,
         evaluation.Rollouts(dataset, act, policy_keys, cfg, memory) as rollouts,
+        interaction.Interaction(
+            run,
+            data,
+            explore_by,
+            explore_keys,
+            policy_params,
+            train_chunk,
+            rows_as_data,
+            window=cfg.horizon,
+            memory=initial_memory(1, example, cfg),
+        ) as online,
     ):
         state, metrics, start = run.restore(state)
-        for step in run.boundaries(start):  # start, start + log_every, ..., num_updates
+        for step in run.boundaries(start):  # start, start + log_every, ..., last_update
             run.save(step, state, metrics)
             scores = None
             if run.evaluates(step):
@@ -419,6 +457,8 @@ def train(cfg, options):
             last_metrics = metrics  # of the chunk that ended at this step
             if step < cfg.num_updates:  # an accelerator trains while the CPU evaluates
                 state, metrics = train_seeds(state, train_keys, step, data)
+            elif step < run.last_update:  # env steps and updates in turns
+                state, metrics = online.chunk(state, train_keys, step)
             run.log(step, last_metrics, scores)
     return run.scores
 

@@ -4,16 +4,18 @@
 Paper       https://arxiv.org/abs/2305.09836
 Reference   https://github.com/tinkoff-ai/ReBRAC
 Run         python algorithms/rebrac.py --config configs/rebrac/antmaze.yaml
-Parent      td3_bc.py (99 lines)
+Parent      td3_bc.py (144 lines)
 Results     docs/results.md
 Deviations  none known in the method. Rows at a truncation are kept if the data record their next
             observation (0.1 % of the rows of 1000-step episodes). Their next action is unknown, so
-            their own action takes its place. The reference drops these rows.
+            their own action takes its place. The reference drops these rows. The online phase
+            is that of CORL's finetune/rebrac.py, but a new row's next action is the one that was
+            taken (there: the policy's). It counts only with an online_critic_penalty.
 
 Shapes: S seeds, K critics, B batch, E episodes, O observation, A action. Arrays are float32.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -24,7 +26,7 @@ import jax.numpy as jnp
 import optax
 from flax.training import train_state
 
-from common import datasets, evaluation, experiment
+from common import datasets, evaluation, experiment, interaction
 
 
 # --- Config -------------------------------------------------------------------------------------
@@ -50,6 +52,15 @@ class Config:
     # ReBRAC
     actor_penalty: float = 1.0  # beta_1, weight of (pi(s) - a)^2 in the actor loss, Eq. 7
     critic_penalty: float = 1.0  # beta_2, weight of (pi(s') - a')^2 in the TD target, Eq. 6
+    # Online phase
+    online_updates: int = 0  # updates beside an env, after those on fixed data
+    updates_per_step: int = 1  # updates per env step
+    steps_per_refresh: int = 2  # env steps between two versions of the policy that takes them
+    exploration_noise: float = 0.0  # std of the noise on actions in the env, in action units
+    online_critic_penalty: float = 0.0  # beta_2 in this phase
+    penalty_floor: float = 0.5  # beta_1 decays linearly to this share of itself
+    penalty_decay_updates: int = 1_000_000  # the decay would reach 0 after so many online updates
+    mixing_ratio: float = 0.5  # share of the batch that comes from the env
 
 
 # --- Networks -----------------------------------------------------------------------------------
@@ -163,7 +174,7 @@ def actor_loss(params, state, batch, cfg):
 
 
 # --- Update -------------------------------------------------------------------------------------
-def update(state, step, key, data, cfg):
+def update(state, step, key, data, cfg, mixed=False):
     """`policy_delay` critic updates; after the first, one of actor and targets. One seed.
 
     Randomness is a function of (key, step) alone, so neither the length of a chunk nor a resumed
@@ -172,7 +183,7 @@ def update(state, step, key, data, cfg):
     critic_metrics = []
     for i in range(cfg.policy_delay):  # a Python loop: only the first round updates the actor
         key_batch, key_noise = jax.random.split(jax.random.fold_in(key, step + i))
-        batch = sample_batch(data, key_batch, cfg)
+        batch = sample_mixed(data, key_batch, cfg) if mixed else sample_batch(data, key_batch, cfg)
         grads, metrics = jax.grad(critic_loss, has_aux=True)(
             state.critic.params, state, batch, key_noise, cfg
         )
@@ -190,10 +201,29 @@ def update(state, step, key, data, cfg):
     return state, mean_metrics(critic_metrics) | actor_metrics
 
 
+def online_update(state, step, key, data, cfg):
+    """`update` on mixed batches, with another beta_2, and beta_1 as far as it has decayed."""
+    decay = 1.0 - (step - cfg.num_updates) / cfg.penalty_decay_updates
+    actor_penalty = cfg.actor_penalty * jnp.maximum(decay, cfg.penalty_floor)
+    critic_penalty = cfg.online_critic_penalty
+    cfg = replace(cfg, actor_penalty=actor_penalty, critic_penalty=critic_penalty)
+    return update(state, step, key, data, cfg, mixed=True)
+
+
 def sample_batch(data, key, cfg):
     """`batch_size` rows of the data, drawn with replacement."""
     index = jax.random.randint(key, (cfg.batch_size,), 0, len(data.reward))
     return jax.tree.map(lambda column: column[index], data)
+
+
+def sample_mixed(data, key, cfg):
+    """A batch of which `mixing_ratio` are rows of the env, behind those of the data set."""
+    key_recorded, key_own = jax.random.split(key)
+    own_size = int(cfg.mixing_ratio * cfg.batch_size)
+    recorded_cfg = replace(cfg, batch_size=cfg.batch_size - own_size)
+    recorded = sample_batch(data.recorded, key_recorded, recorded_cfg)
+    own = sample_batch(data.own, key_own, replace(cfg, batch_size=own_size))
+    return jax.tree.map(lambda *columns: jnp.concatenate(columns), recorded, own)
 
 
 def update_target(net, cfg):
@@ -214,10 +244,25 @@ def train_chunk(state, key, start, data, cfg):
     return state, jax.tree.map(jnp.mean, metrics)
 
 
+def online_chunk(state, key, start, data, cfg):
+    """`train_chunk` of the online phase."""
+    steps = start + jnp.arange(0, cfg.log_every, cfg.policy_delay)
+    one_update = partial(online_update, key=key, data=data, cfg=cfg)
+    state, metrics = jax.lax.scan(one_update, state, steps)
+    return state, jax.tree.map(jnp.mean, metrics)
+
+
 # --- Policy -------------------------------------------------------------------------------------
 def policy(apply_fn, params, observation, key):
     """Deterministic action in [-1, 1], [..., O] -> [..., A]. `key` is not used."""
     return apply_fn(params, observation)
+
+
+def explore(apply_fn, params, observation, key, cfg):
+    """`policy` with normal noise, clipped to [-1, 1], by which the online phase acts."""
+    action = policy(apply_fn, params, observation, key)
+    noise = cfg.exploration_noise * jax.random.normal(key, action.shape)
+    return (action + noise).clip(-1.0, 1.0)
 
 
 def policy_params(state):
@@ -236,19 +281,23 @@ def train(cfg, options):
     data = dataset.transitions
     data = experiment.place(data, options)
     example = jax.tree.map(lambda x: x[:1], data)  # one row, for its shapes
-    init_keys, train_keys, policy_keys = experiment.streams(cfg.seeds, 3)  # [S] keys each
+    init_keys, train_keys, policy_keys, explore_keys = experiment.streams(cfg.seeds, 4)  # [S] each
     create = partial(create_state, batch=example, cfg=cfg)
     state = jax.vmap(create)(init_keys)
     # Compiled once for all seeds. `update` shows which rows a step reads, for --data host.
     train_seeds = experiment.over_seeds(partial(train_chunk, cfg=cfg), update=update)
     act = policy_fn(state, cfg)
+    explore_by = partial(explore, state.actor.apply_fn, cfg=cfg)
 
     with (
         experiment.Run(cfg, options, dataset) as run,
         evaluation.Rollouts(dataset, act, policy_keys, cfg) as rollouts,
+        interaction.Interaction(
+            run, data, explore_by, explore_keys, policy_params, online_chunk, apart=True
+        ) as online,
     ):
         state, metrics, start = run.restore(state)
-        for step in run.boundaries(start):  # start, start + log_every, ..., num_updates
+        for step in run.boundaries(start):  # start, start + log_every, ..., last_update
             run.save(step, state, metrics)
             scores = None
             if run.evaluates(step):
@@ -256,6 +305,8 @@ def train(cfg, options):
             last_metrics = metrics  # of the chunk that ended at this step
             if step < cfg.num_updates:  # an accelerator trains while the CPU evaluates
                 state, metrics = train_seeds(state, train_keys, step, data)
+            elif step < run.last_update:  # env steps and updates in turns
+                state, metrics = online.chunk(state, train_keys, step)
             run.log(step, last_metrics, scores)
     return run.scores
 

@@ -8,7 +8,8 @@ Parent      none
 Results     docs/results.md
 Deviations  none known from the authors' code, which divides Q by mean |Q| of the policy's actions;
             Eq. 5 has the data's actions. Rows at a truncation are kept if the data record their
-            next observation; D4RL's loader drops them.
+            next observation; D4RL's loader drops them. The paper has no online phase: here it
+            goes on with the same losses and TD3's exploration noise.
 
 Shapes: S seeds, K critics, B batch, E episodes, O observation, A action. Arrays are float32.
 """
@@ -24,7 +25,7 @@ import jax.numpy as jnp
 import optax
 from flax.training import train_state
 
-from common import datasets, evaluation, experiment
+from common import datasets, evaluation, experiment, interaction
 
 
 # --- Config -------------------------------------------------------------------------------------
@@ -49,6 +50,11 @@ class Config:
     reward_shift: float = 0.0  # added to data set rewards (AntMaze: -1)
     # TD3+BC
     alpha: float = 2.5  # weight of Q / mean |Q| beside the mean of (pi(s) - a)^2, Eqs. 3, 5
+    # Online phase
+    online_updates: int = 0  # updates beside an env, after those on fixed data
+    updates_per_step: int = 1  # updates per env step
+    steps_per_refresh: int = 2  # env steps between two versions of the policy that takes them
+    exploration_noise: float = 0.1  # std of the noise on actions in the env, as in TD3
 
 
 # --- Networks -----------------------------------------------------------------------------------
@@ -242,6 +248,13 @@ def policy(apply_fn, params, observation, key):
     return apply_fn(actor_params, standardise(observation, statistics))
 
 
+def explore(apply_fn, params, observation, key, cfg):
+    """`policy` with normal noise, clipped to [-1, 1], by which the online phase acts."""
+    action = policy(apply_fn, params, observation, key)
+    noise = cfg.exploration_noise * jax.random.normal(key, action.shape)
+    return (action + noise).clip(-1.0, 1.0)
+
+
 def policy_params(state):
     return state.actor.params, state.statistics
 
@@ -252,25 +265,39 @@ def policy_fn(state, cfg):
 
 
 # --- Training -----------------------------------------------------------------------------------
+def online_rows(rows, statistics):
+    """Rows of the env as those of the data set are: observations of about mean 0, std 1."""
+    mean, std = statistics
+    return rows._replace(
+        observation=(rows.observation - mean) / std,
+        next_observation=(rows.next_observation - mean) / std,
+    )
+
+
 def train(cfg, options):
     """Train every seed of `cfg` and return its final normalised scores, [S]."""
     dataset = datasets.load(cfg.dataset, options.env, options.env_steps)
     data, statistics = normalise(dataset.transitions)
     data = experiment.place(data, options)
     example = jax.tree.map(lambda x: x[:1], data)  # one row, for its shapes
-    init_keys, train_keys, policy_keys = experiment.streams(cfg.seeds, 3)  # [S] keys each
+    init_keys, train_keys, policy_keys, explore_keys = experiment.streams(cfg.seeds, 4)  # [S] each
     create = partial(create_state, batch=example, cfg=cfg, statistics=statistics)
     state = jax.vmap(create)(init_keys)
     # Compiled once for all seeds. `update` shows which rows a step reads, for --data host.
     train_seeds = experiment.over_seeds(partial(train_chunk, cfg=cfg), update=update)
     act = policy_fn(state, cfg)
+    explore_by = partial(explore, state.actor.apply_fn, cfg=cfg)
+    rows_as_data = partial(online_rows, statistics=statistics)
 
     with (
         experiment.Run(cfg, options, dataset) as run,
         evaluation.Rollouts(dataset, act, policy_keys, cfg) as rollouts,
+        interaction.Interaction(
+            run, data, explore_by, explore_keys, policy_params, train_chunk, rows_as_data
+        ) as online,
     ):
         state, metrics, start = run.restore(state)
-        for step in run.boundaries(start):  # start, start + log_every, ..., num_updates
+        for step in run.boundaries(start):  # start, start + log_every, ..., last_update
             run.save(step, state, metrics)
             scores = None
             if run.evaluates(step):
@@ -278,6 +305,8 @@ def train(cfg, options):
             last_metrics = metrics  # of the chunk that ended at this step
             if step < cfg.num_updates:  # an accelerator trains while the CPU evaluates
                 state, metrics = train_seeds(state, train_keys, step, data)
+            elif step < run.last_update:  # env steps and updates in turns
+                state, metrics = online.chunk(state, train_keys, step)
             run.log(step, last_metrics, scores)
     return run.scores
 

@@ -25,7 +25,7 @@ import numpy as np
 
 import figures
 from algorithms import iql
-from common import datasets, experiment, fail
+from common import command_line, datasets, experiment, fail
 
 ROOT = Path(__file__).resolve().parents[1]
 DATASET = "local/pointmaze/umaze-v0"
@@ -126,4 +126,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    command_line.outlive_the_reader()
     main()

@@ -24,6 +24,8 @@ from unittest import mock
 
 import numpy as np
 
+from common import command_line
+
 ROOT = Path(__file__).resolve().parents[1]
 LOAD = """
 import json, sys, time
@@ -277,4 +279,5 @@ def main():
 
 
 if __name__ == "__main__":
+    command_line.outlive_the_reader()
     main()

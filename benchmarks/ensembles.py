@@ -33,7 +33,7 @@ import numpy as np
 import tyro
 
 import throughput
-from common import fail, machine
+from common import command_line, fail, machine
 from common.experiment import provenance
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -169,4 +169,5 @@ def main(arguments):
 
 
 if __name__ == "__main__":
+    command_line.outlive_the_reader()
     main(tyro.cli(Arguments, description=__doc__.splitlines()[0]))

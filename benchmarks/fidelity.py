@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How far the files of algorithms/ are from their authors' code, and what that comparison notices.
+"""How far the files of algorithms/ are from their references, and what that comparison notices.
 
 Run        python benchmarks/fidelity.py --output benchmarks/results/fidelity.md
 Difference The largest one of tests/algorithms/test_parity.py: every loss, gradient, parameter,
            target and action, relative to the largest number of its array.
 Mutants    With --mutate [ALGORITHM ...], copies of a file with one small error each: a sign, a mean
-           for a sum, a target network for the online one, a clip or a stop_gradient left out, an
-           update left out, another constant. Errors are put between the headers "Losses" and
+           for a sum, a target network for the online one, a clip, a square, a stop_gradient or
+           an update left out, another constant. Errors are put between the headers "Losses" and
            "Training", at every place where they can be. A mutant is caught if it fails the test.
            The result is stored beside the page (.json), a later call without --mutate prints it.
 """
@@ -15,6 +15,7 @@ import ast
 import copy
 import importlib
 import json
+import re
 import sys
 import types
 from pathlib import Path
@@ -25,6 +26,7 @@ import tyro
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "algorithms")]
 
+command_line = importlib.import_module("common.command_line")
 parity = importlib.import_module("parity")
 test_parity = importlib.import_module("test_parity")
 
@@ -120,6 +122,8 @@ def changes(node):
         found.append(("constant", lambda n: ast.Constant(1.5 * n.value)))
     if is_call_of(node, "jnp.clip", "jnp.abs", "jnp.tanh", "jnp.minimum", "jnp.maximum"):
         found.append(("clip", lambda n: n.args[0]))
+    if is_call_of(node, "jnp.square"):
+        found.append(("square", lambda n: n.args[0]))
     if is_call_of(node, "jax.lax.stop_gradient"):
         found.append(("gradient", lambda n: n.args[0]))
     method = node.func if isinstance(node, ast.Call) else None
@@ -259,7 +263,11 @@ def row(algorithm, mutation):
         losses |= set(found["loss"])
     facts = header(algorithm)
     repository = facts["Repository"].removeprefix("https://github.com/")
-    commit = facts["Commit"][:7]
+    reference = (
+        f"[{repository}@{facts['Commit'][:7]}]({facts['Repository']}/tree/{facts['Commit']})"
+    )
+    if not re.fullmatch("[0-9a-f]{40}", facts["Commit"]):
+        reference = f"[{repository}]({facts['Repository']}), commit {facts['Commit'].split(':')[0]}"
     counts = "not tried"
     if mutation:
         counts = f"{mutation['caught']} of {mutation['mutants']}"
@@ -267,7 +275,7 @@ def row(algorithm, mutation):
             counts += f" ({mutation['of']} possible)"
     return [
         f"[{algorithm}](../../algorithms/{algorithm}.py)",
-        f"[{repository}@{commit}]({facts['Repository']}/tree/{facts['Commit']})",
+        reference,
         f"[{len(cases)}](../../tests/fixtures/parity/{algorithm}.md)",
         ", ".join(sorted(losses)),
         str(steps),
@@ -276,17 +284,19 @@ def row(algorithm, mutation):
     ]
 
 
-INTRODUCTION = """# Every file against its authors' code
+INTRODUCTION = """# Every file against its authors' or a reference code
 
 The same parameters, batches and random numbers go through a file of algorithms/ and through its
-reference: the code of the method's authors or, for `cql`, `awac`, `bc` and `cql_discrete`, the
-reimplementation by CORL or d3rlpy that the file follows. The losses of every update, the first
-gradients of every network, the parameters and targets after the first and the last update, and the
-actions of the policy on ten observations are compared, in
-[test_parity.py](../../tests/algorithms/test_parity.py). Only of IDQL's wide actor, three of the
-first gradients and the targets after the first update are left out. What the reference made is
-stored in [tests/fixtures/parity](../../tests/fixtures/parity), with a text that says how. Two
-hidden layers of 16 units, in float64 on both sides unless the text says otherwise; "difference" is
+reference: the code of the method's authors or, for `cql`, `awac`, `bc`, `cql_discrete`, `sac`,
+`sac_n` and `edac`, the reimplementation by CORL or d3rlpy that the file follows. The losses of
+every update, the first gradients of every network, the parameters and targets after the first and
+the last update, and the actions of the policy on ten observations are compared, in
+[test_parity.py](../../tests/algorithms/test_parity.py). Left out are three first gradients of
+IDQL's wide actor, its targets after the first update, and the first gradient of CQL's multiplier
+where its weight is fixed. What the reference made is stored in
+[tests/fixtures/parity](../../tests/fixtures/parity), with a text that says how, and what of it had
+to be replaced: the networks in GFP's case. Code of google-research is that of a fork. Two hidden
+layers of 16 units, in float64 on both sides unless the text says otherwise; "difference" is
 the largest one of all those numbers, relative to the largest number of its array, and includes the
 rounding of the stored numbers: 7e-12, 5e-10 in IDQL's wide layers. dt.py computes the learning rate
 of its warm-up in float32, which is all of its difference.
@@ -297,10 +307,10 @@ sources. Initialisation and batches have tests of their own in tests/algorithms.
 case are named in the texts beside the fixtures.
 
 A mutant is a copy of a file with one small error: a sign, a mean for a sum, the online network in
-place of its target, a termination not heeded, a clip, a stop_gradient or an update left out,
-another factor or constant. It is caught if the comparison fails. Where a number of possible mutants
-is given, a choice of all kinds was tried, else all. A mutant that does not run at all counts as
-neither.
+place of its target, a termination not heeded, a clip, a square, a stop_gradient or an update left
+out, another factor or constant. It is caught if the comparison fails. Where a number of possible
+mutants is given, a choice of all kinds was tried, else all. A mutant that does not run at all
+counts as neither.
 
     python benchmarks/fidelity.py --output benchmarks/results/fidelity.md
 """
@@ -348,4 +358,5 @@ def main(
 
 
 if __name__ == "__main__":
+    command_line.outlive_the_reader()
     tyro.cli(main)

@@ -26,7 +26,7 @@ import jax
 import numpy as np
 import tyro
 
-from common import experiment
+from common import command_line, experiment
 from common.experiment import host_data, provenance
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -232,4 +232,5 @@ def main(arguments):
 
 
 if __name__ == "__main__":
+    command_line.outlive_the_reader()
     raise SystemExit(main(tyro.cli(Arguments)))

@@ -32,7 +32,7 @@ import numpy as np
 
 import figures
 from algorithms import algaedice, odice, optidice
-from common import datasets
+from common import command_line, datasets
 
 ROOT = Path(__file__).resolve().parents[1]
 CELLS = 5
@@ -291,4 +291,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    command_line.outlive_the_reader()
     main()

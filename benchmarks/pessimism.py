@@ -29,7 +29,7 @@ import tyro
 
 import figures
 from algorithms import sac_n
-from common import datasets, fail, machine
+from common import command_line, datasets, fail, machine
 from common.experiment import provenance
 
 ROWS, ACTIONS, CLIFF = 2000, 6, 0.1
@@ -179,4 +179,5 @@ def main(arguments):
 
 
 if __name__ == "__main__":
+    command_line.outlive_the_reader()
     main(tyro.cli(Arguments, description=__doc__.splitlines()[0]))

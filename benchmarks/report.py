@@ -409,7 +409,8 @@ def beside(rows, reference):
 def command(row):
     """The command line of a row: the values that differ from today's defaults and suite file.
 
-    If that does not give the row's config, the command names the run's own config file. If today's
+    A field that was added to the Config after the run has its default, as in `--config FILE`. If
+    the flags do not give the row's config, the command names the run's own config file. If today's
     code does not accept that file either, a comment says why.
     """
     start = f"python algorithms/{row.algorithm}.py"
@@ -417,6 +418,7 @@ def command(row):
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         try:
             module = importlib.import_module(f"algorithms.{row.algorithm}")
+            values = config.resolved(module.Config(), config.Options()) | values
             # A name of its own: a run folder of the same config may be here.
             extra = ["--runs-dir", "/nonexistent"]
             flags = ["--dataset", values["dataset"]]
@@ -425,10 +427,7 @@ def command(row):
             for key, value in changed.items():
                 flags += [f"--{key.replace('_', '-')}"]
                 flags += map(str, value if isinstance(value, list) else [value])
-            chosen = config.resolved(*config.parse(module.Config, [*flags, *extra]))
-            # A field that the file got later is off by default, as it was in this run.
-            later = {key: x for key, x in _defaults(module.Config).items() if key not in values}
-            if chosen == values | later:
+            if config.resolved(*config.parse(module.Config, [*flags, *extra])) == values:
                 return f"{start} {shlex.join(flags)}"
             config.read_run(row.folder, module.Config)
         except (ImportError, AttributeError, SystemExit):
@@ -437,11 +436,6 @@ def command(row):
             return f"# {row.folder}/config.yaml: {why}"
     seeds = ["--seeds", *row.result["score"]] if row.others else []
     return f"{start} --config {shlex.join([str(row.folder / 'config.yaml'), *seeds])}"
-
-
-def _defaults(config_class):
-    """{field: default} as config.yaml writes them."""
-    return config.resolved(config_class(), config.Options())
 
 
 def commands(rows):

@@ -48,7 +48,7 @@ import h5py
 import numpy as np
 import tyro
 
-from common import fail, machine
+from common import command_line, fail, machine
 from common.experiment import provenance
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -531,4 +531,5 @@ def main(arguments):
 
 
 if __name__ == "__main__":
+    command_line.outlive_the_reader()
     main(tyro.cli(Arguments, description=__doc__.split("\n\n")[0]))

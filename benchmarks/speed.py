@@ -17,6 +17,7 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
+from common import command_line
 from report import around
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -220,4 +221,5 @@ def main():
 
 
 if __name__ == "__main__":
+    command_line.outlive_the_reader()
     main()

@@ -52,7 +52,7 @@ import numpy as np
 import tyro
 from jax.interpreters import partial_eval
 
-from common import datasets, evaluation, experiment, fail
+from common import command_line, datasets, evaluation, experiment, fail
 
 ROWS, OBSERVATION, ACTION = 100_000, 17, 6  # of the synthetic data
 CHAIN = 200  # products in the chain that measures the rate for the floor
@@ -438,5 +438,6 @@ def main(arguments):
 
 
 if __name__ == "__main__":
+    command_line.outlive_the_reader()
     jax.config.update("jax_enable_compilation_cache", False)
     main(tyro.cli(Arguments, description=__doc__.splitlines()[0]))

@@ -11,6 +11,9 @@ checkpoint tells how many of them count. When a run is resumed, an episode that 
 played again, by its recorded actions, up to where it was. The env is then as it was, whatever it
 consists of, and each row tells whether that is so. Where it is not, the env cannot repeat an
 episode. A line says so and the seed's next episode begins.
+
+The regret of the phase is 1 - the mean normalised score of its episodes / 100. Their actions are
+those that exploration took. Where the score is a success rate, as on AntMaze, that is CORL's.
 """
 
 import dataclasses
@@ -23,9 +26,9 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from common import envs, fail, files
+from common import envs, experiment, fail, files
 from common.datasets import Transitions
-from common.experiment import buffers, devices, phases
+from common.experiment import buffers, phases
 
 FILE = "online.rows"
 COLUMNS = ("observation", "action", "reward", "next_observation", "termination", "truncation")
@@ -55,19 +58,42 @@ class Interaction:
     Args:
         run: the Run. It saves where the envs are, and restores it.
         data: the rows of the data set as the updates take them, on the device.
-        act: (params, observation [1, O], key) -> action [1, A] in [-1, 1], exploration included.
+        act: (params, observation [1, O], key) -> action [1, A] in [-1, 1], exploration included;
+            with a memory (..., memory, reward [1], not used) -> (action, memory).
         keys: [S] random keys; that of a step depends on the seed and the step alone.
         policy_params: State -> the `params` of `act`.
-        train_chunk: that of the algorithm's file.
+        train_chunk: that of the algorithm's file, or what takes its place in this phase.
         transform: of the env's rows, Transitions [T, S, ...], to rows like those of `data`.
+        apart: `train_chunk` gets the rows of the data set and the new ones as two trees, `Apart`.
+        window: how many rows `transform` needs for one of its own, the row itself and those that
+            follow. It gets them all, and a row is drawn once those that follow are there.
+        memory: arrays with which the policy begins an episode, None if it has none.
+        episodes: `transform` gets the rows of an episode once more, all of them, when it has ended,
+            and the buffer has what it makes of them then.
     """
 
     METRICS = ("online_return",)  # columns of metrics.csv
 
-    def __init__(self, run, data, act, keys, policy_params, train_chunk, transform=None):
+    def __init__(
+        self,
+        run,
+        data,
+        act,
+        keys,
+        policy_params,
+        train_chunk,
+        transform=None,
+        apart=False,
+        window=1,
+        memory=None,
+        episodes=False,
+    ):
         self.cfg, self.dataset, self.data = run.cfg, run.dataset, data
         self.file = run.folder / FILE
         self.policy_params, self.transform = policy_params, transform or (lambda rows: rows)
+        self.apart, self.window, self.episodes_again = apart, window, episodes
+        self.first_memory = jax.tree.map(np.array, memory)
+        self.memory = jax.tree.map(lambda x: np.stack([x] * len(keys)), self.first_memory)
         self.steps = phases.env_steps(self.cfg)  # of every seed, over the whole run
         self.count = 0  # env steps so far
         self.written, self.digest = 0, 0  # rows in the file, and their CRC
@@ -75,20 +101,27 @@ class Interaction:
         self.envs, self.buffer = [], None
         if not self.steps:
             return
+        if apart and not len(self.dataset.transitions.reward):
+            what = "an env without rows, and a part of every batch comes from a data set"
+            fail(f"--dataset {self.cfg.dataset}: {what}")
         run.attach(self)
         self.cpu = jax.local_devices(backend="cpu")[0]
         self.keys = jax.device_put(keys, self.cpu)
         refresh = self.cfg.steps_per_refresh * self.cfg.updates_per_step
         chunk = partial(train_chunk, cfg=dataclasses.replace(self.cfg, log_every=refresh))
-        self.train = devices.over_seeds(chunk)
+        self.train = experiment.over_seeds(chunk)
 
-        def act_all(params, observation, keys, env_step):
+        def act_all(params, observation, keys, env_step, memory):
             def one_seed(arguments):
-                params, observation, key = arguments
-                return act(params, observation[None], jax.random.fold_in(key, env_step))[0]
+                params, observation, key, past = arguments
+                key = jax.random.fold_in(key, env_step)
+                if past is None:
+                    return act(params, observation[None], key)[0], None
+                action, past = act(params, observation[None], key, past, np.zeros(1, np.float32))
+                return action[0], past
 
             # One seed after the other, so that their number changes no result.
-            return jax.lax.map(one_seed, (params, observation, keys))
+            return jax.lax.map(one_seed, (params, observation, keys, memory))
 
         self.act = jax.jit(act_all)
 
@@ -106,8 +139,10 @@ class Interaction:
         if not self.envs:
             self._begin()
         self.finished = [[] for _ in cfg.seeds]
-        if self.count == 0 and cfg.random_steps:
+        if self.count == 0 and hasattr(cfg, "random_steps"):
             self._collect(None, cfg.random_steps)
+        if self.count == 0 and hasattr(cfg, "warm_up_steps"):
+            self._collect(jax.block_until_ready(self.policy_params(state)), cfg.warm_up_steps)
         refresh = cfg.steps_per_refresh * cfg.updates_per_step
         for update in range(start, start + cfg.log_every, refresh):
             params = jax.block_until_ready(self.policy_params(state))  # so that times are true
@@ -119,7 +154,9 @@ class Interaction:
 
     def _collect(self, params, steps):
         """Step every env `steps` times, at random without `params`, and add the rows."""
-        began, first = time.perf_counter(), self.count
+        if not steps:
+            return
+        began, first, over = time.perf_counter(), self.count, list(self.over)
         if params is not None and jax.default_backend() != "cpu":
             params = jax.device_put(params, self.cpu)
         for _ in range(steps):
@@ -127,14 +164,24 @@ class Interaction:
             for i in range(len(self.envs)):
                 self._step(i, action[i])
             self.count += 1
-        # Once more the row before, whose next action was not known.
-        first = max(first - 1, 0)
-        rows = self.transform(self._transitions(first))
-        self.buffer = buffers.write(self.buffer, rows, first)
+        # Once more the row before, whose next action was not known, or the window before.
+        back = max(self.window - 1, 1)
+        if self.episodes_again and self.over != over:  # always so many: one program serves
+            back = max(back, self.dataset.horizon or first)
+        self._write(max(first - back, 0))
         self.seconds += time.perf_counter() - began
 
+    def _write(self, first):
+        """Put the rows from `first` on into the buffer. The last ones may not be drawn yet."""
+        rows = self.transform(self._transitions(first))
+        self.buffer = buffers.write(self.buffer, rows, first)
+        ready = max(self.count - (self.window - 1), 0)
+        self.buffer = self.buffer.replace(filled=np.int32(ready))
+
     def _policy(self, params):
-        action = self.act(params, self.observation, self.keys, np.uint32(self.count))
+        step = np.uint32(self.count)
+        action, memory = self.act(params, self.observation, self.keys, step, self.memory)
+        self.memory = jax.tree.map(np.array, memory)  # copied, so that `_reset` can write
         return np.nan_to_num(np.asarray(action).clip(-1, 1))  # of a seed that diverged
 
     def _random(self):
@@ -145,9 +192,7 @@ class Interaction:
 
     def _step(self, i, action):
         """One step of the env of seed i, and the first observation of the next episode."""
-        next_observation, reward, termination, truncation, _ = envs.step(self.envs[i], action)
-        self.lengths[i] += 1
-        self.returns[i] += reward
+        next_observation, reward, termination, truncation = self._env_step(i, action)
         late = self.dataset.horizon is not None and self.lengths[i] >= self.dataset.horizon
         truncation = (truncation or late) and not termination
         row = self.rows[self.count, i]
@@ -157,13 +202,49 @@ class Interaction:
         self.observation[i] = next_observation
         if termination or truncation:
             self.finished[i].append(self.returns[i])
+            self.over[i] += 1
+            self.sum_of_returns[i] += self.returns[i]
+            self.successes[i] += self.success[i]
             self._reset(i, self.episodes[i] + 1)
+
+    def _env_step(self, i, action):
+        """(next observation, reward, termination, truncation) of a step in the env of seed i."""
+        env = self.envs[i]
+        observation, reward, termination, truncation, info = envs.step(env, action)
+        envs.check_shape(env, observation, self.observation[i])
+        self._check(i, reward, "a step's reward is")
+        self._check(i, observation, "a step's observation has in it")
+        self.lengths[i] += 1
+        self.returns[i] += reward
+        success = envs.success(info)
+        if success is not None:
+            self.reports_success = True
+            self.success[i] |= success
+        return observation, reward, termination, truncation
+
+    def _check(self, i, numbers, what):
+        """One line and exit code 2 where the env of seed i gave a number that is not finite."""
+        if envs.is_finite(numbers):
+            return
+        bad = np.ravel(numbers)[~np.isfinite(np.ravel(numbers))][0]
+        where = f"at env step {self.count + 1} of seed {self.cfg.seeds[i]}"
+        fail(f"env {envs.name(self.envs[i])}: {what} {bad} {where}, from which nothing is learnt")
 
     def _reset(self, i, episode):
         """Begin that episode of seed i."""
         numbers = np.random.SeedSequence((self.cfg.seeds[i], episode))
-        self.observation[i] = envs.reset(self.envs[i], int(numbers.generate_state(1)[0]))
+        observation = envs.reset(self.envs[i], int(numbers.generate_state(1)[0]))
+        envs.check_shape(self.envs[i], observation, self.observation[i])
+        self._check(i, observation, "the observation of a reset has in it")
+        self.observation[i] = observation
         self.episodes[i], self.lengths[i], self.returns[i] = episode, 0, 0.0
+        self.success[i] = False
+        self._remember(i, self.first_memory)
+
+    def _remember(self, i, memory):
+        """Give the policy of seed i that memory."""
+        for x, of_seed in zip(jax.tree.leaves(self.memory), jax.tree.leaves(memory), strict=True):
+            x[i] = of_seed
 
     def _transitions(self, first):
         """The rows from `first` on, Transitions [T, S, ...]. A next action may yet be unknown."""
@@ -185,8 +266,12 @@ class Interaction:
         self.columns, width = columns(self.dataset.transitions)
         self.rows = np.zeros((self.steps, len(seeds), width), np.float32)
         self.observation = self.rows[0, :, self.columns["observation"]].copy()
-        self.buffer = buffers.empty(self.data, len(seeds), self.steps)
+        self.buffer = buffers.empty(self.data, len(seeds), self.steps, self.apart)
         self.episodes, self.lengths = [0] * len(seeds), [0] * len(seeds)
+        self.success, self.reports_success = [False] * len(seeds), False
+        # Of the episodes that ended: how many, their returns' sum, how many were successful.
+        self.over, self.sum_of_returns = [0] * len(seeds), [0.0] * len(seeds)
+        self.successes = [0] * len(seeds)
         self.returns, self.finished = [0.0] * len(seeds), [[] for _ in seeds]
         self.broken = []  # [row, seed's index]: episodes that a resumed run could not go on with
         for i in range(len(seeds)):
@@ -206,6 +291,23 @@ class Interaction:
             "env_seconds": round(self.seconds, 1),
         }
 
+    def regret(self):
+        """1 - mean score / 100 of the episodes that ended, [S], NaN without a normalised score."""
+        dataset, success = self.dataset, self.online_success()
+        normalised = dataset.ref_min_score is not None
+        if dataset.score_is_success:
+            normalised = success is not None
+        if not self.envs or not normalised:
+            return np.full(len(self.cfg.seeds), np.nan)
+        count = np.where(self.over, self.over, np.nan)
+        return 1 - dataset.score(self.sum_of_returns / count, success) / 100
+
+    def online_success(self):
+        """Share of the episodes that ended which were successful, [S]; None if it is unknown."""
+        if not self.envs or not self.reports_success:
+            return None
+        return self.successes / np.where(self.over, self.over, np.nan)
+
     def saved(self):
         """Add the new rows to the file. Returns what a checkpoint keeps beside them."""
         if not self.envs:
@@ -221,7 +323,12 @@ class Interaction:
             "episodes": self.episodes,
             "lengths": self.lengths,
             "finished": self.finished,
+            "over": self.over,
+            "sum_of_returns": self.sum_of_returns,
+            "successes": self.successes,
+            "reports_success": self.reports_success,
             "broken": self.broken,
+            "memory": [x.tolist() for x in jax.tree.leaves(self.memory)],
             "seconds": self.seconds,
         }
 
@@ -244,22 +351,24 @@ class Interaction:
             fail(f"{self.file}: is not as it was written, so the run cannot go on; choose a --name")
         self.broken, self.finished = saved["broken"], saved["finished"]
         self.seconds = saved["seconds"]
+        self.over, self.sum_of_returns = saved["over"], saved["sum_of_returns"]
+        self.successes, self.reports_success = saved["successes"], saved["reports_success"]
         for i in range(len(self.envs)):
             self._replay(i, saved["episodes"][i], saved["lengths"][i])
+            if self.lengths[i] == saved["lengths"][i]:  # the env has repeated the episode
+                self._remember(i, [np.array(x[i]) for x in saved["memory"]])
         for t, i in self.broken:
             self.rows[t, i, self.columns["truncation"]] = 1
         if count:
-            self.buffer = buffers.write(self.buffer, self.transform(self._transitions(0)), 0)
+            self._write(0)
 
     def _replay(self, i, episode, length):
         """Play the last `length` rows of seed i again, which are the beginning of that episode."""
         self._reset(i, episode)
         for row in self.rows[self.count - length : self.count, i]:
             known = {name: row[place] for name, place in self.columns.items()}
-            observation, reward, *_ = envs.step(self.envs[i], known["action"])
+            observation, reward, _, _ = self._env_step(i, known["action"])
             self.observation[i] = observation
-            self.returns[i] += reward
-            self.lengths[i] += 1
             same = np.array_equal(self.observation[i], known["next_observation"])
             if not same or np.float32(reward) != known["reward"][0]:
                 name, seed = envs.name(self.envs[i]), self.cfg.seeds[i]

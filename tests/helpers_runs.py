@@ -35,6 +35,7 @@ CONTINUOUS += ["dt", "bcq", "atac", "odice", "ivr", "xql", "idql", "fql", "qc"]
 CONTINUOUS += ["sac_n", "edac", "lb_sac"]
 CONTINUOUS += ["optidice", "algaedice"]
 CONTINUOUS += ["sac"]
+CONTINUOUS += ["rlpd", "spot"]
 CONTINUOUS += ["brac", "fisher_brc"]
 CONTINUOUS += ["diffusion_ql", "gfp"]
 DISCRETE = ["cql_discrete"]  # these refuse others
@@ -58,6 +59,8 @@ ALSO_TINY = {  # by algorithm
     "fql": ["--flow-steps", "2"],
     "gfp": ["--flow-steps", "2"],
     "qc": ["--flow-steps", "2", "--num-samples", "2", "--horizon", "3"],
+    "spot": ["--vae-hidden", "8", "--clone-updates", "4"],
+    "rlpd": ["--num-critics", "3", "--updates-per-step", "2", "--online-updates", "0"],
 }
 SEQUENCE = {  # by algorithm, in place of hidden layers
     "dt": ["--context", "3", "--embedding", "8", "--num-layers", "1"],
@@ -176,12 +179,13 @@ def over_seeds(chunk, update=None):
 
     cfg = chunk.keywords["cfg"]
     same = dataclasses.replace(cfg, dataset="", seeds=(), eval_every=1, eval_episodes=1)
-    if not growth.length_dependence(Path(inspect.getfile(chunk.func)), cfg):
+    two_phases = getattr(cfg, "online_updates", 0) > 0
+    if not two_phases and not growth.length_dependence(Path(inspect.getfile(chunk.func)), cfg):
         same = dataclasses.replace(same, num_updates=same.log_every)
     of_this_run = devices.over_seeds(chunk, update=update)
 
     def train(state, keys, start, data):
-        if isinstance(data[0], np.ndarray):  # --data host
+        if isinstance(data, tuple) and isinstance(data[0], np.ndarray):  # --data host
             return of_this_run(state, keys, start, data)
         arrays, structure = jax.tree.flatten(state)
         # Fresh counts are of Python's numbers, restored ones are not: one program serves both.

@@ -17,6 +17,7 @@ from pathlib import Path
 
 ALGORITHMS = Path(__file__).resolve().parents[1] / "algorithms"
 OWN = {"Config", "State", "create_state", "update", "train_chunk", "policy", "policy_params"}
+OWN |= {"online_update", "online_chunk", "online_rows", "clone_update"}
 OWN |= {"policy_fn", "explore", "initial_memory", "train"}  # and every *_loss
 BANNER = "# ---"
 

@@ -108,7 +108,8 @@ def test_own_names_may_differ(folder, name):
 
 def test_own_names_are_the_documented_ones():
     names = "Config State create_state update train_chunk policy policy_params train"
-    names += " policy_fn explore initial_memory"
+    names += " policy_fn explore initial_memory online_update online_chunk online_rows"
+    names += " clone_update"
     assert set(names.split()) == sync.OWN
     assert not any(map(sync.is_own, ("update_target", "TrainState", "loss", "critic_loss_scale")))
 

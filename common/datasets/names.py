@@ -69,6 +69,12 @@ def minari_ids() -> list[str]:
     return sorted(str(file.parents[1].relative_to(root)) for file in root.glob(METADATA))
 
 
+def refuse_url(dataset_id: str) -> None:
+    """Exit with one line on an address: a data set is an id or a file on this machine."""
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", dataset_id):
+        fail(f"{dataset_id}: an address, not a file; download it and pass the path of the copy")
+
+
 def fail_unreadable(dataset_id: str, path: Path) -> NoReturn:
     """Exit with one line on a path that is there but is no data set that can be read."""
     if (path / "data" / "metadata.json").exists():

@@ -33,6 +33,7 @@ def read(dataset_id: str, env: str | None, env_steps: int | None) -> Source:
     """
     if not dataset_id.strip() or not dataset_id.isprintable():
         fail(f"{dataset_id!r} is no data set id; docs/data.md lists the forms of an id")
+    names.refuse_url(dataset_id)
     path = Path(os.path.expanduser(dataset_id))
     if names.is_file(path):
         return d4rl.read_file(path, env, env_steps, reference_scores.row_of(path.stem))

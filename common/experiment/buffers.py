@@ -5,10 +5,13 @@ The arrays keep one shape, so that the program of the updates is compiled once. 
 rows of the data set. Behind them every seed has a part of its own, which fills up:
 
     data set, N rows | seed 0, C rows | seed 1, C rows | ...
+
+An update draws from both together. A method that chooses how many of its rows come from where asks
+for them apart and gets `Apart`.
 """
 
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,31 +26,51 @@ from common.experiment.host_data import Column
 MANY = 2**31 - 1
 
 
+class Apart(NamedTuple):
+    """Two trees of columns: the rows of the data set, and those that a seed has of its own."""
+
+    recorded: Any
+    own: Any
+
+
 @struct.dataclass
 class Buffer:
-    """`rows`: tree of [N + S C, ...]. `filled`: rows that every seed has of its own, below C."""
+    """`rows`: tree of [N + S C, ...]. `filled`: rows that every seed has of its own, at most C."""
 
     rows: Any
     filled: Any
     recorded: int = struct.field(pytree_node=False)  # N
     capacity: int = struct.field(pytree_node=False)  # C
+    apart: bool = struct.field(pytree_node=False, default=False)  # see `of_seed`
 
     def of_seed(self, index):
         """The tree of columns that `update` takes for the data set: the rows that a seed has.
 
-        `len(column)` is MANY and `column[i]` is a row for every i below it.
+        `len(column)` is MANY and `column[i]` is a row for every i below it. If `apart`, there are
+        two such trees, see `Apart`.
         """
-        count = self.recorded + self.filled
+        own_start = self.recorded + index * self.capacity
 
-        def read(array, number):
-            row = number % count
+        def either(array, number):
+            row = number % (self.recorded + self.filled)
             is_recorded = row < self.recorded
-            return array[jnp.where(is_recorded, row, row + index * self.capacity)]
+            return array[jnp.where(is_recorded, row, row - self.recorded + own_start)]
 
-        return jax.tree.map(lambda x: Column(MANY, partial(read, x)), self.rows)
+        def recorded(array, number):
+            return array[number % self.recorded]
+
+        def own(array, number):
+            return array[own_start + number % self.filled]
+
+        def columns(read):
+            return jax.tree.map(lambda x: Column(MANY, partial(read, x)), self.rows)
+
+        if self.apart:
+            return Apart(recorded=columns(recorded), own=columns(own))
+        return columns(either)
 
 
-def empty(data, seeds, capacity):
+def empty(data, seeds, capacity, apart=False):
     """A Buffer with the rows of a data set, which are on the device, and none of the envs yet."""
 
     def extended(column):
@@ -56,7 +79,7 @@ def empty(data, seeds, capacity):
 
     rows = jax.jit(partial(jax.tree.map, extended))(data)
     recorded = len(jax.tree.leaves(data)[0])
-    return Buffer(rows, np.int32(0), recorded, capacity)
+    return Buffer(rows, np.int32(0), recorded, capacity, apart)
 
 
 def write(buffer, new, first):

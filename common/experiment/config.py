@@ -25,6 +25,7 @@ from common.experiment import (
     growth,
     kinds,
     phases,
+    processes,
     ranges,
     show_config,
     wandb_settings,
@@ -104,7 +105,8 @@ def parse(config_class, argv=None):
         show_config.show(cfg, options, argv, found, IN_YAML)
         raise SystemExit(0)
     run_folder(cfg, options)
-    return cfg, options
+    # `Run` refuses a file that nobody has read.
+    return cfg, dataclasses.replace(options, config=None)
 
 
 def check(cfg, options):
@@ -123,6 +125,15 @@ def check(cfg, options):
         fail(f"--devices {options.devices}: must be at least 1")
     wandb_settings.check(cfg, options)
     beginning.check(options, cfg, Path(inspect.getfile(type(cfg))))
+
+
+def refuse_unread(options):
+    """Exit with code 2 after one line on a field that `parse` acts on, if `parse` never saw it."""
+    instead = "only experiment.parse heeds it; take Config and Options from there"
+    if options.config is not None:
+        fail(f"--config {options.config}: {instead}")
+    if options.distributed is not None and not processes.joined():
+        fail(f"--distributed {options.distributed}: {instead}")
 
 
 def _check_copy(script):
@@ -292,10 +303,12 @@ def run_folder(cfg, options):
             Only what growth.py lists may change.
     """
     values = resolved(cfg, options)
-    # The name does not depend on how a path is spelled, nor on whether a field was renamed.
+    # The name does not depend on how a path is spelled, nor on whether a field was renamed, nor on
+    # the settings of an online phase that the run does not have.
     former = {new: old for old, new in renamed(type(cfg)).items()}
     known = values | {"dataset": datasets.slug(cfg.dataset)}
-    known = {former.get(key, key): value for key, value in known.items()}
+    unused = () if phases.online_updates(cfg) else phases.fields(type(cfg))
+    known = {former.get(key, key): value for key, value in known.items() if key not in unused}
     digest = hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:8]
     name = digest if options.name is None else options.name
     if not re.fullmatch(r"\w[\w.-]*", name):

@@ -23,13 +23,16 @@ def length_dependence(script, cfg, length="num_updates"):
 
     Every use counts that this Config reaches, except comparisons in `train` ("step <
     cfg.num_updates"): a branch of `if cfg.cosine` counts only where that field chooses it. The file
-    is read and not run, so a new file needs to declare nothing.
+    is read and not run, so a new file needs to declare nothing. A function named `online_...` runs
+    in the online phase only. `num_updates` is fixed by then, so it may depend on that.
     """
     tree = _parsed(Path(script).read_text(encoding="utf-8"))
     for node in tree.body:
         if isinstance(node, ast.ClassDef) and node.name == type(cfg).__name__:
             continue
         name = getattr(node, "name", "the top level")
+        if length == "num_updates" and name.startswith("online_"):
+            continue
         if line := _first_use(node, cfg, length, comparisons=name != "train"):
             return f"{name} (line {line} of {Path(script).name})"
     return None

@@ -4,6 +4,8 @@
 Updates are counted through both. A Config without `online_updates` has the first phase only.
 """
 
+import dataclasses
+
 from common import fail
 
 
@@ -21,7 +23,14 @@ def env_steps(cfg) -> int:
     """The env steps of every seed in the online phase."""
     if not online_updates(cfg):
         return 0
-    return getattr(cfg, "random_steps", 0) + cfg.online_updates // cfg.updates_per_step
+    first_steps = getattr(cfg, "random_steps", 0) + getattr(cfg, "warm_up_steps", 0)
+    return first_steps + cfg.online_updates // cfg.updates_per_step
+
+
+def fields(config_class):
+    """Names of the fields of a Config that belong to the online phase: the last ones."""
+    names = [field.name for field in dataclasses.fields(config_class)]
+    return names[names.index("online_updates") :] if "online_updates" in names else []
 
 
 def check(cfg, options):
@@ -32,6 +41,8 @@ def check(cfg, options):
     if cfg.dataset.startswith("env/") and cfg.num_updates:
         what = f"no rows for the updates before the online phase (--num-updates {cfg.num_updates})"
         fail(f"--dataset {cfg.dataset}: {what}; set --num-updates 0")
+    if cfg.dataset.startswith("env/") and not hasattr(cfg, "random_steps"):
+        fail(f"--dataset {cfg.dataset}: an env without rows, and this method needs some to begin")
     if not online_updates(cfg):
         return
     if options.data == "host":

@@ -56,6 +56,11 @@ def join(options):
     return dataclasses.replace(options, runs_dir=folder.name, resume=False, wandb="disabled")
 
 
+def joined():
+    """Whether this process is one of a run over several, or of one."""
+    return distributed.global_state.client is not None
+
+
 def ask(mine):
     """The `mine` of every process, as JSON keeps it. All processes must call this equally often."""
     if jax.process_count() == 1:

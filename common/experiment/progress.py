@@ -139,3 +139,15 @@ def say_result(folder, scores, best, returns, diverged):
         f"(best during training {np.nanmean(best):.1f}){lost}, "
         f"return {np.nanmean(returns):.1f}, in {folder}"
     )
+
+
+def say_online(result):
+    """Print what the online phase brought, in one line, by what result.json says."""
+    before, after = result.get("offline_score_mean"), result["score_mean"]
+    parts = []
+    if before is not None and after is not None:
+        parts.append(f"offline score {before:.1f} -> final score {after:.1f}")
+    if result.get("regret_mean") is not None:
+        parts.append(f"regret of the online phase {result['regret_mean']:.3f}")
+    if parts:
+        print(", ".join(parts))

@@ -6,6 +6,7 @@ import re
 from common import fail
 
 SHARES = ("discount", "target_rate", "actor_target_rate", "td_lambda", "lam", "residual")
+SHARES += ("mixing_ratio", "penalty_floor")
 LARGEST = 3.4e38  # of float32, in which the networks compute
 # Patterns of names.
 POSITIVE = "learning_rate$|^fixed_std$|^return_scale$|^beta$|^(sql|eql)_alpha$|^huber_delta$"
@@ -46,6 +47,7 @@ def check(cfg):
         ("clone_updates", "log_every"),
         ("log_every", "policy_delay"),
         ("log_every", "actor_updates"),
+        ("log_every", "updates_per_step"),
         ("online_updates", "log_every"),
         ("embedding", "num_heads"),
     ):
@@ -58,7 +60,7 @@ def check(cfg):
                 f"{near} would be one{smaller}"
             )
     cloning = getattr(cfg, "clone_updates", 0)
-    if cloning >= cfg.num_updates:
+    if cloning and cloning >= cfg.num_updates:
         fail(
             f"--num-updates {cfg.num_updates}: counts the --clone-updates {cloning} as well, "
             "so it must be more"
@@ -69,11 +71,16 @@ def check(cfg):
         counts = f"{cfg.steps_per_refresh} * {cfg.updates_per_step}"
         what = f"no multiple of steps_per_refresh * updates_per_step, {counts}"
         fail(f"--log-every {cfg.log_every}: {what}, the updates between two sets of env steps")
+    delay = getattr(cfg, "policy_delay", 1)
+    if getattr(cfg, "online_updates", 0) and refresh % delay:
+        steps = cfg.steps_per_refresh
+        what = f"times updates_per_step {cfg.updates_per_step} it is no multiple of policy_delay"
+        fail(f"--steps-per-refresh {steps}: {what} {delay}; {steps * delay} would be right")
 
 
 def _least(name, cfg):
     """The least value of a whole number."""
-    if name in ("online_updates", "random_steps"):
+    if name in ("online_updates", "random_steps", "warm_up_steps"):
         return 0
     return 0 if name == "num_updates" and getattr(cfg, "online_updates", 0) else 1
 

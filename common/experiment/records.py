@@ -137,6 +137,16 @@ class Records:
             files.write(file, "".join(",".join(line) + "\n" for line in lines))
         return known + new
 
+    def scores_at(self, update):
+        """{seed: score} of the evaluation at that update, for the seeds that have one."""
+        header, *rows = (self.folder / "metrics.csv").read_text(encoding="utf-8").splitlines()
+        place, found = header.split(",").index(SCORES[0]), {}
+        for row in rows:
+            cells = row.split(",")
+            if int(cells[0]) == update and cells[place]:
+                found[int(cells[1])] = float(cells[place])
+        return found
+
     def write_timing(self, step, seconds):
         header = ("update", "chunk_seconds", "train_seconds", "eval_seconds")
         self.append("timing.csv", header, (step, *seconds))

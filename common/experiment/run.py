@@ -38,7 +38,7 @@ from common.experiment import (
 from common.experiment.best import Best
 from common.experiment.divergence import Divergence
 from common.experiment.origin import Origin
-from common.experiment.progress import Progress, say_result
+from common.experiment.progress import Progress, say_online, say_result
 from common.experiment.records import SCORES, Records
 from common.experiment.timing import Timing
 from common.experiment.wandb_mirror import Mirror
@@ -53,6 +53,7 @@ class Run:
 
     def __init__(self, cfg, options, dataset, acting=None):
         config.check(cfg, options)
+        config.refuse_unread(options)
         phases.check_env(cfg, dataset)
         self.cfg, self.options, self.dataset, self.acting = cfg, options, dataset, acting
         self.script = Path(inspect.getfile(type(cfg)))
@@ -190,8 +191,26 @@ class Run:
             "code": self.origin.code,
             "versions": self.origin.versions,
         }
+        if self.interaction is not None:
+            result |= self._of_the_online_phase()
         self.records.write_result(result)
         say_result(self.folder, self.scores, self.best, last.get("return"), len(diverged))
+        say_online(result)
+
+    def _of_the_online_phase(self):
+        """Offline score -> final score, and the regret in between, for result.json."""
+        found, cfg = {"regret": self.divergence.blank(self.interaction.regret())}, self.cfg
+        success = self.interaction.online_success()
+        if success is not None:
+            found["online_success"] = self.divergence.blank(success)
+        if cfg.num_updates:
+            offline = self.records.scores_at(cfg.num_updates)
+            found["offline_score"] = np.array([offline.get(seed, np.nan) for seed in cfg.seeds])
+        numbers = {}
+        for name, by_seed in found.items():
+            numbers[name] = self._by_seed(by_seed)
+            numbers |= records.over_seeds(name, by_seed)
+        return numbers
 
     def _by_seed(self, numbers):
         """{seed: number}, with None for a number that is missing."""
@@ -266,6 +285,7 @@ class Run:
         self.scores, self.best = numbers["score"], numbers["best_score"]
         returns = numbers["return"] if "return" in result else None
         say_result(self.folder, self.scores, self.best, returns, len(result["diverged"]))
+        say_online(result)
 
     def boundaries(self, start):
         """The chunk boundaries start, start + log_every, ..., last_update; none if all is done."""

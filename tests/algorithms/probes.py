@@ -191,8 +191,12 @@ SMALL = {  # what makes an algorithm file small and fast; data sets and claims s
     "optidice": NET | {"learning_rate": 1e-3, "warm_start": 20},
     "qc": NET | FAST | {"flow_steps": 5, "num_samples": 4, "horizon": 3},
     "rebrac": NET | FAST,
+    "rlpd": NET
+    | FAST
+    | {"temperature_learning_rate": 1e-3, "num_critics": 3, "updates_per_step": 2},
     "sac": NET | FAST | {"temperature_learning_rate": 1e-3},
     "sac_n": NET | FAST | {"temperature_learning_rate": 1e-3, "num_critics": 3},
+    "spot": NET | FAST | {"vae_hidden": (64, 64), "clone_updates": 1000, "steps_per_refresh": 2},
     "td3_bc": NET | FAST,
     "xql": NET | FAST | {"cosine": False},
 }

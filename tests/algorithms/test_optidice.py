@@ -235,7 +235,7 @@ def test_the_ratio_maximises_w_y_minus_f(f):
         best = grid[np.argmax(grid * y - numpy_f(grid, f))]
         found = float(optidice.ratio(np.float32(y), cfg))
         np.testing.assert_allclose(found, best, atol=2e-4)
-        f_of_w = optidice.divergence(np.float32(y), cfg)
+        f_of_w = optidice.f_of_ratio(np.float32(y), cfg)
         np.testing.assert_allclose(f_of_w, numpy_f(np.float64(found), f), atol=1e-5)
         log_w = optidice.log_ratio(np.float32(y), cfg)
         np.testing.assert_allclose(log_w, np.log(max(found, 1e-10)), rtol=1e-5, atol=1e-6)

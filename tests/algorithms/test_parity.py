@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every algorithm file against its authors' code: same parameters, batches and random numbers.
+"""Every algorithm file against its authors' or a reference code, from the same parameters.
+
+Both sides take the same batches and random numbers.
 
 The fixtures and how they were made are in tests/fixtures/parity, the comparison is in parity.py.
 """
@@ -40,6 +42,7 @@ FBRAC = {
 }
 OPTIDICE = {"absorbing_state": "none"}  # the batches are rows as the update takes them
 CHUNKS = {"action_dim": 2, "policy": "sample_chunk"}  # its policy plays what sample_chunk returns
+SPOT = {"vae_hidden": (12, 12)}
 
 CASES = [
     Case("td3_bc", "mujoco", {}, gradient_steps=2),
@@ -257,6 +260,52 @@ CASES = [
             "temperature_learning_rate": 5e-3,
         },
     ),
+    Case("rlpd", "locomotion", {"num_critics": 4, "updates_per_step": 3}, gradient_steps=3),
+    Case(
+        "rlpd",
+        "antmaze",
+        {
+            "num_critics": 3,
+            "num_target_critics": 1,
+            "updates_per_step": 2,
+            "backup_entropy": False,
+            "reward_shift": -1.0,
+            "discount": 0.95,
+            "target_rate": 0.05,
+            "actor_learning_rate": 1e-3,
+            "critic_learning_rate": 3e-3,
+            "temperature_learning_rate": 5e-3,
+        },
+        gradient_steps=2,
+    ),
+    Case(
+        "spot",
+        "antmaze",
+        SPOT | {"density_weight": 0.25, "reward_shift": -1.0},
+        gradient_steps=2,
+    ),
+    Case("spot", "clone", SPOT, update="clone_update"),
+    Case(
+        "spot",
+        "online",
+        SPOT
+        | {
+            "num_samples": 3,
+            "num_updates": 0,
+            "density_weight": 1.0,
+            "penalty_floor": 0.5,
+            "penalty_decay_updates": 16,
+            "online_discount": 0.9,
+            "kl_weight": 0.8,
+            "target_rate": 0.05,
+            "target_noise": 0.4,
+            "target_noise_clip": 0.3,
+            "actor_learning_rate": 1e-3,
+            "critic_learning_rate": 2e-3,
+        },
+        gradient_steps=2,
+        update="online_update",
+    ),
     Case("dt", "mujoco", DT | {"warm_up": 4}),
     Case(
         "dt",
@@ -399,7 +448,7 @@ def test_every_file_and_every_case_of_a_fixture_is_compared():
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.algorithm}-{case.name}")
-def test_the_update_rule_is_the_authors(case):
+def test_the_update_rule_is_that_of_the_reference(case):
     module = importlib.import_module(f"algorithms.{case.algorithm}")
     found = parity.compare(module, case)
     expected = {"loss", "gradient", "parameters after 1", "parameters after N", "policy"}

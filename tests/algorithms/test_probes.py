@@ -27,8 +27,10 @@ FREE = {  # no pull towards the data, or as little as the method can have
     "odice": {"gradient": "semi", "lam": 0.5, "alpha": 0.01},
     "qc": {"horizon": 1},
     "rebrac": {"actor_penalty": 0.0, "critic_penalty": 0.0},
+    "rlpd": {"temperature_learning_rate": 1e-2, "backup_entropy": False},
     "sac": {"temperature_learning_rate": 1e-2},  # to 0: the values have no entropy in them
     "sac_n": {"temperature_learning_rate": 1e-2},
+    "spot": {"density_weight": 0.0},
     "td3_bc": {"alpha": 1e4},
     "xql": {"beta": 0.5, "inverse_temperature": 10.0},
 }

@@ -539,6 +539,9 @@ def test_the_command_of_a_row_is_its_config(tmp_path):
     words = report.command(row).split()
     assert words[:2] == ["python", "algorithms/bc.py"] and "--eval-every" not in words
     assert config.resolved(*config.parse(bc.Config, words[2:])) == wanted
+    whole = report.command(row)
+    del row.config["fraction_of"]  # as if the field had been added after the run
+    assert report.command(row) == whole
     row.config["gone"] = 1
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(row.config))
     assert report.command(row).startswith("# ")

@@ -186,10 +186,14 @@ def test_fewer_updates_than_there_are(made, tiny, capsys):
     assert "has trained for 8 updates already, more than --num-updates 4" in line
     line = refused(capsys, [*tiny, *SEEDS, "--num-updates", "16"])
     assert "exists; continue it with --resume" in line
-    runs.write_hdf5("data.hdf5")  # another file of the same name
-    line = refused(capsys, [*tiny, *SEEDS, "--num-updates", "8", "--dataset", "data.hdf5"])
-    assert "has dataset" in line and "choose another --name" in line
-    assert "with its own dataset and --resume" in line  # the remedy with this file would not work
+    runs.write_hdf5("data.hdf5")  # another file of the same name: --resume alone is refused as well
+    other = [*tiny, *SEEDS, "--num-updates", "8", "--dataset", "data.hdf5"]
+    for words in (other, [*other, "--resume"]):
+        line = refused(capsys, words)
+        assert "has dataset" in line and "choose another --name" in line
+        assert "continue that run with its own dataset and --resume" in line
+    config.parse(runs.module("rebrac").Config, [*other, "--name", "another"])  # one remedy
+    config.parse(runs.module("rebrac").Config, [*tiny, *SEEDS, "--num-updates", "8", "--resume"])
     longer = [*tiny, *SEEDS, "--resume", "--num-updates", "16"]
     assert "discount" in refused(capsys, [*longer, "--discount", "0.5"])
 
@@ -660,16 +664,14 @@ def test_which_envs_mujoco_draws(env_id, drawn):
 
 
 def test_export_acts_in_numpy(made, capsys):
-    """The lines of docs: two hidden layers of ReLU and a tanh, in NumPy alone."""
+    """The function of docs/forking.md, taken from there, acts as the policy does."""
     program.main([COPY, "--export", "policy", "--seed", "1"])  # under exactly that name
-    p = np.load("policy")
+    text = (ROOT / "docs" / "forking.md").read_text()
+    (lines,) = re.findall(r"^(def act\(p, .*?)\n\n\n", text, re.M | re.S)
+    of_docs = {"np": np}
+    exec(lines, of_docs)
     observation = np.float32([0.1, -0.2, 0.3])
-    x = observation
-    layers = sorted(name[: -len(".kernel")] for name in p if name.endswith(".kernel"))
-    for i, layer in enumerate(layers):
-        x = x @ p[f"{layer}.kernel"] + p[f"{layer}.bias"]
-        x = np.tanh(x) if i + 1 == len(layers) else np.maximum(x, 0)
-    action = p["action_low"] + (p["action_high"] - p["action_low"]) * (x + 1) / 2
+    action = of_docs["act"](np.load("policy"), observation)
     policy = experiment.load_policy(runs.module("rebrac"), made, seed=1)
     assert action == pytest.approx(policy.act(observation), abs=1e-5)
 
@@ -899,9 +901,9 @@ SEEN_IN = {
     "which this config makes": "test_every_seed_begins_with_a_run_of_one_seed",
     "has another State than this": "test_a_checkpoint_of_another_state_is_not_called_damaged",
     "when it can be written again": "test_a_disk_that_takes_no_more",
-    "so --resume cannot": "test_without_a_name_a_schedule_of_another_length_does_not_start_anew",
     "set --num-updates 0": "test_bad_input_is_one_line",
     "no env is known for": "test_an_online_phase_without_an_env_is_one_line",
+    "so --resume cannot": "test_without_a_name_a_schedule_of_another_length_does_not_start_anew",
     "all of its updates differ": "test_a_resumed_run_equals_an_undisturbed_one",
     "say which one with --name": "test_without_a_name_the_shorter_run_is_found",
     "give HOST:PORT/COUNT/INDEX": "test_distributed_wants_an_address",
@@ -921,6 +923,9 @@ SEEN_IN = {
     "has a new name": "test_a_former_name_of_a_field_is_one_line_that_names_the_present_one",
     "no checkpoint can be read": "test_every_checkpoint_damaged",
     "give at least one hidden layer": "test_a_config_made_in_python_is_checked",
+    "is in its online phase": (
+        "test_the_offline_phase_is_that_of_an_offline_run_which_may_go_on_online"
+    ),
 }
 
 

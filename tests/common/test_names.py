@@ -135,3 +135,16 @@ def test_a_name_without_its_version_is_answered_with_its_versions(capsys):
 def test_a_path_that_is_no_data_is_told_as_such(name, in_the_way, words, capsys):
     in_the_way(name)
     assert words in error_of(capsys, datasets.load, name)
+
+
+@pytest.mark.parametrize("scheme", ["https", "http", "s3", "hf", "gs", "file", "S3", "git+ssh"])
+@pytest.mark.parametrize("file", ["example.org/data/copy.hdf5", "lab/toy-v0", "hopper-medium-v2"])
+def test_an_address_is_told_as_such(scheme, file, capsys):
+    text = error_of(capsys, datasets.load, f"{scheme}://{file}")
+    assert f"{scheme}://{file}: an address, not a file; download it and pass the path" in text
+
+
+def test_the_copy_of_an_address_is_read(capsys):
+    assert "pass the path of the copy" in error_of(capsys, datasets.load, "https://a.org/copy.hdf5")
+    write("copy.hdf5", observations=np.zeros((12, 2)), actions=np.zeros((12, 1)))
+    assert len(datasets.load("copy.hdf5").transitions.reward)

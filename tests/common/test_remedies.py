@@ -771,6 +771,7 @@ ELSEWHERE = {
     "near it": "the table",
     "lists the forms of an id": "a page to read",
     "did you mean": "test_an_id_that_is_meant_is_one_that_loads",
+    "an address, not a file": "test_names.py loads the copy",
     "where walks end cannot be told": "a file of AntMaze without timeouts is refused before",
     "making it ended with code": "test_sources.py interrupts a recipe and continues it",
     "no fixed number of values": "the table",
@@ -780,6 +781,8 @@ ELSEWHERE = {
     "gives observations that are not in": "it names what is wrong, and no remedy",
     "there must be one number per row": "the table",
     "must be at least 1": "the table",
+    "the reward of a step must be one number": "it names what is wrong, and no remedy",
+    "; see --env": "test_evaluation.py has envs that raise; the remedy is in the env's own code",
 }
 
 
