@@ -13,8 +13,8 @@ test:
 smoke:  # every algorithm file alone, a few updates each
 	pytest tests -k smoke
 
-sync:  # helpers that should be identical in every algorithm file but are not
+sync:  # helpers that should be identical in every algorithm file but are not; nothing if all are
 	python tests/sync.py
 
-results:  # the table and pictures of benchmarks/results from the run folders below runs/
+results:  # runs/report.md with its pictures, from the run folders below runs/
 	python benchmarks/report.py runs

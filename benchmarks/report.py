@@ -25,6 +25,7 @@ import json
 import os
 import re
 import shlex
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -37,7 +38,7 @@ import intervals
 import published
 import readers
 from common import command_line, fail
-from common.experiment import config, provenance
+from common.experiment import config, provenance, wrong_words
 from pages import Figure, Folded, Heading, Table, Text, markdown, page
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -64,7 +65,7 @@ INTERVALS = """
 IQM is the interquartile mean over seeds and data sets. Brackets hold 95 % intervals of a bootstrap
 stratified by data set. "Row beats column" is the probability that a seed of the row scores higher
 than a seed of the column on the same data set, averaged over data sets. All methods and seeds share
-the same start states, so intervals and standard deviations exclude variation from other starts.
+the same start states, so intervals and standard deviations do not cover other start states.
 """
 
 
@@ -77,7 +78,7 @@ class Arguments:
     where: tuple[str, ...] = ()  # only these runs: num_updates=100000 name=trial*
     named_by: tuple[str, ...] = ()  # fields that name a method's rows: name, alpha, ...
     score: Literal["last", "mean_last_3"] = "last"  # the last evaluation, or the mean of three
-    output: Path = Path("benchmarks/results/table")  # stem of the .md and .png to write
+    output: Path = Path("runs/report")  # stem of the .md and .png to write
     title: str = "Results"  # heading of the page
     note: Path | None = None  # Markdown file put below the title: data, commands, findings
     html: bool = False  # also write one self-contained page, the stem with .html
@@ -625,4 +626,9 @@ def main(arguments):
 
 
 if __name__ == "__main__":
-    command_line.run(lambda: main(tyro.cli(Arguments, description=__doc__.split("\n\n")[0])))
+    description = __doc__.split("\n\n")[0]
+    command_line.run(
+        lambda: main(
+            wrong_words.parse(Arguments, sys.argv[1:], "report.py", description=description)
+        )
+    )

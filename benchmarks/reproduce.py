@@ -45,7 +45,7 @@ import numpy as np
 import tyro
 
 from common import command_line, datasets, fail, one_line
-from common.experiment import config, provenance
+from common.experiment import config, provenance, wrong_words
 
 ROOT = Path(__file__).resolve().parents[1]
 OURS = ("config", "dataset", "seeds", "name", "resume", "runs-dir")  # flags set for every run
@@ -110,21 +110,12 @@ class Cell:
 def parse(argv):
     """Arguments and the words after `--`, checked as far as possible before a run starts."""
     split = argv.index("--") if "--" in argv else len(argv)
-    printed = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(printed):
-            arguments = tyro.cli(
-                Annotated[Arguments, tyro.conf.FlagCreatePairsOff],
-                args=argv[:split],
-                description=__doc__.split("\n\n")[0] + f" {AFTER}: -- --num-updates 1000",
-            )
-    except SystemExit as leave:
-        if leave.code == 0:  # --help
-            raise
-        text = re.sub(r"\x1b\[[\d;]*m|[╭╮╰╯│─]|-{4,}", " ", printed.getvalue())
-        text = " ".join(text.split("For full helptext")[0].split())
-        text += f" ({AFTER})" if "Unrecognized options" in text else ""
-        fail(re.sub(r"^(Parsing error|Required options|Unrecognized options) ", "", text))
+    description = __doc__.split("\n\n")[0] + f" {AFTER}: -- --num-updates 1000"
+    kind, words = Annotated[Arguments, tyro.conf.FlagCreatePairsOff], argv[:split]
+    hints = wrong_words.hints_of(Arguments)
+    arguments = wrong_words.parse(
+        kind, words, "reproduce.py", hints, description=description, more=f" ({AFTER})"
+    )
     overrides = argv[split + 1 :]
     known = sorted(path.stem for path in (ROOT / "algorithms").glob("[!_]*.py"))
     for name in arguments.algorithms:

@@ -29,15 +29,20 @@ IN_README = (  # file, its name, number of seeds, page
     ("rebrac", "ReBRAC", 1, "speed_h200"),
     ("rebrac", "ReBRAC", 8, "speed_h200"),
 )
-HOW_TO_READ = """
+UPDATES = """
 - **updates/s**: critic updates per second, added over the seeds that one process trains in
   parallel. Each figure is the best of several timed chunks on synthetic data, without evaluation.
+"""
+FLOOR = """
 - **share of floor**: the floor is the time that the matrix products of an update alone take. Here
   their floating-point operations are counted and divided by the rate at which the machine
   multiplies [batch, width] by [width, width] matrices. A share of 0.7 means that training takes
   1 / 0.7 of that time. It is measured on CPUs only, and it is an estimate: a share can exceed 1.
-- **share of bound**: the same comparison with a program that runs exactly the matrix products of
-  the compiled updates, in their order, and nothing else.
+"""
+REST = """
+- **share of bound**: the bound is the speed of a program that runs exactly the matrix products of
+  the compiled updates, in their order, and nothing else. A share of 0.7 means that training takes
+  1 / 0.7 of that program's time.
 - The shares and GFLOP per update are those of the smallest number of seeds.
 - `benchmarks/throughput.py` explains the columns under "All figures".
 """
@@ -112,7 +117,7 @@ def page(machine, records):
         "of seeds, from the records named below. The batch size is "
         f"{joined(str(x['batch size']) for x in records)}; the networks are the files' defaults.",
         speeds(rows),
-        f"How to read it:\n{HOW_TO_READ.rstrip()}",
+        f"How to read it:\n\n{how_to_read(rows)}",
     ]
     if peers:
         lines = []
@@ -136,6 +141,13 @@ def page(machine, records):
         parts.append("Beside d3rlpy:")
         parts.append(all_figures([row for _, (row, _) in sorted(peers.items())]))
     return "\n\n".join(part for part in [*parts, "</details>"] if part) + "\n"
+
+
+def how_to_read(rows):
+    """What the columns mean that the page has: the floor is measured on CPUs only."""
+    some_row, _ = next(iter(rows.values()))
+    floor = FLOOR if "share of floor" in some_row else ""
+    return "\n".join(part.strip("\n") for part in (UPDATES, floor, REST) if part)
 
 
 def speeds(rows):
@@ -175,6 +187,8 @@ def described(record, rows, peers):
     lines = [f"[{record['name']}.json](../runs/speed/{record['name']}.json), {count}:", ""]
     shown = ("date", "hardware", "versions", "matmul precision", "data", "chunks", "beside")
     lines += [f"- {key}: {record[key]}" for key in shown if key in record]
+    if "NVIDIA" in record["hardware"]:  # JAX's default there
+        lines = [x + " (TF32)" if x == "- matmul precision: default" else x for x in lines]
     return "\n".join([*lines, "", f"```\n{record['command']}\n```"])
 
 

@@ -9,6 +9,7 @@ panel of finished runs, filtered by their config and grouped by algorithm and by
 that distinguish methods, so that no curve averages two methods. The page is saved as a draft.
 """
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,7 @@ import tyro
 import readers
 import report
 from common import command_line, fail, one_line
+from common.experiment import wrong_words
 from pages import markdown
 
 
@@ -92,4 +94,9 @@ def main(arguments):
 
 
 if __name__ == "__main__":
-    command_line.run(lambda: main(tyro.cli(Arguments, description=__doc__.split("\n\n")[0])))
+    description = __doc__.split("\n\n")[0]
+    command_line.run(
+        lambda: main(
+            wrong_words.parse(Arguments, sys.argv[1:], "wandb_report.py", description=description)
+        )
+    )

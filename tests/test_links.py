@@ -60,3 +60,17 @@ def test_a_broken_link_is_found(tmp_path, monkeypatch):
     assert [line.split(":")[0] for line in broken(page)] == [
         *("absent.md", "#absent", "../..", "docs/absent.md"),
     ]
+
+
+def test_what_a_fork_is_told_to_copy_is_there():
+    """docs/forking.md, "Check your change": a line of the test, and two lines of tables."""
+    tests = ROOT / "tests" / "algorithms"
+    page = (ROOT / "docs" / "forking.md").read_text()
+    (old, new, name) = re.search(r"sed 's/(.*)\$/(.*)/' tests/algorithms/(\S+)", page).groups()
+    lines = (tests / name).read_text().splitlines()
+    assert [line for line in lines if line.endswith(old)] == ["from algorithms import iql"]
+    assert new == "import my_iql as iql"
+    for file, table in (("probes.py", "SMALL = {"), ("test_probes.py", "FREE = {")):
+        assert f"`{table.split()[0]}` of `tests/algorithms/{file}`" in page
+        rows = (tests / file).read_text().partition(table)[2].partition("\n}")[0]
+        assert re.search(r'^    "iql": ', rows, re.MULTILINE)

@@ -10,6 +10,9 @@ from common.datasets import checks, env_only, reading, reference_scores
 from common.datasets.dataset import Dataset
 from common.datasets.transitions import cut
 
+INTEGER = "; README's table of methods says which take integer actions"
+CONTINUOUS = "; README's table of methods says which do not need integer actions"
+
 
 def load(dataset_id, env=None, env_steps=None, actions="continuous") -> Dataset:
     """Read a data set, check it, and print what was read in one line.
@@ -30,9 +33,11 @@ def load(dataset_id, env=None, env_steps=None, actions="continuous") -> Dataset:
         fail(f"--env-steps {env_steps}: an episode needs at least one step")
     dataset = _dataset(dataset_id, reading.read(dataset_id, env, env_steps))
     if actions == "continuous" and dataset.num_actions is not None:
-        fail(f"{dataset_id}: integer actions, but this method takes continuous ones only")
+        fail(f"{dataset_id}: integer actions, but this method takes continuous ones only{INTEGER}")
     if actions == "discrete" and dataset.num_actions is None:
-        fail(f"{dataset_id}: continuous actions, but this method takes integer ones only")
+        fail(
+            f"{dataset_id}: continuous actions, but this method takes integer ones only{CONTINUOUS}"
+        )
     if dataset_id.startswith(env_only.PREFIX):
         dataset = env_only.emptied(dataset)
     print(_summary(dataset))

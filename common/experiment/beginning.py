@@ -33,9 +33,7 @@ def check(options, cfg, script):
 def facts(folder, algorithm):
     """What a run's record tells of its beginning: {folder, seeds, update, digest}."""
     flag = f"--start-from {folder}"
-    if not (Path(folder) / "config.yaml").exists():
-        fail(f"{flag}: no config.yaml in it, so no run folder")
-    config = yaml_files.of_run(folder)
+    config = yaml_files.of_run(folder, flag)
     other = config["record"].get("algorithm")
     if other != algorithm:
         fail(f"{flag}: a run of {other}; {algorithm} begins with its own runs only")
@@ -54,7 +52,7 @@ def facts(folder, algorithm):
 def begin(state, seeds, facts, optimiser):
     """The State [S, ...] with the parameters of the run that `facts` tells of.
 
-    A seed begins with the same seed of that run, or with its only one.
+    A seed begins with the same seed of that run. If that run has one seed, all begin with it.
     """
     flag = f"--start-from {facts['folder']}"
     arrays, meta = _read(facts["folder"], facts["update"])

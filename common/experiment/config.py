@@ -10,7 +10,6 @@ import dataclasses
 import difflib
 import hashlib
 import inspect
-import io
 import json
 import os
 import re
@@ -30,13 +29,14 @@ from common.experiment import (
     ranges,
     show_config,
     wandb_settings,
+    wrong_words,
     yaml_files,
 )
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What belongs to this start of a run rather than to its Config."""
+    """Flags that are not fields of a Config. Those of IN_YAML change a run's numbers."""
 
     config: str | None = None  # YAML over the defaults above (default: the data set's suite's)
     name: str | None = None  # run name (default: a hash of the resolved config)
@@ -81,7 +81,7 @@ def parse(config_class, argv=None):
     script = Path(inspect.getfile(config_class))
     _check_copy(script)
     not_given = "\0"  # tells whether the command line names a data set
-    cfg, options = _command_line(config_class, ["--dataset", not_given, *argv], script.name)
+    cfg, options = _command_line(config_class, [f"--dataset={not_given}", *argv], script.name)
     chosen = None if cfg.dataset == not_given else cfg.dataset
     if chosen is None and options.config is None and options.env and phases.online_updates(cfg):
         chosen = f"env/{options.env}"  # an env and no data: the online phase alone
@@ -89,6 +89,7 @@ def parse(config_class, argv=None):
     for name in ("config", "env", "name", "runs_dir", "distributed"):
         _printable(ranges.flag(name), getattr(options, name) or "-")
     dataset = _printable("--dataset", chosen or config_class.dataset)
+    datasets.refuse_missing_version(dataset)
     if options.show_config:
         print("# ", end="")  # what is printed is a config file
     file, found = options.config, File()
@@ -326,10 +327,12 @@ def run_folder(cfg, options):
             was, now = before.get(key), values.get(key)
             is_path = key in ("dataset", "start_from") and was and now
             if was != now and not (is_path and _same_file(was, now)):
-                fail(
-                    f"{folder} has {key} {was}, not {now}; choose another --name, or continue that "
-                    f"run with its own {key} and --resume"
-                )
+                text = f"{folder} has {key} {was}, not {now}; choose another --name, or continue "
+                text += f"that run with its own {key} and --resume"
+                if key == "seeds" and (new := [x for x in now if x not in was]):
+                    seeds = " ".join(map(str, new))
+                    text += f"; to add seeds, train --seeds {seeds} under another --name"
+                fail(text)
         growth.check(folder, before, cfg, script)
         if not options.resume:
             fail(f"{folder} exists; continue it with --resume or start another run with --name")
@@ -337,20 +340,14 @@ def run_folder(cfg, options):
 
 
 def _command_line(config_class, argv, source):
-    """Parse with tyro. Its framed error message becomes one line that begins with the source."""
+    """Config and Options that words of a command line, or values of a file, make."""
     _check_flags(argv, config_class, source)
+    hints = wrong_words.hints_of(config_class, Options)
     config_class = Annotated[config_class, tyro.conf.FlagConversionOff]
     both = dataclasses.make_dataclass("Both", [("cfg", config_class), ("options", Options)])
-    printed = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(printed):
-            parsed = tyro.cli(both, args=argv, prog=source, config=(tyro.conf.OmitArgPrefixes,))
-    except SystemExit as leave:
-        if leave.code == 0:  # --help
-            raise
-        text = re.sub(r"\x1b\[[\d;]*m|[╭╮╰╯│─]|-{4,}", " ", printed.getvalue())
-        text = " ".join(text.split("For full helptext")[0].split())
-        fail(f"{source}: {re.sub(r'^(Parsing error|Unrecognized options) ', '', text)}")
+    settings = {"prog": source, "config": (tyro.conf.OmitArgPrefixes,)}
+    in_file = not source.endswith(".py")
+    parsed = wrong_words.parse(both, argv, source, hints, in_file=in_file, **settings)
     return parsed.cfg, parsed.options
 
 

@@ -93,17 +93,17 @@ def check(folder, before, cfg, script):
             least = updates - phases.last_update(cfg) + now  # the other phase has the rest
             fail(
                 f"{folder} has trained for {updates} updates already, more than "
-                f"{ranges.flag(length)} {now}; give at least {least} or choose a --name"
+                f"{ranges.flag(length)} {now}; give at least {least} or choose another --name"
             )
         if length == "num_updates" and phases.online_updates(cfg) and updates > was:
             fail(
                 f"{folder} is in its online phase, which began after num_updates {was}; resume "
-                "with that or choose a --name"
+                "with that or choose another --name"
             )
         if where := length_dependence(script, cfg, length):
             fail(
                 f"{folder} was begun with {length} {was}, and {where} depends on it, so with "
-                f"{now} all of its updates differ; choose a --name"
+                f"{now} all of its updates differ; choose another --name"
             )
 
 
@@ -111,7 +111,9 @@ def find(folder, values, cfg, script):
     """The run that `--resume` without `--name` continues, where its default folder is not there.
 
     The default name is a hash of the config, so a run that was begun with fewer updates or with
-    other evaluations has another one. It is the run to continue if nothing else differs.
+    other evaluations has another one. It is the run to continue if nothing else differs. Where the
+    algorithm depends on the length, no run can be continued with another one. Then this exits with
+    code 2 after one line: a new run would begin at update 0, unnoticed.
 
     Args:
         folder: the default folder of this config.
@@ -119,7 +121,7 @@ def find(folder, values, cfg, script):
         cfg: the Config.
         script: the algorithm's file.
     """
-    found = []
+    found, another = [], None
     for file in sorted(folder.parent.glob("[0-9a-f]" * 8 + "/config.yaml")):
         before = _values(file)
         keys = {*before, *values} - {*MAY_CHANGE, "record"}
@@ -128,12 +130,22 @@ def find(folder, values, cfg, script):
         longer = [x for x in LENGTHS if before.get(x, 0) != getattr(cfg, x, 0)]
         if not before or not same or reached(file.parent) > phases.last_update(cfg):
             continue
-        if any(length_dependence(script, cfg, length) for length in longer):
-            continue
-        found.append(file.parent)
+        depends = [x for x in longer if length_dependence(script, cfg, x)]
+        if not depends:
+            found.append(file.parent)
+        elif reached(file.parent) and another is None:
+            another = file.parent, depends[0], before.get(depends[0], 0)
     if len(found) > 1:
         names = ", ".join(path.name for path in found)
         fail(f"{folder.parent}: --resume could continue {names}; say which one with --name")
+    if another and not found:
+        run, length, was = another
+        where, now = length_dependence(script, cfg, length), getattr(cfg, length)
+        fail(
+            f"{run} was begun with {length} {was}, and {where} depends on it, so --resume cannot "
+            f"continue it with {now}; for a new run from update 0, give it a --name or leave out "
+            "--resume"
+        )
     return found[0] if found else folder
 
 

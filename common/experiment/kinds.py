@@ -20,7 +20,7 @@ def check(values):
         if not _fits(value, kind):
             made_of = {type(x).__name__ for x in value} if isinstance(value, tuple | list) else ()
             what = " of ".join([type(value).__name__, *sorted(made_of)[:1]])
-            fail(f"{flag(name)} {value}: must be {_words(kind)}, not {what}")
+            fail(f"{flag(name)} {value}: must be {words(kind)}, not {what}")
 
 
 def _fits(value, kind):
@@ -37,12 +37,13 @@ def _fits(value, kind):
     return kind not in WORDS or type(value) is kind or (kind is float and type(value) is int)
 
 
-def _words(kind):
+def words(kind):
+    """What a value of this type is, in words."""
     origin, parts = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
-        return " or ".join(_words(part) for part in parts)
+        return " or ".join(words(part) for part in parts)
     if origin is typing.Literal:
         return "one of " + ", ".join(map(str, parts))
     if origin is tuple:
-        return f"a tuple, and each part {_words(parts[0])}"
-    return "None" if kind is types.NoneType else WORDS[kind]
+        return f"a tuple, and each part {words(parts[0])}"
+    return "None" if kind is types.NoneType else WORDS.get(kind, "text")

@@ -232,7 +232,7 @@ class Policy:
 
 
 def acting(module, cfg, dataset, state):
-    """`policy` of an algorithm's file with its networks filled in."""
+    """The acting function of an algorithm's file, bound to the run's networks."""
     if not hasattr(module, "policy_fn"):
         fail(f"{module.__file__}: has no policy_fn(state, cfg), by which its policy is called")
     numbers = {}

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Read YAML files: configs, and the config.yaml of a run folder."""
 
+import itertools
+import os
 from pathlib import Path
 
 from common import fail
@@ -8,17 +10,42 @@ from common import fail
 LONGEST = 1_000_000  # characters of a config, and values in it once aliases are written out
 
 
-def of_run(folder):
-    """What the config.yaml of a run folder holds; its `record` is a mapping, maybe an empty one."""
+def of_run(folder, given=None):
+    """What the config.yaml of a run folder holds; its `record` is a mapping, maybe an empty one.
+
+    `given` are the words by which the folder was given, where that is more than its path.
+    """
     file = Path(folder) / "config.yaml"
     if not file.exists():
-        fail(f"{folder}: no config.yaml in it, so no run folder")
+        fail(f"{given or folder}: no config.yaml in it, so no run folder; {_near(folder)}")
     values = load(file)
     if not values:
         fail(f"{file} is empty, so nothing tells what this run was; choose a --name")
     if not isinstance(values.setdefault("record", {}), dict):
         fail(f"{file}: record: must be a mapping of facts, not {values['record']!r}")
     return values
+
+
+def _near(folder):
+    """What may be meant: a run folder below this one, or that around a file."""
+    folder = Path(folder)
+    above = [place for place in folder.parents if (place / "config.yaml").exists()]
+    if above:
+        return f"did you mean {above[0]}?"
+    below = itertools.islice(_below(folder), 100)
+    newest = max(below, key=lambda place: (place / "config.yaml").stat().st_mtime, default=None)
+    if newest is not None:
+        return f"the newest below it is {newest}"
+    return "give runs/ALGORITHM/DATA SET/NAME, as the run's output says"
+
+
+def _below(folder):
+    """The run folders at most five levels down; the name of a data set can have three levels."""
+    for root, names, files in os.walk(folder):
+        if "config.yaml" in files:
+            yield Path(root)
+        if "config.yaml" in files or len(Path(root).relative_to(folder).parts) == 5:
+            names.clear()  # `os.walk` goes no deeper here
 
 
 def load(file):

@@ -183,7 +183,7 @@ def test_a_resumed_run_equals_an_undisturbed_one(name, tmp_path, monkeypatch, ca
             runs.start(name, [*argv, "--num-updates", "20", "--name", "broken", "--resume"])
         line = capsys.readouterr().err
         assert leave.value.code == 2 and line.count("\n") == 1
-        assert "num_updates 16, and create_state (line" in line and "choose a --name" in line
+        assert "num_updates 16, and create_state (line" in line and "choose another --name" in line
     runs.start(name, [*longer, "--name", "broken", "--resume"])
     said = capsys.readouterr().out
     assert "resuming at update 8" in said or "resuming at update 12" in said

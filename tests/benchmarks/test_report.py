@@ -17,7 +17,7 @@ import yaml
 import published
 import readers
 from benchmarks import report
-from common.experiment import provenance
+from common.experiment import provenance, wrong_words
 
 ROOT = Path(__file__).resolve().parents[2]
 CODE = {"algorithm": "aaa", "common": "ccc"}
@@ -865,3 +865,25 @@ def test_a_page_of_a_choice_says_the_command_that_makes_it_again(trials, tmp_pat
     text = page(tmp_path, trials, where=("name=trial*",), named_by=("alpha", "discount"))
     assert "--where 'name=trial*' --named-by alpha discount" in text
     assert "td3_bc alpha=1.0 discount=0.9" in text and "main" not in text
+
+
+# --- Its command line ---------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["runs", "--outptu", "x"], "there is no flag --outptu; did you mean --output?"),
+        (["runs", "--score", "best"], "--score best: must be one of last, mean_last_3"),
+        (["runs", "--html", "yes"], "--html: takes no value"),
+        (["runs", "--output"], "--output: has no value behind it"),
+    ],
+)
+def test_wrong_words_are_one_line(words, said, capsys):
+    with pytest.raises(SystemExit) as leave:
+        wrong_words.parse(report.Arguments, words, "report.py")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert leave.value.code == 2 and line.startswith(f"error: report.py: {said}"), line
+
+
+def test_without_output_nothing_is_written_among_the_committed_pages():
+    given = wrong_words.parse(report.Arguments, ["runs"], "report.py")
+    assert given.output.parent == Path("runs")  # which git ignores

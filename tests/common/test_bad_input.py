@@ -296,7 +296,7 @@ def test_integer_actions_for_a_method_of_continuous_ones(folder, capsys, name):
     before = runs.tree(folder)
     with pytest.raises(SystemExit) as leave:
         runs.start(name, ["--dataset", OTHER, *runs.tiny(name)])
-    words = [OTHER, "integer actions", "continuous ones only"]
+    words = [OTHER, "integer actions", "continuous ones only", "README's table of methods"]
     refused(folder, leave.value.code, before, capsys.readouterr().err, words)
 
 
@@ -306,7 +306,7 @@ def test_other_actions_for_a_method_of_integer_ones(folder, capsys, name):
     before = runs.tree(folder)
     with pytest.raises(SystemExit) as leave:
         runs.start(name, ["--dataset", OTHER])
-    words = [OTHER, "continuous actions", "integer ones only"]
+    words = [OTHER, "continuous actions", "integer ones only", "README's table of methods"]
     refused(folder, leave.value.code, before, capsys.readouterr().err, words)
 
 

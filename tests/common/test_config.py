@@ -464,6 +464,63 @@ def test_help_lists_every_field(toy, capsys):
         assert f"--{field.name.replace('_', '-')}" in text
 
 
+# --- Wrong words --------------------------------------------------------------------------------
+# Words that tyro refuses, words of the message, and the words that its remedy makes of them.
+WRONG_WORDS = [
+    ("--seeds 0,1", "write `--seeds 0 1`", "--seeds 0 1"),
+    ("--seeds=0,1", "write `--seeds 0 1`", "--seeds 0 1"),
+    ("--seeds [0, 1]", "write `--seeds 0 1`", "--seeds 0 1"),
+    ("--hidden 8,4", "write `--hidden 8 4`", "--hidden 8 4"),
+    ("--weights -1.5,2", "write `--weights -1.5 2`", "--weights -1.5 2"),
+    ("--seeds range(3)", "each part must be a whole number, as in `--seeds 0 1`", "--seeds 0 1"),
+    ("--num-updates 1e3", "write `--num-updates 1000`", "--num-updates 1000"),
+    ("--env-steps 5.0", "write `--env-steps 5`", "--env-steps 5"),
+    ("--eval-every many", "--eval-every many: must be a whole number", "--eval-every 10"),
+    ("--discount 0,9", "--discount 0,9: must be a number", "--discount 0.9"),
+    ("--limit x", "--limit x: must be a whole number or None", "--limit None"),
+    ("--flag 3", "--flag 3: must be True or False", "--flag True"),
+    ("--flag", "has no value behind it; it must be True or False", "--flag False"),
+    ("--wandb on", "must be one of offline, online, disabled or None", "--wandb offline"),
+    ("--data gpu", "--data gpu: must be one of device, host", "--data host"),
+    ("--discount", "--discount: has no value behind it; it must be a number", "--discount 1"),
+    ("--discont 0.9", "no flag --discont; did you mean --discount? --help", "--discount 0.9"),
+    ("--updates 1000", "did you mean --num-updates? --help", "--num-updates 1000"),
+    ("--alpha 2.5 --beta 3", "there is no flag --alpha; --help lists the flags", ""),
+    ("-x", "there is no flag -x; --help lists the flags", ""),
+    ("0.9", "0.9: belongs to no flag; --help lists the flags", ""),
+    ("note=a", "belongs to no flag; write `--note=a`", "--note=a"),
+    ("--discount 0.9 0.8", "takes one value, so not 0.8 as well", "--discount 0.9"),
+    ("--show-config True", "write `--show-config` alone", ""),
+    ("--resume=True", "--resume: takes no value, so not True; write `--resume` alone", "--resume"),
+    ("--resume True", "or leave it out", ""),
+]
+
+
+@pytest.mark.parametrize(("words", "said", "remedy"), WRONG_WORDS)
+def test_wrong_words_are_one_line_with_a_remedy_that_works(toy, capsys, words, said, remedy):
+    line = error(capsys, toy, words)
+    assert said in line, line
+    assert (
+        line.startswith("error: toy.py: ") and "helptext" not in line and "Value error" not in line
+    )
+    parse(toy, "--name new", remedy)
+
+
+def test_a_list_of_a_file_is_written_as_a_list(toy, tmp_path, capsys):
+    (tmp_path / "own.yaml").write_text("dataset: x.hdf5\nseeds: 0,1\n")
+    assert "own.yaml: --seeds 0,1: write `seeds: [0, 1]`" in error(capsys, toy, "--config own.yaml")
+    (tmp_path / "own.yaml").write_text("dataset: x.hdf5\nseeds: [0, 1]\n")
+    assert parse(toy, "--config own.yaml").seeds == (0, 1)
+
+
+def test_a_missing_version_is_all_that_is_said(toy, capsys):
+    """Nothing about configs comes first, which would sound as if one were missing."""
+    with pytest.raises(SystemExit):
+        parse(toy, "--dataset antmaze-large-play")
+    said = capsys.readouterr()
+    assert said.out == "" and "there is antmaze-large-play-v" in said.err
+
+
 # --- Ranges of the algorithm files' own fields ----------------------------------------------------
 @pytest.mark.parametrize(
     ("name", "flag", "value", "wanted"),

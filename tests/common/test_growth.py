@@ -5,6 +5,7 @@ import ast
 import dataclasses
 import importlib
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -219,6 +220,48 @@ def test_without_a_name_the_shorter_run_is_found(tiny, capsys):
     assert "could continue 0123abcd, " in line and "--name" in line
 
 
+def test_without_a_name_a_schedule_of_another_length_does_not_start_anew(tiny, capsys):
+    """IQL's schedule ends with the run. A longer run would begin at update 0, unnoticed."""
+
+    def folder(updates, *words):
+        argv = [*tiny, "--num-updates", str(updates), *words]
+        return config.run_folder(*config.parse(runs.module("iql").Config, argv))
+
+    def refuse(updates, *words):
+        with pytest.raises(SystemExit) as leave:
+            folder(updates, "--resume", *words)
+        (line,) = capsys.readouterr().err.splitlines()
+        assert leave.value.code == 2
+        return line
+
+    cfg, options = config.parse(runs.module("iql").Config, [*tiny, "--num-updates", "8"])
+    short = config.run_folder(cfg, options)
+    short.mkdir(parents=True)
+    values = config.resolved(cfg, options) | {"record": {}}
+    (short / "config.yaml").write_text(yaml.safe_dump(values))
+    assert not folder(12, "--resume").exists()  # no checkpoint: nothing is lost
+    (short / "checkpoints" / "8").mkdir(parents=True)
+    for words in ((), ("--eval-episodes", "3")):
+        line = refuse(12, *words)
+        assert f"{short} was begun with num_updates 8, and create_state (line" in line
+        assert "cannot continue it with 12" in line
+    # The remedies, each of which is a run of its own.
+    assert "give it a --name" in line and "leave out --resume" in line
+    named = folder(12, "--resume", "--name", "longer")
+    assert named.name == "longer" and not named.exists()
+    own = folder(12)
+    assert own != short and not own.exists()
+    # Its own length still continues, other settings are another run, and so is a shorter one.
+    assert folder(8, "--resume") == short
+    for words in ((12, "--discount", "0.5"), (12, "--seeds", "3"), (12, "--cosine", "False"), (4,)):
+        assert not folder(words[0], "--resume", *words[1:]).exists()
+    # A run of that length, once it has begun, is continued by the same command.
+    (own / "checkpoints" / "4").mkdir(parents=True)
+    longer = values | {"num_updates": 12}
+    (own / "config.yaml").write_text(yaml.safe_dump(longer))
+    assert folder(12, "--resume") == own
+
+
 # --- Beginning with another run -----------------------------------------------------------------
 def first_state(folder):
     """Parameters of the checkpoint of update 0."""
@@ -275,6 +318,8 @@ def test_what_cannot_be_a_beginning_is_one_line(made, tiny, capsys):
 
     start = ("--start-from", COPY)
     assert "no run folder" in line("--start-from", "nowhere")
+    above = line("--start-from", "runs/rebrac")
+    assert "--start-from runs/rebrac: no config.yaml" in above and f"below it is {COPY}" in above
     wide = line(*start, "--hidden", "9")
     assert "has 8 numbers there and 9 here" in wide
     shutil.rmtree("runs/rebrac/data/x")
@@ -666,6 +711,19 @@ def test_wrong_words_are_one_line(made, words, said, capsys):
     assert_refused(words, said, capsys)
 
 
+def test_a_path_near_a_run_folder_names_it(made, capsys):
+    """Above it, inside it, and where there is none."""
+    for given in ("runs", "runs/rebrac", "runs/rebrac/data", "."):
+        assert_refused([given], f"the newest below it is {Path(COPY)}", capsys)
+    for given in ("checkpoints", "checkpoints/8", "metrics.csv"):
+        assert_refused([f"{COPY}/{given}"], f"did you mean {COPY}?", capsys)
+    assert_refused(["nowhere"], "give runs/ALGORITHM/DATA SET/NAME", capsys)
+    program.main([COPY])  # the remedy
+    older = Path(shutil.copytree(made, "runs/rebrac/data/older"))
+    os.utime(older / "config.yaml", (1, 1))
+    assert_refused(["runs"], f"the newest below it is {COPY}", capsys)
+
+
 def assert_refused(words, said, capsys):
     with pytest.raises(SystemExit) as leave:
         program.main(words)
@@ -752,6 +810,16 @@ REMEDIES = [
         [*MADE, "--resume", "--discount", "0.5", "--name", "other"],
     ),
     (
+        [*MADE, "--resume", "--seeds", "0", "1", "3", "2"],
+        "to add seeds, train --seeds 3 2 under another --name",
+        [*MADE, "--resume", "--seeds", "3", "2", "--name", "other"],
+    ),
+    (
+        [*SEEDS, "--num-updates", "4", "--resume"],
+        "or choose another --name",
+        [*SEEDS, "--num-updates", "4", "--resume", "--name", "other"],
+    ),
+    (
         [*SEEDS, "--num-updates", "4", "--resume"],
         "give at least 8",
         [*SEEDS, "--num-updates", "8", "--resume"],
@@ -833,6 +901,9 @@ SEEN_IN = {
     "which this config makes": "test_every_seed_begins_with_a_run_of_one_seed",
     "has another State than this": "test_a_checkpoint_of_another_state_is_not_called_damaged",
     "when it can be written again": "test_a_disk_that_takes_no_more",
+    "set --num-updates 0": "test_bad_input_is_one_line",
+    "no env is known for": "test_an_online_phase_without_an_env_is_one_line",
+    "so --resume cannot": "test_without_a_name_a_schedule_of_another_length_does_not_start_anew",
     "all of its updates differ": "test_a_resumed_run_equals_an_undisturbed_one",
     "say which one with --name": "test_without_a_name_the_shorter_run_is_found",
     "give HOST:PORT/COUNT/INDEX": "test_distributed_wants_an_address",
@@ -855,8 +926,6 @@ SEEN_IN = {
     "is in its online phase": (
         "test_the_offline_phase_is_that_of_an_offline_run_which_may_go_on_online"
     ),
-    "set --num-updates 0": "test_bad_input_is_one_line",
-    "no env is known for": "test_an_online_phase_without_an_env_is_one_line",
 }
 
 

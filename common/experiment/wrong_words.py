@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Parse a command line with tyro. What is wrong with it is one line that names a remedy.
+
+tyro frames its messages, spreads them over several lines and often names no remedy.
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import io
+import itertools
+import re
+import typing
+
+import tyro
+
+from common import fail
+from common.experiment import kinds, ranges
+
+HELP = "--help lists the flags"
+NO_VALUE = ("resume", "show_config", "start_optimizer", "html", "dry_run", "slurm")  # flags alone
+
+
+def parse(kind, argv, source, hints=None, more="", in_file=False, **settings):
+    """`tyro.cli(kind)`, whose error becomes one line that begins with the source and exit code 2.
+
+    Args:
+        kind: what tyro makes.
+        argv: the words of the command line, or those that a file's values are.
+        source: the program or the file that they come from.
+        hints: field -> its type, where `kind` does not tell.
+        more: said after a word that is unknown.
+        in_file: whether the values stand in a YAML file.
+        settings: others of `tyro.cli`.
+    """
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(printed):
+            return tyro.cli(kind, args=argv, **settings)
+    except SystemExit as leave:
+        if leave.code == 0:  # --help
+            raise
+        text = re.sub(r"\x1b\[[\d;]*m|[╭╮╰╯│─]|-{4,}", " ", printed.getvalue())
+        text = " ".join(text.split("For full helptext")[0].split())
+        hints = typing.get_type_hints(kind) if hints is None else hints
+        unknown = text.startswith("Unrecognized options")
+        fail(f"{source}: {explained(text, argv, hints, in_file)}{more if unknown else ''}")
+
+
+def hints_of(*classes):
+    """field -> type of several dataclasses."""
+    found = {}
+    for kind in classes:
+        hints = typing.get_type_hints(kind)
+        found |= {field.name: hints[field.name] for field in dataclasses.fields(kind)}
+    return found
+
+
+def explained(text, argv, hints, in_file=False):
+    """A message of tyro's, in one line already, with a remedy."""
+    kinds_of = {ranges.flag(name): kind for name, kind in hints.items()}
+    if text.startswith("Unrecognized options"):
+        unknown = text.partition(":")[2].partition(" Perhaps you meant")[0].strip().split(", ")
+        return _unknown(unknown, argv, kinds_of)
+    found = re.search(r"(?:Error parsing |argument ')(--[\w-]+)", text)
+    if found is None or found[1] not in kinds_of:
+        return f"{re.sub('^(Parsing error|Required options) ', '', text)}; {HELP}"
+    flag = found[1]
+    return _value(flag, _given(flag, argv), kinds_of[flag], in_file)
+
+
+def _value(flag, given, kind, in_file):
+    """A flag has no value, or one that is not of its type."""
+    if typing.get_origin(kind) is tuple:
+        return _parts(flag, given, typing.get_args(kind)[0], in_file)
+    if not given:
+        return f"{flag}: has no value behind it; it must be {kinds.words(kind)}"
+    hint = ""
+    if (
+        int in (kind, *typing.get_args(kind))
+        and _reads(given[0], float)
+        and float(given[0]).is_integer()
+    ):
+        hint = f"; write `{flag} {int(float(given[0]))}`"
+    return f"{flag} {given[0] or repr('')}: must be {kinds.words(kind)}{hint}"
+
+
+def _parts(flag, given, part, in_file):
+    """The parts of a tuple cannot be read, mostly since they have commas between them."""
+    example = {int: ["0", "1"], float: ["0.5", "1.5"]}.get(part, ["a", "b"])
+    parts = re.sub(r"[\[\](),]+", " ", " ".join(given)).split()
+    readable = bool(parts) and all(_reads(x, part) for x in parts)
+    example = parts if readable else example
+    written = f"{flag} {' '.join(example)}"
+    if in_file:
+        written = f"{flag.removeprefix('--').replace('-', '_')}: [{', '.join(example)}]"
+    if readable:
+        return f"{flag} {' '.join(given)}: write `{written}`"
+    return f"{flag} {' '.join(given)}: each part must be {kinds.words(part)}, as in `{written}`"
+
+
+def _unknown(unknown, argv, kinds_of):
+    """Words that no flag takes. The first decides what is said, since the others may follow it."""
+    word = unknown[0]
+    if word.startswith("-"):
+        name = word.partition("=")[0]
+        known = [flag.removeprefix("--") for flag in kinds_of]
+        plain = name.strip("-").replace("_", "-")
+        near = difflib.get_close_matches(plain, known, 3, 0.75)
+        near = near or [flag for flag in known if plain and f"-{plain}" in f"-{flag}"][:4]
+        meant = f"did you mean {' or '.join(f'--{flag}' for flag in near)}? " if near else ""
+        return f"there is no flag {name}; {meant}{HELP}"
+    flag = _flag_before(word, argv)
+    if flag is None:
+        meant = f"write `--{word}`" if f"--{word.partition('=')[0]}" in kinds_of else HELP
+        return f"{word}: belongs to no flag; {meant}"
+    if flag.removeprefix("--").replace("-", "_") in NO_VALUE:
+        return f"{flag}: takes no value, so not {word}; write `{flag}` alone, or leave it out"
+    return f"{flag}: takes one value, so not {word} as well; leave that out"
+
+
+def _given(flag, argv):
+    """The words that a command line gives to a flag."""
+    found = []
+    for i, word in enumerate(argv):
+        name, sign, value = word.partition("=")
+        if name.replace("_", "-") == flag:
+            behind = itertools.takewhile(lambda x: not x.startswith("--"), argv[i + 1 :])
+            found = [value, *behind] if sign else [*behind]
+    return found
+
+
+def _flag_before(word, argv):
+    """The flag to which a word would belong, None where there is none before it."""
+    before = None
+    for other in argv:
+        flag, sign, value = other.partition("=")
+        flag = flag.replace("_", "-")
+        if other.startswith("--") and sign and value == word:
+            return flag
+        if other == word:
+            return before
+        if other.startswith("--"):
+            before = None if sign else flag
+    return before
+
+
+def _reads(text, kind):
+    try:
+        kind(text)
+    except (ValueError, OverflowError):
+        return False
+    return True
