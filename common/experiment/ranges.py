@@ -5,7 +5,15 @@ import re
 
 from common import fail
 
-SHARES = ("discount", "target_rate", "actor_target_rate", "td_lambda", "lam", "residual")
+SHARES = (
+    "discount",
+    "target_rate",
+    "actor_target_rate",
+    "td_lambda",
+    "lam",
+    "residual",
+    "real_ratio",
+)
 LARGEST = 3.4e38  # of float32, in which the networks compute
 # Patterns of names.
 POSITIVE = "learning_rate$|^fixed_std$|^return_scale$|^beta$|^(sql|eql)_alpha$|^huber_delta$"
@@ -44,6 +52,7 @@ def check(cfg):
         ("eval_every", "log_every"),
         ("num_updates", "log_every"),
         ("clone_updates", "log_every"),
+        ("model_updates", "log_every"),
         ("log_every", "policy_delay"),
         ("log_every", "actor_updates"),
         ("online_updates", "log_every"),
@@ -57,12 +66,12 @@ def check(cfg):
                 f"{flag(whole)} {number} is no multiple of {flag(part)} {divisor}; "
                 f"{near} would be one{smaller}"
             )
-    cloning = getattr(cfg, "clone_updates", 0)
-    if cloning >= cfg.num_updates:
-        fail(
-            f"--num-updates {cfg.num_updates}: counts the --clone-updates {cloning} as well, "
-            "so it must be more"
-        )
+    for first in ("clone_updates", "model_updates"):
+        if getattr(cfg, first, 0) >= cfg.num_updates and hasattr(cfg, first):
+            fail(
+                f"--num-updates {cfg.num_updates}: counts the {flag(first)} {getattr(cfg, first)} "
+                "as well, so it must be more"
+            )
 
     refresh = getattr(cfg, "steps_per_refresh", 1) * getattr(cfg, "updates_per_step", 1)
     if refresh > 1 and cfg.online_updates and cfg.log_every % refresh:
