@@ -4,7 +4,7 @@
 Paper       https://arxiv.org/abs/2005.13239
 Reference   https://github.com/yihaosun1124/OfflineRL-Kit
 Run         python algorithms/mopo.py --config configs/mopo/mujoco.yaml
-Parent      sac.py (1 lines)
+Parent      sac.py (468 lines)
 Results     docs/results.md
 Deviations  The fit of the dynamics has a fixed number of updates. It keeps each member's best
             parameters and stops by the reference's rule: from then on its updates change nothing.
