@@ -4,7 +4,7 @@
 Paper       https://arxiv.org/abs/2005.13239
 Reference   https://github.com/yihaosun1124/OfflineRL-Kit
 Run         python algorithms/mopo.py --config configs/mopo/mujoco.yaml
-Parent      sac.py (468 lines)
+Parent      sac.py (475 lines)
 Results     docs/results.md
 Deviations  The fit of the dynamics has a fixed number of updates. It keeps each member's best
             parameters and stops by the reference's rule: from then on its updates change nothing.
@@ -141,6 +141,7 @@ class Fit(NamedTuple):
     scaled_error: jax.Array  # [M] the last error, as a root in units of the std of the data
     waiting: jax.Array  # measurements since a member became better by 1 %
     input_statistics: tuple[jax.Array, jax.Array]  # mean and std of the inputs, [O + A] each
+    elites: jax.Array  # [num_elites] members of the lowest error, once the fit has ended
 
 
 class ModelRows(NamedTuple):
@@ -233,6 +234,7 @@ def blank_fit(params, batch, cfg):
         scaled_error=jnp.zeros(cfg.num_models),
         waiting=jnp.int32(0),
         input_statistics=(jnp.zeros(inputs), jnp.ones(inputs)),
+        elites=jnp.arange(cfg.num_elites),
     )
 
 
@@ -403,14 +405,7 @@ def model_update(state, step, key, data, cfg):
         return state, {"dynamics_loss": jnp.float32(0.0)}
 
     state, metrics = jax.lax.cond(going_on, fitted, left, state)
-    last = step == cfg.model_updates - 1
-    members = jax.tree.map(
-        lambda best, now: jnp.where(last, best, now),
-        state.fit.best,
-        state.dynamics.params["members"],
-    )
-    params = state.dynamics.params | {"members": members}
-    state = state._replace(dynamics=state.dynamics.replace(params=params))
+    state = jax.lax.cond(step == cfg.model_updates - 1, partial(ended, cfg=cfg), same, state)
     for member in range(cfg.num_models):
         metrics[f"holdout_error_{member}"] = state.fit.scaled_error[member]
     return state, metrics | {"fitting": going_on.astype(jnp.float32)}
@@ -418,6 +413,19 @@ def model_update(state, step, key, data, cfg):
 
 def fit_of(state):
     return state.fit
+
+
+def same(state):
+    return state
+
+
+def ended(state, cfg):
+    """The state after the fit: every member has its best parameters, and the elites are known."""
+    params = state.dynamics.params | {"members": state.fit.best}
+    elites = state.fit.best_error.argsort()[: cfg.num_elites]
+    return state._replace(
+        dynamics=state.dynamics.replace(params=params), fit=state.fit._replace(elites=elites)
+    )
 
 
 def measured(state, key, data):
@@ -503,7 +511,10 @@ def update(state, step, key, data, cfg):
     key_rollout, key_policy = jax.random.split(jax.random.fold_in(key, step))
     rolls = (step - cfg.model_updates) % cfg.rollout_every == 0
     ring = jax.lax.cond(
-        rolls, partial(rolled_out, key=key_rollout, data=data, cfg=cfg), ring_of, state
+        rolls,
+        partial(rolled_out, key=key_rollout, data=data, imagined=penalised, cfg=cfg),
+        ring_of,
+        state,
     )
     state = state._replace(ring=ring)
     return policy_update(state, step, key_policy, data, cfg)
@@ -556,8 +567,11 @@ def mixed_batch(state, data, key, cfg):
     return jax.tree.map(lambda x, y: jnp.concatenate([x, y]), real, model)
 
 
-def rolled_out(state, key, data, cfg):
-    """The ring after a generation: R rollouts of the policy from observations of the data."""
+def rolled_out(state, key, data, imagined, cfg):
+    """The ring after a generation: R rollouts of the policy from observations of the data.
+
+    `imagined(state, observation, key, cfg)` makes a step of all of them.
+    """
     key_start, key_steps = jax.random.split(key)
     index = jax.random.randint(key_start, (cfg.rollout_batch,), 0, len(data.reward))
     observation = data.observation[index]
@@ -577,7 +591,7 @@ def rolled_out(state, key, data, cfg):
     return ring
 
 
-def imagined(state, observation, key, cfg):
+def penalised(state, observation, key, cfg):
     """A step of every rollout, [R, ...]: a ~ pi(s), and s', r by a random elite. Algorithm 2.
 
     The penalty of the reward is the largest of the members' norms of std(s' - s, r).
@@ -609,9 +623,8 @@ def ensemble(state, observation, action):
 
 def drawn(state, observation, mean, std, key_member, key_noise, cfg):
     """s' and r, drawn for every row from the Gaussian of one of the elites, [R, O] and [R]."""
-    elites = state.fit.best_error.argsort()[: cfg.num_elites]
     rows = jnp.arange(len(observation))
-    member = elites[jax.random.randint(key_member, (len(rows),), 0, cfg.num_elites)]
+    member = state.fit.elites[jax.random.randint(key_member, (len(rows),), 0, cfg.num_elites)]
     noise = jax.random.normal(key_noise, mean.shape[1:])
     sample = mean[member, rows] + std[member, rows] * noise
     return observation + sample[:, :-1], sample[:, -1]

@@ -21,7 +21,11 @@ from common.experiment import config, devices, host_data
 
 ROOT = Path(__file__).resolve().parents[2]
 ROWS, BATCH, STEPS, END = 1000, 4, 5, 15
-REFUSE = ("awr", "mopo")  # awr reads all rows in every iteration, the others roll a model out
+REFUSE = (
+    "awr",
+    "mopo",
+    "combo",
+)  # awr reads all rows in every iteration, the others roll a model out
 NAMES = [name for name in NAMES if name not in REFUSE]
 
 
