@@ -4,7 +4,7 @@
 Paper       https://arxiv.org/abs/2102.08363
 Reference   https://github.com/yihaosun1124/OfflineRL-Kit
 Run         python algorithms/combo.py --config configs/combo/mujoco.yaml
-Parent      mopo.py (1 lines)
+Parent      mopo.py (69 lines)
 Results     docs/results.md
 Deviations  Those of mopo.py about the dynamics, the rollouts and the order of the updates. As in
             the reference, the conservative term has CQL's soft maximum over uniform actions, those
@@ -62,11 +62,9 @@ class Config:
     generations: int = 5  # full generations that the ring of model rows has room for
     real_ratio: float = 0.5  # share of a batch's rows that are the data's
     # COMBO
-    conservative_weight: float = 5.0  # beta, weight of the conservative term, Eq. 2
+    conservative_weight: float = 5.0  # beta, weight of the conservative term
     num_samples: int = 10  # N, actions per state of each kind: uniform, of pi(s), of pi(s')
-    rho: Literal["mixed", "model"] = (
-        "mixed"  # whose states the term pushes down: all, or the ring's
-    )
+    rho: Literal["mixed", "model"] = "mixed"  # states that the term pushes down: all, or model rows
 
 
 # --- Networks -----------------------------------------------------------------------------------
@@ -262,7 +260,7 @@ def temperature_of(params):
 
 # --- Losses -------------------------------------------------------------------------------------
 def critic_loss(params, state, batch, key, cfg):
-    """Squared TD error + beta (log sum_a~ exp Q(s, a~) over rho - Q(s, a) over the data). Eq. 2.
+    """Squared TD error + beta (log sum_a~ exp Q(s, a~) over rho - Q(s, a) over the data).
 
     Means over the rows, summed over K. The target is r + gamma min_k Q_k(s', a'), a' ~ pi(s'). The
     first rows of a batch are those of the data.
@@ -414,46 +412,49 @@ def model_update(state, step, key, data, cfg):
     """A gradient step of the dynamics and, at times, a measurement of their errors. One seed.
 
     The first phase. Its key of a step is fold_in(key, step), as in `update`. Once the fit has
-    stopped, a step changes nothing.
+    stopped, a step changes nothing, but for the last one.
     """
     going_on = state.fit.waiting < cfg.patience
-
-    def fitted(state):
-        index = bootstrap_rows(key, step, len(data.reward), cfg)  # [M, B]
-        batch = jax.tree.map(lambda column: column[index], data)
-        grads, metrics = jax.grad(dynamics_loss, has_aux=True)(
-            state.dynamics.params, state, batch, cfg
-        )
-        state = state._replace(dynamics=state.dynamics.apply_gradients(grads=grads))
-        measures = (step == 0) | ((step + 1) % cfg.holdout_every == 0)
-        fit = jax.lax.cond(measures, partial(measured, key=key, data=data), fit_of, state)
-        return state._replace(fit=fit), metrics
-
-    def left(state):
-        return state, {"dynamics_loss": jnp.float32(0.0)}
-
-    state, metrics = jax.lax.cond(going_on, fitted, left, state)
-    state = jax.lax.cond(step == cfg.model_updates - 1, partial(ended, cfg=cfg), same, state)
+    fit_step = partial(fitted, step=step, key=key, data=data, cfg=cfg)
+    (dynamics, fit), metrics = jax.lax.cond(going_on, fit_step, left, state)
+    state = state._replace(dynamics=dynamics, fit=fit)
+    is_last = step == cfg.model_updates - 1
+    dynamics, fit = jax.lax.cond(is_last, partial(ended, cfg=cfg), model_of, state)
+    state = state._replace(dynamics=dynamics, fit=fit)
     for member in range(cfg.num_models):
         metrics[f"holdout_error_{member}"] = state.fit.scaled_error[member]
     return state, metrics | {"fitting": going_on.astype(jnp.float32)}
 
 
-def fit_of(state):
-    return state.fit
+def fitted(state, step, key, data, cfg):
+    """Dynamics and fit after a gradient step, and after a measurement if it is time for one."""
+    index = bootstrap_rows(key, step, len(data.reward), cfg)  # [M, B]
+    batch = jax.tree.map(lambda column: column[index], data)
+    grads, metrics = jax.grad(dynamics_loss, has_aux=True)(state.dynamics.params, state, batch, cfg)
+    state = state._replace(dynamics=state.dynamics.apply_gradients(grads=grads))
+    measures = (step == 0) | ((step + 1) % cfg.holdout_every == 0)
+    fit = jax.lax.cond(measures, partial(measured, key=key, data=data), fit_of, state)
+    return (state.dynamics, fit), metrics
 
 
-def same(state):
-    return state
+def left(state):
+    """Dynamics and fit as they are."""
+    return model_of(state), {"dynamics_loss": jnp.float32(0.0)}
 
 
 def ended(state, cfg):
-    """The state after the fit: every member has its best parameters, and the elites are known."""
+    """Dynamics with the best parameters of every member, and the fit, which knows the elites."""
     params = state.dynamics.params | {"members": state.fit.best}
     elites = state.fit.best_error.argsort()[: cfg.num_elites]
-    return state._replace(
-        dynamics=state.dynamics.replace(params=params), fit=state.fit._replace(elites=elites)
-    )
+    return state.dynamics.replace(params=params), state.fit._replace(elites=elites)
+
+
+def model_of(state):
+    return state.dynamics, state.fit
+
+
+def fit_of(state):
+    return state.fit
 
 
 def measured(state, key, data):

@@ -4,17 +4,17 @@
 Paper       https://arxiv.org/abs/2005.13239
 Reference   https://github.com/yihaosun1124/OfflineRL-Kit
 Run         python algorithms/mopo.py --config configs/mopo/mujoco.yaml
-Parent      sac.py (475 lines)
+Parent      sac.py (484 lines)
 Results     docs/results.md
 Deviations  The fit of the dynamics has a fixed number of updates. It keeps each member's best
             parameters and stops by the reference's rule: from then on its updates change nothing.
-            A member draws its batches with replacement from its own bootstrap sample, where the
+            A member draws its batches with replacement from its own bootstrap sample; the
             reference goes through that sample in epochs. Every n-th row is held out, from a random
-            first one. Rows whose next observation is unknown are left out of the fit. Members share
-            no noise with each other in the reference; here one member per row draws any. The order
-            of SAC's updates is that of sac.py; the reference has critics first, keeps the
-            temperature below 1 and lets the actor's learning rate decay. Rollouts end where Hopper
-            and Walker2d do, and never in other envs: the reference ends those at numbers of 100.
+            first one. Rows whose next observation is unknown are left out of the fit. The order
+            of SAC's updates and the initialisation are those of sac.py; the reference has critics
+            first, keeps the temperature below 1 and lets the actor's learning rate decay. The
+            target entropy is -A, as in the reference; the paper's is -3. Rollouts end where Hopper
+            and Walker2d do, and never in other envs; the reference ends some at numbers of 100.
 
 Shapes: S seeds, M members, K critics, B batch, R rollouts, C rows of the ring, O observation,
         A action. Arrays are float32.
@@ -66,7 +66,7 @@ class Config:
     generations: int = 5  # full generations that the ring of model rows has room for
     real_ratio: float = 0.05  # share of a batch's rows that are the data's
     # MOPO
-    penalty_weight: float = 1.0  # lambda, weight of the penalty, Eq. 6
+    penalty_weight: float = 1.0  # lambda, weight of the penalty
 
 
 # --- Networks -----------------------------------------------------------------------------------
@@ -386,46 +386,49 @@ def model_update(state, step, key, data, cfg):
     """A gradient step of the dynamics and, at times, a measurement of their errors. One seed.
 
     The first phase. Its key of a step is fold_in(key, step), as in `update`. Once the fit has
-    stopped, a step changes nothing.
+    stopped, a step changes nothing, but for the last one.
     """
     going_on = state.fit.waiting < cfg.patience
-
-    def fitted(state):
-        index = bootstrap_rows(key, step, len(data.reward), cfg)  # [M, B]
-        batch = jax.tree.map(lambda column: column[index], data)
-        grads, metrics = jax.grad(dynamics_loss, has_aux=True)(
-            state.dynamics.params, state, batch, cfg
-        )
-        state = state._replace(dynamics=state.dynamics.apply_gradients(grads=grads))
-        measures = (step == 0) | ((step + 1) % cfg.holdout_every == 0)
-        fit = jax.lax.cond(measures, partial(measured, key=key, data=data), fit_of, state)
-        return state._replace(fit=fit), metrics
-
-    def left(state):
-        return state, {"dynamics_loss": jnp.float32(0.0)}
-
-    state, metrics = jax.lax.cond(going_on, fitted, left, state)
-    state = jax.lax.cond(step == cfg.model_updates - 1, partial(ended, cfg=cfg), same, state)
+    fit_step = partial(fitted, step=step, key=key, data=data, cfg=cfg)
+    (dynamics, fit), metrics = jax.lax.cond(going_on, fit_step, left, state)
+    state = state._replace(dynamics=dynamics, fit=fit)
+    is_last = step == cfg.model_updates - 1
+    dynamics, fit = jax.lax.cond(is_last, partial(ended, cfg=cfg), model_of, state)
+    state = state._replace(dynamics=dynamics, fit=fit)
     for member in range(cfg.num_models):
         metrics[f"holdout_error_{member}"] = state.fit.scaled_error[member]
     return state, metrics | {"fitting": going_on.astype(jnp.float32)}
 
 
-def fit_of(state):
-    return state.fit
+def fitted(state, step, key, data, cfg):
+    """Dynamics and fit after a gradient step, and after a measurement if it is time for one."""
+    index = bootstrap_rows(key, step, len(data.reward), cfg)  # [M, B]
+    batch = jax.tree.map(lambda column: column[index], data)
+    grads, metrics = jax.grad(dynamics_loss, has_aux=True)(state.dynamics.params, state, batch, cfg)
+    state = state._replace(dynamics=state.dynamics.apply_gradients(grads=grads))
+    measures = (step == 0) | ((step + 1) % cfg.holdout_every == 0)
+    fit = jax.lax.cond(measures, partial(measured, key=key, data=data), fit_of, state)
+    return (state.dynamics, fit), metrics
 
 
-def same(state):
-    return state
+def left(state):
+    """Dynamics and fit as they are."""
+    return model_of(state), {"dynamics_loss": jnp.float32(0.0)}
 
 
 def ended(state, cfg):
-    """The state after the fit: every member has its best parameters, and the elites are known."""
+    """Dynamics with the best parameters of every member, and the fit, which knows the elites."""
     params = state.dynamics.params | {"members": state.fit.best}
     elites = state.fit.best_error.argsort()[: cfg.num_elites]
-    return state._replace(
-        dynamics=state.dynamics.replace(params=params), fit=state.fit._replace(elites=elites)
-    )
+    return state.dynamics.replace(params=params), state.fit._replace(elites=elites)
+
+
+def model_of(state):
+    return state.dynamics, state.fit
+
+
+def fit_of(state):
+    return state.fit
 
 
 def measured(state, key, data):
@@ -592,7 +595,7 @@ def rolled_out(state, key, data, imagined, cfg):
 
 
 def penalised(state, observation, key, cfg):
-    """A step of every rollout, [R, ...]: a ~ pi(s), and s', r by a random elite. Algorithm 2.
+    """A step of every rollout, [R, ...]: a ~ pi(s), and s', r by a random elite.
 
     The penalty of the reward is the largest of the members' norms of std(s' - s, r).
     """

@@ -221,7 +221,8 @@ def test_fit_and_rollout_step_are_the_references():
         fit = mopo.measured(state, KEY, data)
         np.testing.assert_allclose(fit.best_error, arrays["holdout_errors"], rtol=1e-10)
 
-        state = mopo.ended(state._replace(fit=fit), cfg)
+        dynamics, fit = mopo.ended(state._replace(fit=fit), cfg)
+        state = state._replace(dynamics=dynamics, fit=fit)
         assert list(state.fit.elites) == list(arrays["elites"])
         rollout = parity.under(arrays, "rollout")
         draws = {
