@@ -36,7 +36,7 @@ CONTINUOUS += ["sac_n", "edac", "lb_sac"]
 CONTINUOUS += ["sac"]
 CONTINUOUS += ["brac", "fisher_brc"]
 CONTINUOUS += ["diffusion_ql", "gfp"]
-CONTINUOUS += ["mopo", "combo"]
+CONTINUOUS += ["mopo"]
 DISCRETE = ["cql_discrete"]  # these refuse others
 EITHER = ["bc"]  # takes both
 MODEL = ["--model-updates", "4", "--model-hidden", "8", "--model-decays", "1e-4", "1e-4"]
@@ -57,7 +57,6 @@ ALSO_TINY = {  # by algorithm
     "idql": ["--actor-hidden", "8", "--num-samples", "2"],
     "odice": ["--value-hidden", "8"],
     "mopo": MODEL,
-    "combo": [*MODEL, "--num-samples", "2"],
     "diffusion_ql": ["--generator-steps", "2", "--num-samples", "2"],
     "fql": ["--flow-steps", "2"],
     "gfp": ["--flow-steps", "2"],

@@ -166,12 +166,6 @@ SMALL = {  # what makes an algorithm file small and fast; data sets and claims s
     | FAST
     | {"critic_hidden": (64, 64), "clone_updates": 1000, "clone_learning_rate": 1e-3}
     | {"warm_start": 20, "alpha_training": "linear", "divergence": "mmd", "kernel_width": 2.0},
-    "combo": NET
-    | FAST
-    | {"temperature_learning_rate": 1e-3, "model_updates": 1000, "model_hidden": (32, 32)}
-    | {"model_decays": (2.5e-5, 5e-5, 1e-4), "num_models": 3, "num_elites": 2}
-    | {"holdout_every": 100, "rollout_every": 50, "rollout_batch": 64, "rollout_length": 2}
-    | {"num_samples": 4},
     "cql": NET | FAST | {"critic_hidden": (64, 64), "num_samples": 4},
     "cql_discrete": NET | FAST,
     "dt": SEQUENCE | FAST | {"context": 3, "warm_up": 10, "episode_length": 20},
