@@ -626,7 +626,8 @@ def trains(folder, capsys, name, draw):
     """Whether a drawn configuration trained; if not, it was refused and wrote nothing."""
     write = runs.write_cartpole if name in runs.DISCRETE else runs.write_hdf5
     argv = ["--dataset", write("data.hdf5"), *runs.tiny(name), *drawn(name, draw)]
-    end = "8" if hasattr(CONFIGS[name], "clone_updates") else "4"  # a chunk of each phase
+    phases = hasattr(CONFIGS[name], "clone_updates") or hasattr(CONFIGS[name], "model_updates")
+    end = "8" if phases else "4"  # a chunk of each phase
     argv += ["--num-updates", end, "--log-every", "4", "--eval-every", "4", "--eval-episodes", "1"]
     argv += ["--runs-dir", f"runs{draw}"]
     print(name, *argv)  # pytest shows it where the test fails
