@@ -388,8 +388,10 @@ def model_update(state, step, key, data, cfg):
     The first phase. Its key of a step is fold_in(key, step), as in `update`. Once the fit has
     stopped, a step changes nothing, but for the last one.
     """
+    index = bootstrap_rows(key, step, len(data.reward), cfg)  # [M, B]
+    held_out = holdout_rows(key, len(data.reward))
     going_on = state.fit.waiting < cfg.patience
-    fit_step = partial(fitted, step=step, key=key, data=data, cfg=cfg)
+    fit_step = partial(fitted, step=step, index=index, held_out=held_out, data=data, cfg=cfg)
     (dynamics, fit), metrics = jax.lax.cond(going_on, fit_step, left, state)
     state = state._replace(dynamics=dynamics, fit=fit)
     is_last = step == cfg.model_updates - 1
@@ -400,14 +402,16 @@ def model_update(state, step, key, data, cfg):
     return state, metrics | {"fitting": going_on.astype(jnp.float32)}
 
 
-def fitted(state, step, key, data, cfg):
-    """Dynamics and fit after a gradient step, and after a measurement if it is time for one."""
-    index = bootstrap_rows(key, step, len(data.reward), cfg)  # [M, B]
+def fitted(state, step, index, held_out, data, cfg):
+    """Dynamics and fit after a gradient step, and after a measurement if it is time for one.
+
+    `index` has the rows of the step, [M, B], and `held_out` those of the measurement.
+    """
     batch = jax.tree.map(lambda column: column[index], data)
     grads, metrics = jax.grad(dynamics_loss, has_aux=True)(state.dynamics.params, state, batch, cfg)
     state = state._replace(dynamics=state.dynamics.apply_gradients(grads=grads))
     measures = (step == 0) | ((step + 1) % cfg.holdout_every == 0)
-    fit = jax.lax.cond(measures, partial(measured, key=key, data=data), fit_of, state)
+    fit = jax.lax.cond(measures, partial(measured, held_out=held_out, data=data), fit_of, state)
     return (state.dynamics, fit), metrics
 
 
@@ -431,9 +435,9 @@ def fit_of(state):
     return state.fit
 
 
-def measured(state, key, data):
+def measured(state, held_out, data):
     """The fit after a measurement: each member's best parameters and their holdout error."""
-    batch = jax.tree.map(lambda column: column[holdout_rows(key, len(data.reward))], data)
+    batch = jax.tree.map(lambda column: column[held_out], data)
     members = len(state.fit.best_error)
     repeated = jax.tree.map(lambda x: jnp.broadcast_to(x, (members, *x.shape)), batch)
     target = dynamics_target(repeated)  # [M, H, O + 1]

@@ -44,6 +44,7 @@ REASONS = {
     "atac": [("restart(", "no case goes over the end of the warm start")],
     "awac": [("softmax", "weight=softmax is rlkit's, which was not run")],
     "bc": [("argmax", "integer actions are an addition, without authors' code")],
+    "brac": [("jnp.square(difference)", "of the Gaussian kernel, which no case has")],
     "cql_discrete": [("stop_gradient", "the target has no gradient: no error")],
     "dt": [("timestep) - 1", "a gather beyond the end reads the last row anyway: no error")],
     "iql": [("", "extraction=ddpg_bc is seohongpark/fql's, which updates otherwise: no case")],
@@ -52,7 +53,14 @@ REASONS = {
         ("weight > 0", "in a number that is only logged"),
         ("jnp.mean", "in a number that is only logged"),
     ],
+    "mopo": [
+        ("model_updates", "of the fit of the dynamics, which test_mopo.py compares"),
+        ("square(kernel)", "of the fit of the dynamics, which test_mopo.py compares"),
+        ("fit.waiting", "of the fit of the dynamics, which test_mopo.py compares"),
+        ("ring.filled", "of the rows from the model, which test_mopo.py counts"),
+    ],
     "odice": [("1e-10", "guards against a division by zero: not reached")],
+    "optidice": [("1e-10", "guards log w of chi2: not reached"), ("y + 1.0", "the same guard")],
     "qc": [("jnp.abs(q)", "normalize_q is an addition, without authors' code")],
 }
 

@@ -625,10 +625,10 @@ def main(arguments):
     print(f"written: {' '.join(written)}")
 
 
-if __name__ == "__main__":
+def start():
     description = __doc__.split("\n\n")[0]
-    command_line.run(
-        lambda: main(
-            wrong_words.parse(Arguments, sys.argv[1:], "report.py", description=description)
-        )
-    )
+    main(wrong_words.parse(Arguments, sys.argv[1:], "report.py", description=description))
+
+
+if __name__ == "__main__":
+    command_line.run(start)

@@ -218,7 +218,7 @@ def test_fit_and_rollout_step_are_the_references():
             **{name: jnp.repeat(x, 5, axis=0) for name, x in rows.items()},
             termination=jnp.zeros(100),
         )
-        fit = mopo.measured(state, KEY, data)
+        fit = mopo.measured(state, mopo.holdout_rows(KEY, len(data.reward)), data)
         np.testing.assert_allclose(fit.best_error, arrays["holdout_errors"], rtol=1e-10)
 
         dynamics, fit = mopo.ended(state._replace(fit=fit), cfg)
@@ -278,8 +278,9 @@ def test_members_keep_their_best_and_the_fit_stops_as_the_reference_does():
     cfg, state, _, data = setup(patience=2)
     data = jax.tree.map(jnp.asarray, data)
     measured = jax.jit(mopo.measured, compiler_options=QUICK)
+    held_out = mopo.holdout_rows(KEY, len(data.reward))
     blank = state.fit._replace(best_error=jnp.full(3, 1e10))
-    fit = measured(state._replace(fit=blank), KEY, data)
+    fit = measured(state._replace(fit=blank), held_out, data)
     assert int(fit.waiting) == 0
     held = mopo.holdout_rows(KEY, len(data.reward))
     rows = double(jax.tree.map(lambda x: x[held], data))
@@ -296,7 +297,7 @@ def test_members_keep_their_best_and_the_fit_stops_as_the_reference_does():
     old = fit.best_error * jnp.array([0.5, 1.005, 1.02])
     other = jax.tree.map(jnp.zeros_like, fit.best)
     before = fit._replace(best_error=old, best=other, waiting=jnp.int32(1))
-    fit = measured(state._replace(fit=before), KEY, data)
+    fit = measured(state._replace(fit=before), held_out, data)
     assert int(fit.waiting) == 0
     np.testing.assert_array_equal(fit.best_error[:2], old[:2])
     assert fit.best_error[2] < old[2]
@@ -305,7 +306,7 @@ def test_members_keep_their_best_and_the_fit_stops_as_the_reference_does():
     ):
         assert (best[:2] == 0).all() and (best[2] == now[2]).all()
     before = fit._replace(best_error=jnp.zeros(3), waiting=jnp.int32(1))
-    assert int(measured(state._replace(fit=before), KEY, data).waiting) == 2
+    assert int(measured(state._replace(fit=before), held_out, data).waiting) == 2
 
     # A fit that has stopped changes nothing; its last update takes the best parameters.
     cfg = probes.config(mopo, **SMALL, patience=2, model_updates=10, holdout_every=5)

@@ -8,6 +8,7 @@ import atexit
 import contextlib
 import dataclasses
 import errno
+import itertools
 import json
 import os
 import pickle
@@ -599,7 +600,8 @@ DRAWS = 6 if MANY else 2
 def drawn(name, draw):
     """Flags of a small configuration of an algorithm; two draws differ in every yes or no."""
     rng, flags = np.random.default_rng([NAMES.index(name), draw]), []
-    small = dict(zip(*[iter(runs.tiny(name))] * 2, strict=True))
+    words = runs.tiny(name)
+    small = {flag: value for flag, value in itertools.pairwise(words) if flag.startswith("--")}
     hints = typing.get_type_hints(CONFIGS[name])
     for field in dataclasses.fields(CONFIGS[name]):
         flag, hint = f"--{field.name.replace('_', '-')}", hints[field.name]
