@@ -52,7 +52,7 @@ import numpy as np
 import tyro
 from jax.interpreters import partial_eval
 
-from common import command_line, datasets, evaluation, experiment, fail
+from common import command_line, datasets, evaluation, experiment, fail, interaction
 
 ROWS, OBSERVATION, ACTION = 100_000, 17, 6  # of the synthetic data
 CHAIN = 200  # products in the chain that measures the rate for the floor
@@ -112,6 +112,7 @@ def first_chunk(module, cfg):
         mock.patch.object(experiment, "over_seeds", over_seeds),
         mock.patch.object(experiment, "Run", lambda *_: run),
         mock.patch.object(evaluation, "Rollouts", mock.MagicMock()),
+        mock.patch.object(interaction, "Interaction", mock.MagicMock()),
     ):
         try:
             module.train(cfg, mock.MagicMock(data="device", devices=1))
