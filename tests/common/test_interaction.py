@@ -330,6 +330,7 @@ def test_a_damaged_file_of_rows_is_one_line(both, tmp_path, capsys):
 
 
 def test_an_env_that_cannot_repeat_an_episode_is_said(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(Forgetful, "count", 0)  # episodes are those of a process that begins
     argv = [*TINY, *ALONE, "--online-updates", "24", "--dataset", "env/Forgetful-v0"]
     argv += ["--runs-dir", str(tmp_path), "--name", "run"]
     log = experiment.Run.log
