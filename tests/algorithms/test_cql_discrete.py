@@ -231,5 +231,6 @@ def test_continuous_actions_are_refused(tmp_path, monkeypatch, capsys):
         runs.start("cql_discrete", ["--dataset", data, *runs.TINY])
     (line,) = capsys.readouterr().err.splitlines()
     assert leave.value.code == 2
-    assert line == "error: data.hdf5: continuous actions, but this method takes integer ones only"
+    told = "error: data.hdf5: continuous actions, but this method takes integer ones only; "
+    assert line == told + "README's table of methods says which do not need integer actions"
     assert [path.name for path in tmp_path.iterdir()] == ["data.hdf5"]

@@ -459,10 +459,14 @@ def test_order_of_two_updates():
 
 
 def test_learning_rates():
-    """The actor's falls to 0 along a cosine and stays there; those of Q and V stay."""
+    """The actor's falls to 0 along a cosine and is whole again online; those of Q and V stay."""
     rates = {"actor_learning_rate": 0.02, "critic_learning_rate": 0.05, "num_updates": 4}
     _, state, _, _ = setup(**rates, cosine=True)
-    nets.check_rate(state.actor, lambda t: 0.01 * (1 + math.cos(math.pi * min(t, 4) / 4)), steps=6)
+
+    def rate(t):
+        return 0.01 * (1 + math.cos(math.pi * t / 4)) if t < 4 else 0.02
+
+    nets.check_rate(state.actor, rate, steps=6)
     nets.check_rate(state.critic, lambda t: 0.05, steps=6)
     nets.check_rate(state.value_net, lambda t: 0.05, steps=6)
     _, state, _, _ = setup(**rates, cosine=False)

@@ -40,7 +40,14 @@ TIED = {  # a strong one
 }
 
 
-@pytest.fixture(scope="module", params=FREE)  # of a module: a file's tests follow each other
+# The others run with ATOLL_SLOW=1: these parts of their updates are those of a parent, or they take
+# half a minute each.
+SLOWER = ("diffusion_ql", "edac", "gfp", "lb_sac", "rlpd", "sac_n", "spot")
+QUICK_ONES = [name for name in FREE if name not in SLOWER]
+
+
+# Of a module, so that a file's tests follow each other.
+@pytest.fixture(scope="module", params=runs.slow_but(FREE, QUICK_ONES))
 def free(request):
     """(module, function from a data set to the trained state)"""
     module = importlib.import_module(f"algorithms.{request.param}")

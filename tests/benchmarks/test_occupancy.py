@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Ratios of occupancies that the DICE methods learn, against the exact ones of a small corridor."""
 
+import helpers_runs as runs
 import numpy as np
 import pytest
 
@@ -46,7 +47,12 @@ def test_the_exact_ratio_is_that_of_the_best_policy(world):
 
 
 @pytest.mark.parametrize(
-    ("title", "limit"), [("OptiDICE", 0.12), ("ODICE, true gradient", 0.12), ("AlgaeDICE", 0.4)]
+    ("title", "limit"),
+    [
+        ("OptiDICE", 0.12),
+        pytest.param("ODICE, true gradient", 0.12, marks=runs.SLOW),
+        pytest.param("AlgaeDICE", 0.4, marks=runs.SLOW),
+    ],
 )
 def test_learned_ratios_are_near_the_exact_ones(world, title, limit):
     """Mean absolute errors over the data; a ratio of 1 everywhere, the data's own, is far off."""

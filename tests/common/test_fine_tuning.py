@@ -66,7 +66,7 @@ def arguments(name, data, folder):
 
 
 # --- Over all files -----------------------------------------------------------------------------
-@pytest.mark.parametrize("name", runs.slow_but(FILES, ["rebrac", "qc"]))
+@pytest.mark.parametrize("name", runs.slow_but(FILES, ["rebrac"]))
 def test_a_resumed_run_equals_an_undisturbed_one(name, data, tmp_path, monkeypatch, capsys):
     """Stopped in the online phase; one file also before it. All rows and metrics are equal."""
     argv = arguments(name, data, tmp_path)
