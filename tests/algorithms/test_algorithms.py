@@ -149,7 +149,13 @@ def test_seeds_as_lanes_of_a_vmap_equal_one_after_the_other(name, monkeypatch):
 
 
 # --- Runs ---------------------------------------------------------------------------------------
-@pytest.mark.parametrize("name", [*NAMES, "bc, discrete"])
+# Their loops are those of a parent: 8 CPU seconds each, with ATOLL_SLOW=1.
+LIKE_A_PARENT = ("algaedice", "awac", "diffusion_ql", "edac", "fisher_brc", "gfp", "ivr", "lb_sac")
+LIKE_A_PARENT += ("rlpd", "spot", "xql")
+LOOPS = [name for name in [*NAMES, "bc, discrete"] if name not in LIKE_A_PARENT]
+
+
+@pytest.mark.parametrize("name", runs.slow_but([*NAMES, "bc, discrete"], LOOPS))
 def test_a_resumed_run_equals_an_undisturbed_one(name, tmp_path, monkeypatch, capsys):
     """8 updates and then 16 are 16 at once, and the policy acts the same without its data set.
 

@@ -268,7 +268,7 @@ def both(tmp_path_factory):
     return folder / "runs" / "sac" / "data", argv, final["state"]
 
 
-@pytest.mark.parametrize("step", [4, 8, 16])
+@pytest.mark.parametrize("step", runs.slow_but([4, 8, 16], [16]))
 def test_a_resumed_run_equals_an_undisturbed_one(both, step, capsys):
     """In the offline phase, between the phases, in the online phase with an episode under way."""
     folder, argv, state = both
