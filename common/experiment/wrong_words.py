@@ -15,7 +15,7 @@ import typing
 import tyro
 
 from common import fail
-from common.experiment import kinds, ranges
+from common.experiment import kinds, provenance, ranges
 
 HELP = "--help lists the flags"
 NO_VALUE = ("resume", "show_config", "start_optimizer", "html", "dry_run", "slurm")  # flags alone
@@ -35,7 +35,8 @@ def parse(kind, argv, source, hints=None, more="", in_file=False, **settings):
     """
     printed = io.StringIO()
     try:
-        with contextlib.redirect_stderr(printed):
+        # One thread at a time: tyro reads comments by way of `ast`, and sys.stderr is everybody's.
+        with provenance.PARSER, contextlib.redirect_stderr(printed):
             return tyro.cli(kind, args=argv, **settings)
     except SystemExit as leave:
         if leave.code == 0:  # --help
