@@ -138,6 +138,12 @@ def test_a_seed_among_4_in_one_chunk_equals_that_seed_alone_in_ten(name, alone):
     assert floats and all((x[0] != x[1]).any() for x in floats)  # the seeds do differ
 
 
+@runs.SLOW  # a third program for the metrics alone, which the test above compares but for rounding
+def test_metrics_of_a_seed_among_4_are_those_of_that_seed_alone(name, alone):
+    found, _ = golden.measure(name, (3, 0, 7, 1), lane=1)
+    assert found == alone[0]
+
+
 @runs.SLOW
 def test_seeds_as_lanes_of_a_vmap_equal_one_after_the_other(name, monkeypatch):
     """What an accelerator does. Few updates: later a ReLU that rounding flips grows into more."""
@@ -159,7 +165,7 @@ LOOPS = [name for name in [*NAMES, "bc, discrete"] if name not in LIKE_A_PARENT]
 def test_a_resumed_run_equals_an_undisturbed_one(name, tmp_path, monkeypatch, capsys):
     """8 updates and then 16 are 16 at once, and the policy acts the same without its data set.
 
-    Where a schedule ends with the run, a copy of the run folder, taken between two borders, is
+    Where a schedule ends with the run, a copy of the run folder, taken between two chunks, is
     resumed: it is what a killed process leaves. The rest of what runs do is tested on one file, see
     test_experiment.py and test_growth.py.
     """
