@@ -3,8 +3,8 @@
 
 The scripted controllers (OGBench's oracles), their noise and the length of an episode are OGBench's
 (its data_gen_scripts at 1d41409 and the oracles in the package). The caller chooses the number of
-episodes, 100 by default; OGBench has 1000. The result is two npz files, for training and for
-validation, as OGBench has them.
+episodes, 100 by default; OGBench's own number is `Recipe.official`. The result is two npz files,
+for training and for validation, as OGBench has them.
 
 Every episode has its own seed, so the file does not depend on interruptions or on the number of
 processes. Importing this module needs NumPy only.
@@ -31,26 +31,40 @@ VALIDATION = 10  # training episodes per validation episode
 
 class Recipe(NamedTuple):
     env: str  # goal-conditioned env of the package
-    kind: str  # "navigate": noisy walk between goals; "play": planned; "noisy": closed loop
+    kind: str  # "navigate", "stitch": noisy walks; "play": planned; "noisy": closed loop
     steps: int = STEPS
     random: float = 0.0  # share of uniformly random actions
     speed: int = 500  # steps per second and process, measured
+    official: int = 1000  # training episodes of the official file
+    stacking: tuple[float, float] = (0.5, 0.5)  # p_stack of an episode is uniform between these
 
 
-RECIPES = {
-    "pointmaze-medium-navigate-v0": Recipe("pointmaze-medium-v0", "navigate", speed=5000),
-    "pointmaze-large-navigate-v0": Recipe("pointmaze-large-v0", "navigate", speed=4000),
-    "pointmaze-giant-navigate-v0": Recipe("pointmaze-giant-v0", "navigate", 2001, speed=2500),
-    "pointmaze-teleport-navigate-v0": Recipe("pointmaze-teleport-v0", "navigate", speed=4000),
-}
-for _name, _random in (
-    ("cube-single", 0.1),
-    ("cube-double", 0.1),
-    ("scene", 0.1),
-    ("puzzle-3x3", 0.2),
+RECIPES = {}
+# From here on (name, ...) as data_gen_scripts/commands.sh calls OGBench's scripts.
+for _name, _speed in (("medium", 5000), ("large", 4000), ("giant", 2500), ("teleport", 4000)):
+    _env, _steps, _episodes = f"pointmaze-{_name}-v0", STEPS, 1000
+    if _name == "giant":
+        _steps, _episodes = 2001, 500
+    RECIPES[f"pointmaze-{_name}-navigate-v0"] = Recipe(
+        _env, "navigate", _steps, speed=_speed, official=_episodes
+    )
+    RECIPES[f"pointmaze-{_name}-stitch-v0"] = Recipe(
+        _env, "stitch", 201, speed=_speed, official=5000
+    )
+for _name, _random, _speed, _episodes, _stacking in (
+    ("cube-single", 0.1, 500, 1000, (0.0, 0.0)),
+    ("cube-double", 0.1, 500, 1000, (0.0, 0.25)),
+    ("cube-triple", 0.1, 400, 3000, (0.05, 0.35)),
+    ("cube-quadruple", 0.1, 300, 5000, (0.1, 0.5)),
+    ("scene", 0.1, 500, 1000, (0.5, 0.5)),
+    ("puzzle-3x3", 0.2, 500, 1000, (0.5, 0.5)),
+    ("puzzle-4x4", 0.2, 500, 1000, (0.5, 0.5)),
+    ("puzzle-4x5", 0.2, 500, 3000, (0.5, 0.5)),
+    ("puzzle-4x6", 0.2, 500, 5000, (0.5, 0.5)),
 ):
-    RECIPES[f"{_name}-play-v0"] = Recipe(f"{_name}-v0", "play")
-    RECIPES[f"{_name}-noisy-v0"] = Recipe(f"{_name}-v0", "noisy", random=_random)
+    _common = {"speed": _speed, "official": _episodes, "stacking": _stacking}
+    RECIPES[f"{_name}-play-v0"] = Recipe(f"{_name}-v0", "play", **_common)
+    RECIPES[f"{_name}-noisy-v0"] = Recipe(f"{_name}-v0", "noisy", random=_random, **_common)
 
 
 def make(name: str, folder: Path, episodes: int | None = None, workers: int | None = None) -> None:
@@ -87,7 +101,7 @@ def _make(name, folder, episodes, workers):
         f"making {name} ({episodes} episodes of {recipe.steps} rows and {len(todo) - episodes} for "
         f"validation, {len(left)} to go, {workers} processes, about {seconds:.0f} s) in {folder}. "
         "If it is interrupted, the same command continues. Other sizes: "
-        f"python -m common.recipes local/ogbench/{name} --episodes N",
+        f"python -m common.recipes local/ogbench/{name} --episodes N, or --official",
         flush=True,
     )
     _make_parts(name, parts, left, workers)
@@ -146,7 +160,7 @@ def _start(name, parts):
 
     recipe = RECIPES[name]
     options = {"terminate_at_goal": False, "max_episode_steps": recipe.steps}
-    if recipe.kind != "navigate":
+    if recipe.kind in ("play", "noisy"):
         options["mode"] = "data_collection"
     # Notices about a missing display and about the precision of action bounds.
     warnings.simplefilter("ignore")
@@ -154,16 +168,16 @@ def _start(name, parts):
 
     env = envs.make_quietly(recipe.env, gymnasium.make, recipe.env, **options)
     _worker.update(recipe=recipe, parts=parts, env=env)
-    _worker["agents"] = {} if recipe.kind == "navigate" else _oracles(recipe, env)
+    _worker["agents"] = _oracles(recipe, env) if recipe.kind in ("play", "noisy") else {}
 
 
 def _make_part(job):
     split, index = job
-    navigate = _worker["recipe"].kind == "navigate"
+    walks = _worker["recipe"].kind in ("navigate", "stitch")
     for attempt in range(1000):  # the official script repeats failed episodes, too
         seed = np.random.SeedSequence([split == "val", index, attempt]).generate_state(1)[0]
         np.random.seed(seed)  # noqa: NPY002 - envs and oracles draw from NumPy's global generator
-        rows = _navigate(int(seed)) if navigate else _manipulate(int(seed))
+        rows = _navigate(int(seed)) if walks else _manipulate(int(seed))
         if rows is not None:
             break
     path = _part(_worker["parts"], job)
@@ -206,12 +220,19 @@ class _Rows:
 
 # --- PointMaze ----------------------------------------------------------------------------------
 def _navigate(seed):
-    """A noisy walk (std 0.5) along shortest paths; a new goal whenever one is reached."""
+    """A noisy walk (std 0.5) along shortest paths.
+
+    Kind "navigate": to one far goal after the other. Kind "stitch": to one goal four cells away,
+    where the walk stays.
+    """
     env, rows, draw = _worker["env"], _Rows(), np.random.default_rng(seed)
+    stays = _worker["recipe"].kind == "stitch"
     maze = env.unwrapped
     free = [tuple(cell) for cell in np.argwhere(maze.maze_map == 0).tolist()]
     corners = [cell for cell in free if not _hallway(maze.maze_map, *cell)]
-    start, goal = free[draw.integers(len(free))], corners[draw.integers(len(corners))]
+    start = free[draw.integers(len(free))]
+    goals = _cells_at(maze.maze_map, start, 4) or [start] if stays else corners
+    goal = goals[draw.integers(len(goals))]
     task = {"init_ij": start, "goal_ij": goal}
     maze.action_space.seed(seed)  # sampled by the env's own reset
     observation, _ = env.reset(seed=seed, options={"task_info": task})
@@ -223,7 +244,7 @@ def _navigate(seed):
         action = np.clip(direction + draw.normal(0, 0.5, 2), -1, 1)
         following, _, termination, truncation, info = env.step(action)
         done = termination or truncation
-        if info["success"]:
+        if info["success"] and not stays:
             maze.set_goal(corners[draw.integers(len(corners))])
         rows.add(observation, action, done, info)
         observation = following
@@ -234,6 +255,18 @@ def _hallway(walls, i, j):
     """Whether a cell has walls on two opposite sides and none on the others."""
     sides = tuple(int(walls[cell]) for cell in ((i - 1, j), (i + 1, j), (i, j - 1), (i, j + 1)))
     return sides in ((0, 0, 1, 1), (1, 1, 0, 0))
+
+
+def _cells_at(walls, start, distance):
+    """The free cells whose shortest path from `start` has `distance` steps."""
+    reached, front = {start}, [start]
+    for _ in range(distance):
+        beside = [
+            (i + di, j + dj) for i, j in front for di, dj in ((-1, 0), (0, -1), (1, 0), (0, 1))
+        ]
+        front = [cell for cell in dict.fromkeys(beside) if not walls[cell] and cell not in reached]
+        reached.update(front)
+    return front
 
 
 # --- Manipulation -------------------------------------------------------------------------------
@@ -265,9 +298,8 @@ def _manipulate(seed):
     env, agents, recipe, rows = _worker["env"], _worker["agents"], _worker["recipe"], _Rows()
     draw = np.random.default_rng(seed)
     observation, info = env.reset(seed=seed)
-    stack = (
-        0.0 if "single" in recipe.env else draw.uniform(0, 0.25) if "double" in recipe.env else 0.5
-    )
+    low, high = recipe.stacking
+    stack = low if low == high else draw.uniform(low, high)  # files made before stay as they are
     noise = draw.uniform(0, 0.1) * np.array([1, 1, 1, 3, 10]) * (recipe.kind == "noisy")
     agent = agents[info["privileged/target_task"]]
     agent.reset(observation, info)
