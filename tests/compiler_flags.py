@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """XLA's flags in the tests, beside those that the user has set in XLA_FLAGS."""
 
+import os
 from importlib import metadata
 
 FLAGS = (
@@ -11,6 +12,15 @@ FLAGS = (
     "--xla_cpu_enable_concurrency_optimized_scheduler=false",
 )
 
+# For a program that is compared bit for bit over numbers of seeds: fused as a user's programs are.
+AS_USERS = {}
+if metadata.version("jaxlib").startswith("0.10."):  # a version must be known to have the option
+    # The older way to compile fused operations takes half the time again. With it a seed's numbers
+    # depend on the other seeds in their last bits.
+    FLAGS = (*FLAGS, "--xla_cpu_use_fusion_emitters=false")
+    AS_USERS = {"xla_cpu_use_fusion_emitters": True}
+QUICK = {}
+
 
 def beside(users):
     """Value of XLA_FLAGS: the user's flags come last, so they win over the tests' own."""
@@ -18,9 +28,7 @@ def beside(users):
     return " ".join([*(flag for flag in FLAGS if flag not in words), *words])
 
 
-# For a program that runs a few times and is compared with tolerances: half the time to compile.
-QUICK = {"xla_backend_optimization_level": 0}
-if metadata.version("jaxlib").startswith("0.10."):
-    # The older way to compile fused operations halves it again. With it a seed's numbers depend on
-    # the other seeds in their last bits, and a version must be known to have the option.
-    QUICK["xla_cpu_use_fusion_emitters"] = False
+def as_users(more):
+    """The same for a command whose numbers are compared bit for bit, with the flags `more`."""
+    options = [f"--{name}={str(value).lower()}" for name, value in AS_USERS.items()]
+    return " ".join([os.environ["XLA_FLAGS"], *options, more])

@@ -14,6 +14,7 @@ os.environ["PYTHONUTF8"] = "1"
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = compiler_flags.beside(os.environ.get("XLA_FLAGS", ""))
 
+import helpers_runs
 import jax
 import probes
 import pytest
@@ -56,6 +57,13 @@ def few_programs():
     if maps.exists() and maps.read_bytes().count(b"\n") > 25_000:
         jax.clear_caches()
         gc.collect()
+
+
+@pytest.fixture
+def fused_as_users():
+    """Programs as users compile them, see helpers_runs.py."""
+    with helpers_runs.fused_as_users():
+        yield
 
 
 @pytest.fixture

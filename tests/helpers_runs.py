@@ -5,6 +5,7 @@ As a script it is a command that dies at a chosen point: `python tests/helpers_r
 algorithms/rebrac.py ...`, see `die_at`. `calls` gives it several commands.
 """
 
+import contextlib
 import csv
 import dataclasses
 import functools
@@ -22,6 +23,7 @@ import time
 from pathlib import Path
 from unittest import mock
 
+import compiler_flags
 import gymnasium
 import h5py
 import numpy as np
@@ -196,6 +198,21 @@ def over_seeds(chunk, update=None):
         return structure.unflatten(jax.tree.leaves(state)), metrics
 
     return train
+
+
+@contextlib.contextmanager
+def fused_as_users():
+    """Programs are compiled as for users: bit for bit the same for any number of seeds or devices.
+
+    The other tests compile in half the time, see compiler_flags.py.
+    """
+    import jax
+
+    program.cache_clear()  # programs that other tests have compiled
+    fused = functools.partial(jax.jit, compiler_options=compiler_flags.AS_USERS)
+    with mock.patch.object(jax, "jit", fused):
+        yield
+    program.cache_clear()
 
 
 def command(name, argv, die=None, code=None):

@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import compiler_flags
 import h5py
 import helpers_runs as runs
 import jax
@@ -245,7 +246,7 @@ def test_between_evaluations_a_checkpoint_waits_for_its_time(
 
 
 # --- Same numbers in any company ----------------------------------------------------------------
-def test_every_seed_has_its_own_numbers(name, tiny):
+def test_every_seed_has_its_own_numbers(name, tiny, fused_as_users):
     together = run(name, [*tiny, "--seeds", "0", "1", "2", "3", "--runs-dir", "together"])
     lines = {seed: runs.seed_lines(together / "metrics.csv", seed) for seed in range(4)}
     assert len({tuple(row[1:]) for row in lines.values()}) == 4
@@ -272,10 +273,10 @@ def test_length_of_a_chunk_changes_nothing(name, tiny):
 def simulated(count):
     """The variable of a command that sees so many CPU devices."""
     flag = f"--xla_force_host_platform_device_count={count}"
-    return {"XLA_FLAGS": f"{os.environ['XLA_FLAGS']} {flag}"}
+    return {"XLA_FLAGS": compiler_flags.as_users(flag)}
 
 
-def test_simulated_devices(name, tiny, base, tmp_path):
+def test_simulated_devices(name, tiny, base, tmp_path, fused_as_users):
     """Eight devices give the metrics of one, also when four go on after the run's death."""
     seeds = ["--seeds", *map(str, range(8))]
     one = run(name, [*tiny, *seeds, "--runs-dir", "one"])

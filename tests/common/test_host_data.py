@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+import compiler_flags
 import helpers_runs as runs
 import jax
 import jax.numpy as jnp
@@ -148,6 +149,7 @@ def test_one_program_serves_all_chunks(monkeypatch):
     assert len(traced) == 1
 
 
+@pytest.mark.usefixtures("fused_as_users")
 @pytest.mark.parametrize("name", runs.slow_but(NAMES, ["rebrac", "dt"]))
 def test_a_run_with_data_in_host_memory_has_the_same_numbers(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -171,12 +173,12 @@ def test_what_needs_all_rows_says_so(tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "runs").exists()
 
 
-def test_two_devices_have_the_same_numbers(tmp_path):
+def test_two_devices_have_the_same_numbers(tmp_path, fused_as_users):
     """Each trains one of the seeds; the numbers are those of one device, data on it."""
     argv = ["--dataset", runs.write_hdf5(tmp_path / "data.hdf5"), *runs.tiny("rebrac")]
     argv += ["--seeds", "0", "1", "--num-updates", "16", "--runs-dir"]
     runs.start("rebrac", [*argv, str(tmp_path / "one")])
-    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=2"
+    flags = compiler_flags.as_users("--xla_force_host_platform_device_count=2")
     cache = os.environ["JAX_COMPILATION_CACHE_DIR"]
     words = runs.command("rebrac", [*argv, "two", "--data", "host"])
     code, _, error = runs.call(words, tmp_path, runs.environment(cache, XLA_FLAGS=flags))

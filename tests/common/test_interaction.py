@@ -140,7 +140,8 @@ def alone(tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(interaction.Interaction, "chunk", watched)
-        runs.start("sac", [*argv, "--name", "whole", "--keep", "all"])
+        with runs.fused_as_users():
+            runs.start("sac", [*argv, "--name", "whole", "--keep", "all"])
     return folder / "sac" / "env" / "Walk-v0" / "whole", argv, seen
 
 
@@ -233,7 +234,7 @@ def test_metrics_and_result_tell_of_the_online_phase(alone):
     assert saved == [0, 8, 16, 20, 24]  # --keep all: those of the evaluations, and the newest two
 
 
-def test_a_seed_beside_another_equals_that_seed_alone(alone, tmp_path):
+def test_a_seed_beside_another_equals_that_seed_alone(alone, tmp_path, fused_as_users):
     folder, argv, _ = alone
     argv = [*argv, "--seeds", "1", "--runs-dir", str(tmp_path), "--name", "one"]
     runs.start("sac", argv)
