@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Read OGBench's npz files, with the rewards of one of the data set's tasks."""
 
-import warnings
 import zipfile
 from pathlib import Path
 
-from common import envs, fail, one_line, told
+from common import envs, fail, one_line, threads, told
 from common.datasets import download, mirrors, unreadable
 from common.datasets.names import OGBENCH_ID
 from common.datasets.source import Source
@@ -16,7 +15,7 @@ def read(name: str, folder: Path, env: str | None, env_steps: int | None) -> Sou
     """The rows with rewards and masks computed for the task by the package's own functions."""
     graphics.check()
     try:
-        with warnings.catch_warnings(action="ignore"):  # notices about a missing display
+        with threads.no_warnings():  # notices about a missing display
             import ogbench
         from ogbench.relabel_utils import relabel_dataset
     except ImportError as error:

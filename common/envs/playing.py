@@ -6,14 +6,15 @@ import traceback
 
 import numpy as np
 
-from common import fail, told
+from common import fail, threads, told
 
 
 def reset(env, seed):
     """The first observation of the episode that this seed begins."""
     try:
-        np.random.seed(seed)  # noqa: NPY002 - ogbench envs draw from NumPy's global generator
-        observation, _ = env.reset(seed=seed)
+        with threads.ALONE:
+            np.random.seed(seed)  # noqa: NPY002 - ogbench envs draw from NumPy's global generator
+            observation, _ = env.reset(seed=seed)
     except Exception as error:  # of the env
         _fail(env, "reset", error)
     return observation
