@@ -46,7 +46,7 @@ def read(name: str, folder: Path, env: str | None, env_steps: int | None) -> Sou
         if unreadable.is_damage(error):
             fail(f"{name}: {path} is damaged ({told(error)}); delete it and start again")
         fail(f"{name}: {path} cannot be used ({told(error)})")
-    task_env.close()
+    envs.close(task_env)
     rows = {
         "observations": raw["observations"],
         "next_observations": raw["next_observations"],

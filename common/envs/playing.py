@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reset and step an env. What it raises, and a reward that is no number, end with one line."""
+"""Reset, step and close an env. What it raises, or gives in place of a number, is one line."""
 
 import os
 import traceback
@@ -21,16 +21,31 @@ def reset(env, seed):
 
 
 def step(env, action):
-    """(observation, reward, termination, truncation, info), with the reward as a plain number."""
+    """(observation, reward, termination, truncation, info): reward and ends as plain values."""
     try:
         observation, reward, termination, truncation, info = env.step(action)
     except Exception as error:  # of the env
         _fail(env, "step", error)
+    reward = _number(env, "reward", reward)
+    termination = bool(_number(env, "termination", termination))
+    truncation = bool(_number(env, "truncation", truncation))
+    return observation, reward, termination, truncation, info or {}
+
+
+def _number(env, what, given):
+    """What a step gives as one number, which may be an array of one."""
     try:
-        number = float(np.asarray(reward).reshape(()))
+        return float(np.asarray(given).reshape(()))
     except (TypeError, ValueError):
-        fail(f"env {name(env)}: the reward of a step must be one number, not {reward!r}")
-    return observation, number, bool(termination), bool(truncation), info or {}
+        fail(f"env {name(env)}: the {what} of a step must be one number, not {given!r}")
+
+
+def close(env):
+    """Close an env. One that cannot be closed is said, and ends nothing: its work is done."""
+    try:
+        env.close()
+    except Exception as error:  # of the env
+        print(f"env {name(env)}: its close raised {told(error)}")
 
 
 def success(info):

@@ -123,7 +123,7 @@ def film(policy, args):
         observation, reward, termination, truncation, _ = env.step(action)
         total, steps, over = total + float(reward), steps + 1, termination or truncation
     frames.append(_frame(env))
-    env.close()
+    envs.close(env)
     with _writing("--video", args.video):
         import imageio
 
