@@ -186,5 +186,5 @@ class Translator:
 
     def action(self, action):
         """The env's own action for one in [-1, 1], or for an integer from 0 on."""
-        self._outer.step(action)
+        self._outer.step(playing.single(action))
         return self._inner.action

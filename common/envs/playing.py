@@ -21,7 +21,11 @@ def reset(env, seed):
 
 
 def step(env, action):
-    """(observation, reward, termination, truncation, info): reward and ends as plain values."""
+    """(observation, reward, termination, truncation, info): reward and ends as plain values.
+
+    The action is one as `single` gives it.
+    """
+    action = single(action)
     try:
         observation, reward, termination, truncation, info = env.step(action)
     except Exception as error:  # of the env
@@ -30,6 +34,12 @@ def step(env, action):
     termination = bool(_number(env, "termination", termination))
     truncation = bool(_number(env, "truncation", truncation))
     return observation, reward, termination, truncation, info or {}
+
+
+def single(action):
+    """An action of floats as float32, as data and envs have it, also under JAX_ENABLE_X64."""
+    action = np.asarray(action)
+    return action.astype(np.float32) if action.dtype == np.float64 else action
 
 
 def _number(env, what, given):

@@ -120,7 +120,7 @@ def film(policy, args):
         if steps % every == 0:
             frames.append(_frame(env))
         action = policy.act_flat(observation, reward)
-        observation, reward, termination, truncation, _ = env.step(action)
+        observation, reward, termination, truncation, _ = envs.step(env, action)
         total, steps, over = total + float(reward), steps + 1, termination or truncation
     frames.append(_frame(env))
     envs.close(env)

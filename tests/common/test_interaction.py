@@ -541,18 +541,36 @@ def test_a_space_without_columns_is_one_line(kind, capsys):
 def test_what_a_step_gives_is_used_or_told_in_one_line(name, monkeypatch, capsys):
     """As the online phase takes it from the env."""
     env, (_, said) = Kinds(name), GIVEN[name]
+    action = np.zeros(2)  # float64, as a policy gives it under JAX_ENABLE_X64
     env.reset(seed=0)
     online = types.SimpleNamespace(envs=[env], observation=[np.zeros(2)], reports_success=False)
     online.count, online.cfg, online.lengths, online.returns = 0, sac.Config(), [0], [0.0]
     online._check = functools.partial(interaction.Interaction._check, online)
     if said is None:
-        step = interaction.Interaction._env_step(online, 0, np.zeros(2, np.float32))
+        step = interaction.Interaction._env_step(online, 0, action)
         assert [type(x) for x in step[1:]] == [float, bool, bool]
         return
     with pytest.raises(SystemExit) as leave:
-        interaction.Interaction._env_step(online, 0, np.zeros(2, np.float32))
+        interaction.Interaction._env_step(online, 0, action)
     (line,) = capsys.readouterr().err.splitlines()
     assert leave.value.code == 2 and said in line
+
+
+@runs.SLOW
+def test_the_online_phase_with_64_bits(tmp_path, monkeypatch, capsys):
+    """The env gets the actions that are recorded, so a resumed run repeats its episodes."""
+    monkeypatch.chdir(tmp_path)
+    words = ["--dataset", "env/Walk-v0", *TINY, "--num-updates", "0", "--random-steps", "2"]
+    with jax.enable_x64(True):
+        whole = runs.start("sac", [*words, "--online-updates", "24", "--name", "whole"])
+        for updates in ("12", "24"):
+            argv = [*words, "--online-updates", updates, "--name", "grown", "--resume"]
+            grown = runs.start("sac", argv)
+        (folder,) = Path("runs").rglob("grown")
+        policy = experiment.load_policy(sac, folder)
+        assert policy.act(np.zeros(3)).dtype == np.float32
+    assert whole.tolist() == grown.tolist()
+    assert "does not repeat an episode" not in capsys.readouterr().out
 
 
 def test_an_env_that_does_not_close_ends_nothing(kind, capsys):
