@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
-from common import fail
+from common import fail, threads
 
 
 class Parser(argparse.ArgumentParser):
@@ -27,7 +27,7 @@ def run(main: Callable[[], None]) -> None:
 
     It may read its words from sys.argv, where `~` is replaced.
     """
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    threads.handle(signal.SIGTERM, lambda *_: sys.exit(143))
     sys.argv = [at_home(word) for word in sys.argv]
     use_plain_letters()
     try:

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 import psutil
 
-from common import envs, told
+from common import envs
 
 EVAL_SEED = 10_000
 
@@ -102,10 +102,7 @@ class Rollouts:
     def __exit__(self, *error):
         self.pool.shutdown(wait=True, cancel_futures=True)
         for env in self.envs:
-            try:
-                env.close()
-            except Exception as closing:  # of the env; the run itself is over
-                print(f"env {envs.name(env)}: its close raised {told(closing)}")
+            envs.close(env)
 
     def start(self, params, update):
         """A future of `run`'s result; an accelerator trains the next chunk meanwhile."""

@@ -5,7 +5,7 @@ import os
 import tempfile
 from pathlib import Path
 
-from common import fail
+from common import fail, threads
 
 
 def minari(dataset_id: str = "") -> Path:
@@ -24,7 +24,8 @@ def d4rl() -> Path:
 
 
 def _root(variable, default):
-    folder = os.path.expanduser(os.environ.get(variable) or default)
+    with threads.ALONE:  # another thread may have set it for a moment
+        folder = os.path.expanduser(os.environ.get(variable) or default)
     if folder.startswith("~"):
         fail(f"{folder}: this user has no home folder; set {variable} to a folder of the data")
     return Path(folder)

@@ -27,7 +27,7 @@ import jax
 import numpy as np
 
 from common import envs, experiment, fail, files
-from common.datasets import Transitions
+from common.datasets import Transitions, checks
 from common.experiment import buffers, phases
 
 FILE = "online.rows"
@@ -102,8 +102,10 @@ class Interaction:
         if not self.steps:
             return
         if apart and not len(self.dataset.transitions.reward):
-            what = "an env without rows, and a part of every batch comes from a data set"
-            fail(f"--dataset {self.cfg.dataset}: {what}")
+            given = f"--dataset {self.cfg.dataset}: an env without rows"
+            env = self.cfg.dataset.removeprefix("env/")
+            what = "a part of every batch comes from a data set"
+            fail(f"{given}, and {what}; name one, with --env {env} to act in that env")
         run.attach(self)
         self.cpu = jax.local_devices(backend="cpu")[0]
         self.keys = jax.device_put(keys, self.cpu)
@@ -130,7 +132,7 @@ class Interaction:
 
     def __exit__(self, *error):
         for env in self.envs:
-            env.close()
+            envs.close(env)
 
     # --- Env steps and updates ------------------------------------------------------------------
     def chunk(self, state, keys, start):
@@ -223,12 +225,15 @@ class Interaction:
         return observation, reward, termination, truncation
 
     def _check(self, i, numbers, what):
-        """One line and exit code 2 where the env of seed i gave a number that is not finite."""
-        if envs.is_finite(numbers):
+        """One line and exit code 2 where the env of seed i gave a number that cannot be used."""
+        if checks.are_usable(numbers):
             return
-        bad = np.ravel(numbers)[~np.isfinite(np.ravel(numbers))][0]
+        numbers = np.ravel(numbers)
+        bad = numbers[~(np.abs(numbers) <= checks.LARGEST)][0]
         where = f"at env step {self.count + 1} of seed {self.cfg.seeds[i]}"
-        fail(f"env {envs.name(self.envs[i])}: {what} {bad} {where}, from which nothing is learnt")
+        why = f"beyond {checks.LARGEST:g}, and float32 cannot hold its square; scale it down"
+        why = why if np.isfinite(bad) else "from which nothing is learnt"
+        fail(f"env {envs.name(self.envs[i])}: {what} {bad} {where}, {why}")
 
     def _reset(self, i, episode):
         """Begin that episode of seed i."""

@@ -48,11 +48,16 @@ def _array(dataset_id, name, array):
                 "choices; number the actions from 0 on, or store continuous ones as floats"
             )
         return array.astype(np.int32)
-    low, high = float(array.min()), float(array.max())  # NaN where one is
-    if not (low >= -LARGEST and high <= LARGEST):
+    if not are_usable(array):
         _fail_in_row(dataset_id, name, array)
     array = np.ascontiguousarray(array, np.float32)
     return array.reshape(len(array), -1) if name.endswith("observations") else array
+
+
+def are_usable(numbers) -> bool:
+    """Whether numbers of data or of an env are finite, with squares that float32 can hold."""
+    low, high = float(np.min(numbers)), float(np.max(numbers))  # NaN where one is
+    return low >= -LARGEST and high <= LARGEST
 
 
 def _fail_in_row(dataset_id, name, array):

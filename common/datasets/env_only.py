@@ -14,6 +14,8 @@ PREFIX = "env/"
 
 def read(dataset_id: str, env: str | None, env_steps: int | None) -> Source:
     """One row of the env, which is checked as recorded ones are. `emptied` takes it away."""
+    from gymnasium import spaces
+
     env_id = env or dataset_id.removeprefix(PREFIX)
     if not env_id:
         fail(f"{dataset_id!r}: names no env; {PREFIX}Hopper-v5 would be one")
@@ -23,17 +25,21 @@ def read(dataset_id: str, env: str | None, env_steps: int | None) -> Source:
 
     world = make_env()
     space, action_space = world.observation_space, envs.action_space(world)
-    parts = getattr(space, "spaces", None)
-    keys = tuple(sorted(parts, key=lambda key: (key != "observation", key))) if parts else ()
     if what := envs.unusable(space):
-        fail(f"{dataset_id}: {env_id} gives an {what}, which has no fixed number of values")
+        fail(
+            f"{dataset_id}: {what} has no fixed number of values; wrap the env without that part "
+            "(gymnasium.wrappers.FilterObservation) or as numbers (TransformObservation)"
+        )
+    keys = ()
+    if isinstance(space, spaces.Dict):
+        keys = tuple(sorted(space.spaces, key=lambda key: (key != "observation", key)))
     if why := envs.unusable_action(action_space):
         fail(f"{dataset_id}: the action space {why}")
     columns = envs.columns(space, keys)
     observation = columns(envs.reset(world, 0), 1)
     action_space.seed(0)
     action = np.asarray(action_space.sample())[None]
-    world.close()
+    envs.close(world)
     rows = {
         "observations": observation,
         "next_observations": observation,

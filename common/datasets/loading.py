@@ -64,7 +64,7 @@ def _dataset(dataset_id, source):
         dataset_id, rows["actions"], env, source.bounds, source.action_space
     )
     if env is not None:
-        env.close()
+        envs.close(env)
     if "timeouts" not in rows:
         where = f"and every {horizon or limit} steps" if horizon or limit else "only"
         print(f"{dataset_id}: no 'timeouts' in it, so episodes are cut at terminals {where}")

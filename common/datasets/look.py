@@ -48,13 +48,11 @@ def _range(values):
 
 def plot(dataset, file: str) -> None:
     """Plot returns, lengths and, for mazes, the visited places. Needs matplotlib."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure  # not pyplot, which would change a notebook's pictures
 
     maze = "maze" in dataset.id and dataset.transitions.observation.shape[1] >= 2
-    figure, axes = pyplot.subplots(1, 3 if maze else 2, figsize=(12 if maze else 8, 3.5))
+    figure = Figure(figsize=(12 if maze else 8, 3.5))
+    axes = figure.subplots(1, 3 if maze else 2)
     starts, ends = episodes(dataset)
     for axis, values, name in zip(
         axes, (dataset.episode_returns, ends - starts), ("return", "length"), strict=False
@@ -76,4 +74,3 @@ def plot(dataset, file: str) -> None:
     figure.suptitle(slug(dataset.id))
     figure.tight_layout()
     figure.savefig(file, dpi=150)
-    pyplot.close(figure)

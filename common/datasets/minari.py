@@ -9,7 +9,7 @@ import urllib.request
 
 import numpy as np
 
-from common import envs, fail, folders, one_line, told
+from common import envs, fail, folders, one_line, threads, told
 from common.datasets import minari_envs, names, reference_scores, unreadable
 from common.datasets.source import Source
 from common.envs import d4rl
@@ -44,7 +44,8 @@ def _read(dataset_id, folder, env, env_steps):
     import minari
 
     minari_envs.trusted(dataset_id, folder, env)
-    source = minari.load_dataset(dataset_id)
+    with threads.ALONE:  # Minari reads its root from the environment
+        source = minari.load_dataset(dataset_id)
     metadata = source.storage.metadata
     keys, left_out = _keys(dataset_id, source)
     _check_spaces(dataset_id, source, keys)

@@ -6,7 +6,7 @@ import importlib
 import json
 import re
 
-from common import fail
+from common import fail, threads
 from common.envs import pointmaze, quiet
 
 HARMLESS = r"gymnasium\.wrappers(\.\w+)*:(TimeLimit|OrderEnforcing|PassiveEnvChecker|Autoreset|"
@@ -31,7 +31,8 @@ def trusted(dataset_id, folder, env):
             importlib.import_module(env.partition(":")[0])
     gymnasium.register_envs(quiet.robotics())
     pointmaze.register()
-    known = {str(spec.entry_point) for spec in gymnasium.registry.values()}
+    with threads.ALONE:
+        known = {str(spec.entry_point) for spec in gymnasium.registry.values()}
     known.add(pointmaze.FORMER_ENTRY_POINT)
     packages = "|".join({re.escape(name.partition(".")[0]) for name in known})
     env_class = re.compile(rf"({packages})(\.\w+)*:\w*Env|{HARMLESS}")

@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import NoReturn
 
-from common import fail, folders, recipes
+from common import fail, folders, recipes, threads
 from common.datasets import hdf5, reference_scores, unreadable
 
 METADATA = "**/data/metadata.json"  # of each data set in Minari's local root
@@ -146,5 +146,15 @@ def fail_unknown(dataset_id: str) -> NoReturn:
         like_minari and not MINARI_ID.fullmatch(dataset_id) and not dataset_id.startswith("local/")
     ):
         near = [f"{dataset_id}-v0"]  # Minari's ids end in a version
+    if _is_env(dataset_id):  # of a method that begins without data, most likely
+        near = [f"env/{dataset_id}"]
     hint = f"did you mean {' or '.join(near)}?" if near else "docs/data.md lists the forms of an id"
     fail(f"{dataset_id!r}: no such data set; {hint}")
+
+
+def _is_env(name):
+    """Whether Gymnasium knows an env of that id, without importing what an id may name."""
+    import gymnasium
+
+    with threads.ALONE:
+        return name in gymnasium.registry

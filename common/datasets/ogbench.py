@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Read OGBench's npz files, with the rewards of one of the data set's tasks."""
 
-import warnings
 import zipfile
 from pathlib import Path
 
-from common import envs, fail, one_line, told
+from common import envs, fail, one_line, threads, told
 from common.datasets import download, mirrors, unreadable
 from common.datasets.names import OGBENCH_ID
 from common.datasets.source import Source
@@ -16,7 +15,7 @@ def read(name: str, folder: Path, env: str | None, env_steps: int | None) -> Sou
     """The rows with rewards and masks computed for the task by the package's own functions."""
     graphics.check()
     try:
-        with warnings.catch_warnings(action="ignore"):  # notices about a missing display
+        with threads.no_warnings():  # notices about a missing display
             import ogbench
         from ogbench.relabel_utils import relabel_dataset
     except ImportError as error:
@@ -47,7 +46,7 @@ def read(name: str, folder: Path, env: str | None, env_steps: int | None) -> Sou
         if unreadable.is_damage(error):
             fail(f"{name}: {path} is damaged ({told(error)}); delete it and start again")
         fail(f"{name}: {path} cannot be used ({told(error)})")
-    task_env.close()
+    envs.close(task_env)
     rows = {
         "observations": raw["observations"],
         "next_observations": raw["next_observations"],

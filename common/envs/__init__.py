@@ -3,15 +3,15 @@
 
 `make` builds one from its Gymnasium id. `flat_and_scaled` wraps it for the algorithms: observations
 become flat float32 arrays and actions lie in [-1, 1]. `columns` writes out the values of a space as
-such arrays, for recorded data as well (spaces.py). `reset` and `step` play an env (playing.py).
-Behind these names are the point maze that this project registers (pointmaze.py), the wrappers that
-give Gymnasium's environments D4RL's behaviour (d4rl.py). What a run records of its env is in
-again.py.
+such arrays, for recorded data as well (spaces.py). `reset`, `step` and `close` play an env
+(playing.py). Behind these names are the point maze that this project registers (pointmaze.py), the
+wrappers that give Gymnasium's environments D4RL's behaviour (d4rl.py). What a run records of its
+env is in again.py.
 """
 
 from common.envs.again import Translator, make_remembered, remembered
 from common.envs.making import make
-from common.envs.playing import check_shape, is_finite, name, reset, step, success
+from common.envs.playing import check_shape, close, is_finite, name, reset, step, success
 from common.envs.pointmaze import MAZES, point_maze, register
 from common.envs.quiet import make_quietly
 from common.envs.spaces import (
@@ -29,6 +29,7 @@ __all__ = [
     "Translator",
     "action_space",
     "check_shape",
+    "close",
     "columns",
     "flat_and_scaled",
     "is_finite",

@@ -11,7 +11,7 @@ import json
 
 import numpy as np
 
-from common.envs import d4rl, making, pointmaze, spaces
+from common.envs import d4rl, making, playing, pointmaze, spaces
 
 
 def remembered(env, size: int, num_actions: int | None, bounds, adapted: dict) -> dict:
@@ -62,7 +62,7 @@ def _spec(env, adapted):
         # Some of them belong to what the id makes. The others are put around it.
         made = make_remembered(facts)
         inside = [wrapper.entry_point for wrapper in made.spec.additional_wrappers]
-        made.close()
+        playing.close(made)
         if [wrapper.entry_point for wrapper in wrappers[: len(inside)]] != inside:
             return None
         if outside := wrappers[len(inside) :]:
@@ -186,5 +186,5 @@ class Translator:
 
     def action(self, action):
         """The env's own action for one in [-1, 1], or for an integer from 0 on."""
-        self._outer.step(action)
+        self._outer.step(playing.single(action))
         return self._inner.action

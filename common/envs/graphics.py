@@ -10,9 +10,8 @@ import functools
 import importlib
 import os
 import sys
-import warnings
 
-from common import fail, one_line
+from common import fail, one_line, threads
 
 PACKAGES = {"egl": "libegl1", "osmesa": "libosmesa6", "glfw": "libglfw3 and a display"}  # of Debian
 
@@ -55,7 +54,7 @@ def _check_context():
     """Draw nothing, once: a library that is there may still find no device."""
     name = (os.environ.get("MUJOCO_GL") or "glfw").lower()
     try:
-        with warnings.catch_warnings(action="ignore"):  # of GLFW, without a display
+        with threads.no_warnings():  # of GLFW, without a display
             import mujoco
 
             library = importlib.import_module(f"mujoco.{name}")

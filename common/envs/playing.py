@@ -1,35 +1,61 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reset and step an env. What it raises, and a reward that is no number, end with one line."""
+"""Reset, step and close an env. What it raises, or gives in place of a number, is one line."""
 
 import os
 import traceback
 
 import numpy as np
 
-from common import fail, told
+from common import fail, threads, told
 
 
 def reset(env, seed):
     """The first observation of the episode that this seed begins."""
     try:
-        np.random.seed(seed)  # noqa: NPY002 - ogbench envs draw from NumPy's global generator
-        observation, _ = env.reset(seed=seed)
+        with threads.ALONE:
+            np.random.seed(seed)  # noqa: NPY002 - ogbench envs draw from NumPy's global generator
+            observation, _ = env.reset(seed=seed)
     except Exception as error:  # of the env
         _fail(env, "reset", error)
     return observation
 
 
 def step(env, action):
-    """(observation, reward, termination, truncation, info), with the reward as a plain number."""
+    """(observation, reward, termination, truncation, info): reward and ends as plain values.
+
+    The action is one as `single` gives it.
+    """
+    action = single(action)
     try:
         observation, reward, termination, truncation, info = env.step(action)
     except Exception as error:  # of the env
         _fail(env, "step", error)
+    reward = _number(env, "reward", reward)
+    termination = bool(_number(env, "termination", termination))
+    truncation = bool(_number(env, "truncation", truncation))
+    return observation, reward, termination, truncation, info or {}
+
+
+def single(action):
+    """An action of floats as float32, as data and envs have it, also under JAX_ENABLE_X64."""
+    action = np.asarray(action)
+    return action.astype(np.float32) if action.dtype == np.float64 else action
+
+
+def _number(env, what, given):
+    """What a step gives as one number, which may be an array of one."""
     try:
-        number = float(np.asarray(reward).reshape(()))
+        return float(np.asarray(given).reshape(()))
     except (TypeError, ValueError):
-        fail(f"env {name(env)}: the reward of a step must be one number, not {reward!r}")
-    return observation, number, bool(termination), bool(truncation), info or {}
+        fail(f"env {name(env)}: the {what} of a step must be one number, not {given!r}")
+
+
+def close(env):
+    """Close an env. One that cannot be closed is said, and ends nothing: its work is done."""
+    try:
+        env.close()
+    except Exception as error:  # of the env
+        print(f"env {name(env)}: its close raised {told(error)}")
 
 
 def success(info):

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from common import threads
 from common.envs import quiet
 
 ENTRY_POINT = "common.envs:point_maze"  # Minari stores it with a data set and imports it by name
@@ -41,14 +42,15 @@ def register() -> None:
     """Register the environments with Gymnasium. A second call changes nothing."""
     import gymnasium
 
-    for name, maze in MAZES.items():
-        if maze.env_id not in gymnasium.registry:
-            gymnasium.register(
-                maze.env_id,
-                entry_point=ENTRY_POINT,
-                max_episode_steps=maze.horizon,
-                kwargs={"name": name},
-            )
+    with threads.ALONE:
+        for name, maze in MAZES.items():
+            if maze.env_id not in gymnasium.registry:
+                gymnasium.register(
+                    maze.env_id,
+                    entry_point=ENTRY_POINT,
+                    max_episode_steps=maze.horizon,
+                    kwargs={"name": name},
+                )
 
 
 def point_maze(name: str, render_mode: str | None = None, **kwargs: Any):

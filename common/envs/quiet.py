@@ -2,19 +2,18 @@
 """Packages and environments, without the notices they print and the files they leave behind."""
 
 import contextlib
-import io
 import os
 import tempfile
 import warnings
 
-from common import fail, one_line
+from common import fail, one_line, threads
 from common.envs import graphics
 
 
 def robotics():
     """The package gymnasium_robotics, without what it prints at import about Adroit's rewards."""
     graphics.check()
-    with contextlib.redirect_stderr(io.StringIO()):
+    with threads.captured_errors():
         import gymnasium_robotics
     return gymnasium_robotics
 
@@ -26,12 +25,13 @@ def make_quietly(env_id, make, *args, **options):
         SystemExit: code 2 after one line that names `env_id`, where the env cannot be made.
     """
     # The first comes at every look at OGBench's spaces, the other at FrankaKitchen's first step.
-    for notice in ("precision lowered by casting", "share an object"):
-        warnings.filterwarnings("ignore", message=f".*{notice}")
+    with threads.ALONE:
+        for notice in ("precision lowered by casting", "share an object"):
+            warnings.filterwarnings("ignore", message=f".*{notice}")
     if options.get("render_mode"):
         graphics.choose()
     try:
-        with warnings.catch_warnings(action="ignore"):
+        with threads.no_warnings():
             env = make(*args, **options)
     except Exception as error:  # of Gymnasium, or of the module that --env names
         graphics.check()

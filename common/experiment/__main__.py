@@ -10,7 +10,7 @@ import dataclasses
 import jax
 import numpy as np
 
-from common import command_line, evaluation, fail, one_line
+from common import command_line, envs, evaluation, fail, one_line
 from common.experiment import devices, look, stored
 
 NEW_STARTS = evaluation.EVAL_SEED + 1_000_000  # no evaluation during training reaches these
@@ -114,18 +114,16 @@ def film(policy, args):
         fail(f"{args.folder}: no env is known to film")
     env = dataset.make_env("rgb_array")
     every = max(1, round((env.metadata.get("render_fps") or 50) / FRAMES_PER_SECOND))
-    seed = _first_start(args)
-    np.random.seed(seed)  # noqa: NPY002 - ogbench envs draw from NumPy's global generator
-    observation, _ = env.reset(seed=seed)
+    observation = envs.reset(env, _first_start(args))
     frames, reward, total, over, steps = [], 0.0, 0.0, False, 0
     while not over:
         if steps % every == 0:
             frames.append(_frame(env))
         action = policy.act_flat(observation, reward)
-        observation, reward, termination, truncation, _ = env.step(action)
+        observation, reward, termination, truncation, _ = envs.step(env, action)
         total, steps, over = total + float(reward), steps + 1, termination or truncation
     frames.append(_frame(env))
-    env.close()
+    envs.close(env)
     with _writing("--video", args.video):
         import imageio
 

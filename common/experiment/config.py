@@ -117,8 +117,8 @@ def check(cfg, options):
     """
     kinds.check(cfg)
     kinds.check(options)
+    phases.check(cfg, options)  # first: a remedy for a number may not fit the other phase
     ranges.check(cfg)
-    phases.check(cfg, options)
     if not 0 <= options.save_seconds < float("inf"):
         fail(f"--save-seconds {options.save_seconds}: must be 0 or more")
     if options.devices < 1:

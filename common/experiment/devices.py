@@ -25,7 +25,7 @@ def place(data, options):
 
     With `--data host` they stay in host memory.
     """
-    platforms.add_cpu()
+    platforms.prepare(say=_nothing)  # `parse` said it, if it was called
     if jax.process_count() > 1:
         processes.require_same({"data with": digests.of_data(data)})
     if options.data == "host":
@@ -33,6 +33,10 @@ def place(data, options):
     if options.devices == 1:
         return jax.device_put(data)
     return meshes.on_each(data, jax.devices()[: options.devices])
+
+
+def _nothing(line):
+    """For what is not to be said."""
 
 
 def over_seeds(chunk, update=None):

@@ -86,10 +86,7 @@ def _spread(by_seed):
 
 def plot(folder, file: str) -> None:
     """Draw the scores of all seeds, or the losses where the run has no scores."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure  # not pyplot, which would change a notebook's pictures
 
     metrics = Path(folder) / "metrics.csv"
     if not metrics.exists():
@@ -101,9 +98,8 @@ def plot(folder, file: str) -> None:
     names = ["score"]
     if not any(row["score"] for row in rows):
         names = [name for name in rows[0] if name not in ("update", "seed", *SCORES)]
-    figure, axes = pyplot.subplots(
-        len(names), 1, figsize=(7, 1 + 2.5 * len(names)), squeeze=False, sharex=True
-    )
+    figure = Figure(figsize=(7, 1 + 2.5 * len(names)))
+    axes = figure.subplots(len(names), 1, squeeze=False, sharex=True)
     seeds = list(dict.fromkeys(row["seed"] for row in rows))
     for axis, name in zip(axes[:, 0], names, strict=True):
         for seed in seeds:
@@ -117,4 +113,3 @@ def plot(folder, file: str) -> None:
     figure.suptitle(" / ".join(Path(folder).resolve().parts[-3:]))
     figure.tight_layout()
     figure.savefig(file, dpi=150)
-    pyplot.close(figure)

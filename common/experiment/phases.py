@@ -36,19 +36,28 @@ def fields(config_class):
 def check(cfg, options):
     """Exit with code 2 after one line, where the phases cannot be as they are asked for."""
     asked = f"--online-updates {online_updates(cfg)}"
-    if cfg.dataset.startswith("env/") and not online_updates(cfg):
-        fail(f"--dataset {cfg.dataset}: an env without rows; its rows come with --online-updates N")
-    if cfg.dataset.startswith("env/") and cfg.num_updates:
-        what = f"no rows for the updates before the online phase (--num-updates {cfg.num_updates})"
-        fail(f"--dataset {cfg.dataset}: {what}; set --num-updates 0")
-    if cfg.dataset.startswith("env/") and not hasattr(cfg, "random_steps"):
-        fail(f"--dataset {cfg.dataset}: an env without rows, and this method needs some to begin")
+    if cfg.dataset.startswith("env/"):
+        _check_without_rows(cfg)
     if not online_updates(cfg):
         return
     if options.data == "host":
         fail(f"{asked}: its rows are on the device; start it without --data host")
     if options.devices != 1 or options.distributed is not None:
         fail(f"{asked}: takes one device; start it without --devices and --distributed")
+
+
+def _check_without_rows(cfg):
+    """The same, where the data set is an env."""
+    given = f"--dataset {cfg.dataset}: an env without rows"
+    env = cfg.dataset.removeprefix("env/")
+    if not hasattr(cfg, "random_steps"):
+        what = "this method needs some to begin"
+        fail(f"{given}, and {what}; name a data set, with --env {env} to evaluate in that env")
+    if not online_updates(cfg):
+        fail(f"{given}; its rows come with --online-updates N")
+    if cfg.num_updates:
+        what = f"for the updates before the online phase (--num-updates {cfg.num_updates})"
+        fail(f"{given} {what}; set --num-updates 0")
 
 
 def check_env(cfg, dataset):

@@ -6,18 +6,25 @@ import shutil
 
 import jax
 
-from common import fail, folders, one_line
+from common import fail, folders, one_line, threads
 
 FALLBACK = "JAX_PLATFORMS=cpu trains on the CPU"
 
 
-def prepare():
+def prepare(say=print):
     """Let JAX find its devices: those that JAX_PLATFORMS names, and the CPU for the policy.
+
+    `say` is called with what is to be known about them.
 
     Raises:
         SystemExit: code 2 after one line, where the platform that was asked for is not there. JAX
             by itself would train on the CPU without a word once the CPU is named as well.
     """
+    with threads.ALONE:  # until the platform that was asked for is there or refused
+        _prepare(say)
+
+
+def _prepare(say):
     asked = jax.config.jax_platforms
     add_cpu()
     try:
@@ -31,9 +38,9 @@ def prepare():
         except RuntimeError as error:
             if "cpu" not in asked.split(","):
                 _fail(asked, error)
-            print(f"JAX_PLATFORMS={asked}: there is no {first} here, so the CPU trains")
+            say(f"JAX_PLATFORMS={asked}: there is no {first} here, so the CPU trains")
     if not asked and devices[0].platform == "cpu" and shutil.which("nvidia-smi"):
-        print("WARNING: there is an NVIDIA GPU but JAX runs on the CPU: pip install 'jax[cuda12]'")
+        say("WARNING: there is an NVIDIA GPU but JAX runs on the CPU: pip install 'jax[cuda12]'")
 
 
 def add_cpu():
@@ -47,6 +54,7 @@ def add_cpu():
 
 
 def _fail(asked, error):
+    jax.config.update("jax_platforms", asked)  # so that the next try in this process fails as well
     setting = f"JAX_PLATFORMS={asked}" if asked else "JAX"
     cuda = "install jax[cuda12] or take the CPU: " if asked and "cuda" in asked else ""
     fail(f"{setting}: JAX finds no such device here ({one_line(error)}); {cuda}{FALLBACK}")

@@ -6,12 +6,12 @@ import contextlib
 import functools
 import hashlib
 import platform
-import threading
 from importlib import metadata
+
+from common import threads
 
 VERSIONS = ["jax", "jaxlib", "flax", "optax", "numpy", "orbax-checkpoint", "gymnasium"]
 VERSIONS += ["gymnasium-robotics", "mujoco", "minari", "ogbench"]
-PARSER = threading.Lock()  # Python 3.11 fails where two threads parse at the same time
 
 
 def versions():
@@ -40,7 +40,7 @@ def _digest(texts):
 
 def parsed(text):
     """The syntax tree of a file's text, one thread at a time."""
-    with PARSER:
+    with threads.ALONE:
         return ast.parse(text)
 
 

@@ -11,6 +11,8 @@ import socket
 import sys
 import threading
 
+from common import threads
+
 
 def interrupted(*_):
     """The handler of Ctrl-C before there is a run to save."""
@@ -26,7 +28,7 @@ class Signals:
 
     def listen(self):
         """Handle the signals that end a run, where this is the main thread."""
-        if threading.current_thread() is not threading.main_thread():
+        if not threads.is_main():
             return
         reader, self.wakeup = socket.socketpair()
         self.wakeup.setblocking(False)

@@ -6,7 +6,7 @@ import signal
 
 import jax
 
-from common import command_line, fail
+from common import command_line, fail, threads
 from common.experiment import config, meshes, platforms, processes, signals
 
 
@@ -17,7 +17,7 @@ def parse(config_class, argv=None):
         SystemExit: code 2 after one line that names the file and key or the flag.
     """
     if argv is None:  # the process is this run: until training begins, Ctrl-C just ends it
-        signal.signal(signal.SIGINT, signals.interrupted)
+        threads.handle(signal.SIGINT, signals.interrupted)
         command_line.use_plain_letters()
         command_line.outlive_the_reader()
     cfg, options = config.parse(config_class, argv)

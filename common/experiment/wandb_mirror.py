@@ -10,7 +10,7 @@ import secrets
 import sys
 import threading
 
-from common import datasets, files, one_line
+from common import datasets, files, one_line, threads
 from common.experiment import config, wandb_settings
 
 # Sent are the config, the record, the numbers, and the versions of wandb, Python and the platform.
@@ -18,6 +18,10 @@ from common.experiment import config, wandb_settings
 SETTINGS = {"silent": True, "console": "off", "init_timeout": 20, "save_code": False, "host": "-"}
 SETTINGS |= {"disable_git": True, "disable_job_creation": True, "x_save_requirements": False}
 SETTINGS |= {"x_disable_stats": True, "x_disable_meta": True, "x_disable_machine_info": True}
+PATIENCE = 25  # seconds; an upload that hangs is then left to `wandb sync`
+# All wandb runs of a process share one service. Here are the mirrors that still need it, and the
+# lock of those that join them or leave.
+NEED_SERVICE, SERVICE = set(), threading.Lock()
 
 
 class Mirror:
@@ -35,9 +39,14 @@ class Mirror:
 
     def _start(self, run, mode):
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # wandb's reports about itself
-        import wandb
+        with threads.ALONE:  # its import parses its own source
+            import wandb
 
         self.close()
+        free = SERVICE.acquire(timeout=PATIENCE)
+        NEED_SERVICE.add(self)
+        if free:
+            SERVICE.release()
         logging.raiseExceptions = False  # wandb's log may be on a full disk
         self.mode = mode
         group = f"{run.algorithm}/{datasets.slug(run.cfg.dataset)}/{run.folder.name}"
@@ -96,19 +105,26 @@ class Mirror:
         self.close()
 
     def close(self):
-        """Finish the runs. After 25 seconds an upload that hangs is left to `wandb sync`."""
+        """Finish the runs, and wandb's service with the last run of this process."""
         runs, self.runs = self.runs, {}
 
         def finish_all():
             for run in runs.values():
                 with contextlib.suppress(Exception):  # wandb's own process may have ended
                     run.finish()
-            if runs:
-                with contextlib.suppress(Exception):
-                    sys.modules["wandb"].teardown()  # else at exit, with a traceback
+            with SERVICE:
+                NEED_SERVICE.discard(self)
+                if runs and not NEED_SERVICE and _users_run() is None:
+                    with contextlib.suppress(Exception):
+                        sys.modules["wandb"].teardown()  # else at exit, with a traceback
 
         finish = threading.Thread(target=finish_all, daemon=True)
         finish.start()
-        finish.join(25)
+        finish.join(PATIENCE)
         if finish.is_alive():
             print("WARNING: wandb does not finish; upload later with wandb sync", file=sys.stderr)
+
+
+def _users_run():
+    """A wandb run that the program itself has begun, beside those of a Mirror."""
+    return getattr(sys.modules["wandb"], "run", None)

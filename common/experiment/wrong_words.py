@@ -4,18 +4,16 @@
 tyro frames its messages, spreads them over several lines and often names no remedy.
 """
 
-import contextlib
 import dataclasses
 import difflib
-import io
 import itertools
 import re
 import typing
 
 import tyro
 
-from common import fail
-from common.experiment import kinds, provenance, ranges
+from common import fail, threads
+from common.experiment import kinds, ranges
 
 HELP = "--help lists the flags"
 NO_VALUE = ("resume", "show_config", "start_optimizer", "html", "dry_run", "slurm")  # flags alone
@@ -33,10 +31,9 @@ def parse(kind, argv, source, hints=None, more="", in_file=False, **settings):
         in_file: whether the values stand in a YAML file.
         settings: others of `tyro.cli`.
     """
-    printed = io.StringIO()
     try:
-        # One thread at a time: tyro reads comments by way of `ast`, and sys.stderr is everybody's.
-        with provenance.PARSER, contextlib.redirect_stderr(printed):
+        # One thread at a time as well, since tyro reads comments by way of `ast`.
+        with threads.captured_errors() as printed:
             return tyro.cli(kind, args=argv, **settings)
     except SystemExit as leave:
         if leave.code == 0:  # --help

@@ -5,8 +5,9 @@ import os
 import shutil
 import tempfile
 import time
-import warnings
 from pathlib import Path
+
+from common import threads
 
 
 def store(dataset_id, env_id, reference, algorithm, description, episodes, steps):
@@ -18,8 +19,6 @@ def store(dataset_id, env_id, reference, algorithm, description, episodes, steps
             [T] each). Nothing is recorded where the data set is there already.
         steps: about how many steps there are, for the printed estimate.
     """
-    from unittest import mock
-
     import minari
     from minari.data_collector import EpisodeBuffer
     from minari.storage import get_dataset_path
@@ -37,8 +36,8 @@ def store(dataset_id, env_id, reference, algorithm, description, episodes, steps
     with tempfile.TemporaryDirectory(prefix=".making-", dir=root) as temporary:
         # Minari reads its root from the environment at each call. It warns of a missing author.
         with (
-            mock.patch.dict(os.environ, MINARI_DATASETS_PATH=temporary),
-            warnings.catch_warnings(action="ignore"),
+            threads.environment("MINARI_DATASETS_PATH", temporary),
+            threads.no_warnings(),
         ):
             minari.create_dataset_from_buffers(
                 dataset_id,

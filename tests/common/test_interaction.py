@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import probes
 import pytest
+from own_files import NAMES
 
 from algorithms import sac
 from common import datasets, experiment, interaction
@@ -448,6 +449,173 @@ def test_bad_input_is_one_line(flags, words, tmp_path, monkeypatch, capsys):
         argv = [x for x in argv if x not in ("--dataset", "env/Walk-v0")]
     assert words in refused(capsys, [*argv, *flags])
     assert not any(tmp_path.iterdir())  # nothing half-written
+
+
+# --- Envs of many kinds -------------------------------------------------------------------------
+BOX = gymnasium.spaces.Box(-1, 1, (2,), np.float32)
+SPACES = {
+    "tuple": gymnasium.spaces.Tuple((BOX, gymnasium.spaces.MultiBinary(3))),
+    "nested": gymnasium.spaces.Dict(
+        {"goal": BOX, "robot": gymnasium.spaces.Dict({"gear": gymnasium.spaces.Discrete(3)})}
+    ),
+    "image": gymnasium.spaces.Box(0, 255, (4, 4, 3), np.uint8),
+    "one of five": gymnasium.spaces.Discrete(5, start=1),
+    "text": gymnasium.spaces.Dict({"mission": gymnasium.spaces.Text(5), "state": BOX}),
+}
+ACTIONS = {
+    "uneven": gymnasium.spaces.Box(np.array([0.0, -3.0]), np.array([10.0, 3.0]), dtype=np.float64),
+    "two axes": gymnasium.spaces.Box(-2, 2, (2, 2), np.float32),
+    "one value": gymnasium.spaces.Box(np.array([-1.0, 0.5]), np.array([1.0, 0.5])),
+}
+USABLE = [name for name in (*SPACES, *ACTIONS) if name != "text"]
+GIVEN = {  # what a step gives in place of a plain number -> what is said, None where it can be used
+    "reward of an array": ({"reward": np.array([1.0])}, None),
+    "whole reward": ({"reward": 1}, None),
+    "end of an array": ({"termination": np.array([False])}, None),
+    "end as a number": ({"truncation": np.int8(0)}, None),
+    "no info": ({"info": None}, None),
+    "no number": ({"reward": None}, "the reward of a step must be one number, not None"),
+    "two rewards": ({"reward": np.ones(2)}, "the reward of a step must be one number"),
+    "two ends": ({"termination": np.zeros(2, bool)}, "the termination of a step must be one"),
+    "two limits": ({"truncation": [True, False]}, "the truncation of a step must be one number"),
+    "huge reward": ({"reward": 1e300}, "a step's reward is 1e+300 at env step 1 of seed 0, beyond"),
+    "reward beyond": ({"reward": -1e19}, "beyond 1e+18, and float32 cannot hold its square"),
+    "no finite reward": ({"reward": np.inf}, "reward is inf at env step 1 of seed 0, from which"),
+}
+
+
+class Kinds(gymnasium.Env):
+    """An env of one of the kinds above, by its name."""
+
+    def __init__(self, kind, render_mode=None):
+        self.render_mode, self.kind = render_mode, kind
+        self.observation_space = SPACES.get(kind, BOX)
+        self.action_space = ACTIONS.get(kind, BOX)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        if seed is not None:
+            self.observation_space.seed(seed)
+        return self.observation_space.sample(), {}
+
+    def step(self, action):
+        assert self.action_space.contains(action)
+        given = {"reward": float(np.sum(action)), "termination": False, "truncation": False}
+        given |= {"info": {}} | GIVEN.get(self.kind, ({},))[0]
+        return self.observation_space.sample(), *given.values()
+
+    def close(self):
+        if self.kind == "does not close":
+            raise OSError("no window")
+
+
+@pytest.fixture
+def kind(tmp_path, monkeypatch):
+    """Train beside an env of a kind; what that gives."""
+    monkeypatch.chdir(tmp_path)
+
+    def start(kind, **settings):
+        env_id = f"Kinds-{kind.replace(' ', '_')}-v0"
+        options = {"kwargs": {"kind": kind}, "max_episode_steps": 4, "disable_env_checker": True}
+        if env_id not in gymnasium.registry:
+            gymnasium.register(env_id, Kinds, **options)
+        words = ["--dataset", f"env/{env_id}", *TINY, "--num-updates", "0", "--online-updates", "4"]
+        return runs.start("sac", words)
+
+    return start
+
+
+@pytest.mark.parametrize("name", runs.slow_but(USABLE, ["tuple", "uneven"]))
+def test_the_online_phase_takes_every_space_of_the_data(kind, name):
+    assert np.isfinite(kind(name)).all()
+
+
+def test_a_space_without_columns_is_one_line(kind, capsys):
+    with pytest.raises(SystemExit) as leave:
+        kind("text")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert leave.value.code == 2 and "observation['mission']: Text(" in line
+    assert "gymnasium.wrappers.FilterObservation" in line
+
+
+@pytest.mark.parametrize("name", GIVEN)
+def test_what_a_step_gives_is_used_or_told_in_one_line(name, monkeypatch, capsys):
+    """As the online phase takes it from the env."""
+    env, (_, said) = Kinds(name), GIVEN[name]
+    action = np.zeros(2)  # float64, as a policy gives it under JAX_ENABLE_X64
+    env.reset(seed=0)
+    online = types.SimpleNamespace(envs=[env], observation=[np.zeros(2)], reports_success=False)
+    online.count, online.cfg, online.lengths, online.returns = 0, sac.Config(), [0], [0.0]
+    online._check = functools.partial(interaction.Interaction._check, online)
+    if said is None:
+        step = interaction.Interaction._env_step(online, 0, action)
+        assert [type(x) for x in step[1:]] == [float, bool, bool]
+        return
+    with pytest.raises(SystemExit) as leave:
+        interaction.Interaction._env_step(online, 0, action)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert leave.value.code == 2 and said in line
+
+
+@runs.SLOW
+def test_the_online_phase_with_64_bits(tmp_path, monkeypatch, capsys):
+    """The env gets the actions that are recorded, so a resumed run repeats its episodes."""
+    monkeypatch.chdir(tmp_path)
+    words = ["--dataset", "env/Walk-v0", *TINY, "--num-updates", "0", "--random-steps", "2"]
+    with jax.enable_x64(True):
+        whole = runs.start("sac", [*words, "--online-updates", "24", "--name", "whole"])
+        for updates in ("12", "24"):
+            argv = [*words, "--online-updates", updates, "--name", "grown", "--resume"]
+            grown = runs.start("sac", argv)
+        (folder,) = Path("runs").rglob("grown")
+        policy = experiment.load_policy(sac, folder)
+        assert policy.act(np.zeros(3)).dtype == np.float32
+    assert whole.tolist() == grown.tolist()
+    assert "does not repeat an episode" not in capsys.readouterr().out
+
+
+def test_an_env_that_does_not_close_ends_nothing(kind, capsys):
+    """When the data are loaded, in the online phase, and at the evaluation."""
+    assert np.isfinite(kind("does not close")).all()
+    said = capsys.readouterr().out
+    assert said.count("its close raised OSError: no window") >= 4
+
+
+# --- An env without rows, over all files --------------------------------------------------------
+@pytest.mark.parametrize("name", NAMES)
+def test_the_remedy_for_an_env_without_rows_fits_the_file(name, tmp_path, monkeypatch, capsys):
+    """Each message names flags that the file has; with them, the message is another or none."""
+    monkeypatch.chdir(tmp_path)
+    data = runs.write_hdf5(tmp_path / "data.hdf5")
+    config_class = runs.module(name).Config
+    words = {"--dataset": "env/Walk-v0", "--log-every": "4", "--eval-every": "4"}
+    words |= {"--num-updates": "8"}
+    if hasattr(config_class, "clone_updates"):
+        words |= {"--clone-updates": "4"}
+    said = []
+    while len(said) < 4:
+        argv = [x for pair in words.items() for x in pair]
+        try:
+            experiment.parse(config_class, argv)
+            break
+        except SystemExit as leave:
+            assert leave.code == 2
+        (line,) = [x for x in capsys.readouterr().err.splitlines() if x]
+        said.append(line)
+        if "name a data set, with --env Walk-v0" in line:
+            words |= {"--dataset": data, "--env": "Walk-v0"}
+        elif "its rows come with --online-updates N" in line:
+            words |= {"--online-updates": "8"}
+        elif "set --num-updates 0" in line:
+            words |= {"--num-updates": "0"}
+        elif "--online-updates" in line and "updates_per_step" in line:
+            words |= {"--log-every": str(config_class.updates_per_step * 10), "--eval-every": "200"}
+            words |= {"--online-updates": "200"}
+        else:
+            break
+    assert len(said) == len(set(said)), said
+    assert said and all("an env without rows" in line for line in said[:1])
+    assert "--online-updates" not in said[0] or hasattr(config_class, "online_updates")
 
 
 def test_an_online_phase_without_an_env_is_one_line(tmp_path, monkeypatch, capsys):

@@ -113,6 +113,7 @@ def test_every_file_is_in_a_room_or_below_them():
         "folders",
         "interaction",
         "machine",
+        "threads",
     }
     rooms = {x.name for x in COMMON.iterdir() if (x / "__init__.py").exists()}
     assert rooms == {*FLOORS} - {"evaluation", "interaction"}

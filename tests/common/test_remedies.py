@@ -781,7 +781,7 @@ ELSEWHERE = {
     "gives observations that are not in": "it names what is wrong, and no remedy",
     "there must be one number per row": "the table",
     "must be at least 1": "the table",
-    "the reward of a step must be one number": "it names what is wrong, and no remedy",
+    "of a step must be one number": "it names what is wrong, and no remedy",
     "; see --env": "test_evaluation.py has envs that raise; the remedy is in the env's own code",
 }
 

@@ -145,13 +145,18 @@ def test_a_sweep_agent_takes_one_seed(rows, monkeypatch, capsys, by):
 # --- JAX ----------------------------------------------------------------------------------------
 PLATFORMS = """
 import jax
+import numpy as np
 from jax.extend import backend
-from common.experiment import platforms
+from common.experiment import devices, platforms
+from common.experiment.config import Options
 for asked in ("cuda", "rocm", "gpu", "tpu", "nonsense", "cuda,tpu", "cpu", "cuda,cpu", ""):
     backend.clear_backends()
     jax.config.update("jax_platforms", asked or None)
     try:
-        platforms.prepare()
+        try:
+            platforms.prepare()
+        except SystemExit:
+            devices.place(np.zeros(1), Options())  # as a second start in this process, in Python
         print(f"{asked}: runs on {jax.devices()[0].platform}", flush=True)
     except SystemExit as leave:
         print(f"{asked}: {leave.code} {leave.__cause__}", flush=True)
@@ -159,7 +164,7 @@ for asked in ("cuda", "rocm", "gpu", "tpu", "nonsense", "cuda,tpu", "cpu", "cuda
 
 
 def test_a_platform_that_is_not_there_is_refused(tmp_path):
-    """On a machine without accelerators: the tests hide them."""
+    """On a machine without accelerators: the tests hide them. Each is asked for twice."""
     environment = runs.environment(tmp_path, CUDA_VISIBLE_DEVICES="", TPU_SKIP_MDS_QUERY="1")
     del environment["JAX_PLATFORMS"]
     code, out, error = runs.call([sys.executable, "-c", PLATFORMS], tmp_path, environment)

@@ -993,6 +993,7 @@ def test_envs_leave_no_files_behind(env_id, tmp_path, monkeypatch):
         ("D4RL/antmaze/umaze", "D4RL/antmaze/umaze-v1"),
         ("mujoco/swimmer/novel", "mujoco/swimmer/novel-v0"),
         ("cube-single-play-v0", "cube-single-play-singletask-v0"),
+        ("Pendulum-v1", "did you mean env/Pendulum-v1?"),
         ("zzz", "docs/data.md lists the forms of an id"),
     ],
 )
