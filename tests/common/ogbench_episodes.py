@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the episodes of a file in OGBench's layout are like; as a script, writes the .json beside it.
+"""What the episodes of a file in OGBench's layout are like; as a script, writes the .json file.
 
     python tests/common/ogbench_episodes.py FOLDER
 
