@@ -31,6 +31,8 @@ def parse(kind, argv, source, hints=None, more="", in_file=False, **settings):
         in_file: whether the values stand in a YAML file.
         settings: others of `tyro.cli`.
     """
+    if not {"-h", "--help"} & {*argv}:  # the comments are help texts: a third of the time
+        settings["config"] = (*settings.get("config", ()), tyro.conf.HelptextFromCommentsOff)
     try:
         # One thread at a time as well, since tyro reads comments by way of `ast`.
         with threads.captured_errors() as printed:

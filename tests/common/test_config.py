@@ -253,19 +253,22 @@ def test_a_good_line_of_the_command_line_does_not_hide_a_bad_file(toy, tmp_path,
 
 
 def cases():
-    """Every config of the project, alone and with each of its rows."""
+    """Values of every config of the project, alone and with each row that brings a new value."""
     for file in own_files.YAMLS:
-        yield file, None
-        for row in yaml.safe_load(file.read_text()).get("datasets") or {}:
-            yield file, row
-
-
-def test_every_file_and_row_of_the_repository():
-    count = 0
-    for file, row in cases():
         config_class = runs.module(file.parent.name).Config
         values, rows = config.read_yaml(file, config_class)
-        wanted = values | (rows[row] if row else {})
+        seen = set()
+        for row in ({}, *rows.values()):
+            wanted = values | row
+            new = {(key, str(value)) for key, value in wanted.items()} - seen
+            if new or not row:
+                yield file, config_class, wanted
+            seen |= new
+
+
+def test_every_file_and_value_of_the_repository():
+    count = 0
+    for file, config_class, wanted in cases():
         cfg, _ = config._command_line(config_class, list(config._tokens(wanted)), str(file))
         ranges.check(cfg)
         kinds = {field.name: field.default for field in dataclasses.fields(config_class)}
