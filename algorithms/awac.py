@@ -4,7 +4,7 @@
 Paper       https://arxiv.org/abs/2006.09359
 Reference   https://github.com/corl-team/CORL (algorithms/offline/awac.py)
 Run         python algorithms/awac.py --config configs/awac/mujoco.yaml
-Parent      iql.py (180 lines)
+Parent      iql.py (239 lines)
 Results     docs/results.md
 Deviations  The initialisation, the tanh on the mean and the range [-5, 2] of log_std are those of
             ikostrikov's IQL (his AWAC has [-10, 2]). CORL has PyTorch's initialisation, no tanh and

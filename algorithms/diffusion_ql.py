@@ -4,7 +4,7 @@
 Paper       https://arxiv.org/abs/2208.06193, FBRAC (generator=flow) https://arxiv.org/abs/2502.02538
 Reference   https://github.com/Zhendong-Wang/Diffusion-Policies-for-Offline-RL
 Run         python algorithms/diffusion_ql.py --config configs/diffusion_ql/mujoco.yaml
-Parent      fql.py (319 lines)
+Parent      fql.py (374 lines)
 Results     docs/results.md
 Deviations  All rows train, also those at a truncation whose next observation is known. `cosine`
             brings the learning rates to 0 over the run; the authors' --lr_decay moves once in 50k

@@ -14,7 +14,7 @@ Deviations  Each network has an Adam of its own, which makes the same steps as t
 Shapes: S seeds, K critics, B batch, E episodes, O observation, A action. Arrays are float32.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -50,6 +50,7 @@ class Config:
     q_agg: Literal["mean", "min"] = "mean"  # of the K critics, in the TD target
     normalize_q: bool = False  # divide Q by its mean absolute value in the actor loss
     flow_steps: int = 10  # Euler steps of the flow F from noise z to action
+    n_step: int = 1  # rows whose rewards a TD target sums before it bootstraps
     # Online phase
     online_updates: int = 0  # updates beside an env, after those on fixed data
     updates_per_step: int = 1  # updates per env step
@@ -87,6 +88,18 @@ class GeluCritic(nn.Module):
 
 
 # --- State --------------------------------------------------------------------------------------
+class NStep(NamedTuple):
+    """Rows with returns of up to n steps. Everything "next" is after the last of them."""
+
+    observation: Any  # [B, O]
+    action: Any  # [B, A]
+    reward: Any  # [B], the sum of gamma^k r_k over m <= n rows
+    next_observation: Any  # [B, O]
+    next_action: Any  # [B, A]
+    termination: Any  # [B], 1 where the last of the m rows is a true end
+    discount: Any  # [B], gamma^m
+
+
 class TrainState(train_state.TrainState):
     target_params: Any  # slow copy of params
 
@@ -140,8 +153,11 @@ def critic_loss(params, state, batch, key, cfg):
 
     next_q = state.critic.apply_fn(state.critic.target_params, batch.next_observation, next_action)
     next_q = aggregate(next_q, cfg)  # [K, B] -> [B]
+    discount = cfg.discount
+    if cfg.n_step > 1:
+        discount = batch.discount  # gamma^m, [B]
     # Bootstrap through truncations, never through terminations.
-    target = batch.reward + cfg.discount * (1.0 - batch.termination) * next_q  # [B]
+    target = batch.reward + discount * (1.0 - batch.termination) * next_q  # [B]
 
     q = state.critic.apply_fn(params, batch.observation, batch.action)  # [K, B]
     chex.assert_equal_shape([*q, target])
@@ -271,12 +287,39 @@ def policy_fn(state, cfg):
 
 
 # --- Training -----------------------------------------------------------------------------------
-def online_rows(rows, cfg):
+def n_step_rows(dataset, cfg):
+    """`NStep` of a data set, one from each of its N rows on.
+
+    A return ends with its episode or recording, and before that with a termination. It has m < n
+    rows then. Where that end is no termination, the target bootstraps from there, with gamma^m.
+    """
+    rows = dataset.transitions
+    index, valid = datasets.chunks(dataset, cfg.n_step)  # [N, n] each
+    last = index[:, -1]  # [N], the last row of each return
+    reward = 0.0
+    for k in range(cfg.n_step):
+        reward = reward + cfg.discount**k * valid[:, k] * rows.reward[index[:, k]]
+    count = valid.sum(axis=1)  # [N], m
+    return NStep(
+        observation=rows.observation,
+        action=rows.action,
+        reward=reward,
+        next_observation=rows.next_observation[last],
+        next_action=rows.next_action[last],
+        termination=rows.termination[last],
+        discount=cfg.discount**count,
+    )
+
+
+def online_rows(rows, dataset, cfg):
     """Rows of the env as those of the data set are: the same actions and rewards."""
-    return rows._replace(
+    rows = rows._replace(
         action=rows.action.clip(-1 + 1e-5, 1 - 1e-5),
         reward=rows.reward + cfg.reward_shift,
     )
+    if cfg.n_step > 1:
+        return datasets.by_seed(partial(n_step_rows, cfg=cfg), rows, dataset)
+    return rows
 
 
 def train(cfg, options):
@@ -285,6 +328,8 @@ def train(cfg, options):
     action = dataset.transitions.action.clip(-1 + 1e-5, 1 - 1e-5)
     reward = dataset.transitions.reward + cfg.reward_shift
     data = dataset.transitions._replace(action=action, reward=reward)
+    if cfg.n_step > 1:
+        data = n_step_rows(replace(dataset, transitions=data), cfg)
     data = experiment.place(data, options)
     example = jax.tree.map(lambda x: x[:1], data)  # one row, for its shapes
     init_keys, train_keys, policy_keys, explore_keys = experiment.streams(cfg.seeds, 4)  # [S] each
@@ -294,13 +339,20 @@ def train(cfg, options):
     train_seeds = experiment.over_seeds(partial(train_chunk, cfg=cfg), update=update)
     act = policy_fn(state, cfg)
     explore_by = partial(explore, state.actor.apply_fn)
-    rows_as_data = partial(online_rows, cfg=cfg)
+    rows_as_data = partial(online_rows, dataset=dataset, cfg=cfg)
 
     with (
         experiment.Run(cfg, options, dataset) as run,
         evaluation.Rollouts(dataset, act, policy_keys, cfg) as rollouts,
         interaction.Interaction(
-            run, data, explore_by, explore_keys, policy_params, train_chunk, rows_as_data
+            run,
+            data,
+            explore_by,
+            explore_keys,
+            policy_params,
+            train_chunk,
+            rows_as_data,
+            look_ahead=cfg.n_step,
         ) as online,
     ):
         state, metrics, start = run.restore(state)

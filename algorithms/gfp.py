@@ -4,7 +4,7 @@
 Paper       https://arxiv.org/abs/2512.03973
 Reference   https://github.com/Simple-Robotics/guided-flow-policy
 Run         python algorithms/gfp.py --config configs/gfp/ogbench.yaml
-Parent      fql.py (104 lines)
+Parent      fql.py (159 lines)
 Results     docs/results.md
 Deviations  Each network has an Adam of its own, which makes the same steps as the reference's one
             Adam for all. Rows at a truncation are kept where their next observation is known.

@@ -17,7 +17,7 @@ Deviations  Rows at a truncation are kept where their next observation is known,
 Shapes: S seeds, K critics, B batch, E episodes, O observation, A action. Arrays are float32.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -60,6 +60,7 @@ class Config:
     cosine: bool = True  # cosine decay of the actor's learning rate to 0; constant again online
     dropout: float | None = None  # dropout rate of the actor's hidden layers in training
     normalise_observations: bool = False  # to mean 0 and std 1, as CORL does
+    n_step: int = 1  # rows whose rewards a TD target sums before it bootstraps
     # Online phase
     online_updates: int = 0  # updates beside an env, after those on fixed data
     updates_per_step: int = 1  # updates per env step
@@ -104,6 +105,18 @@ class OrthogonalCritic(nn.Module):
 
 
 # --- State --------------------------------------------------------------------------------------
+class NStep(NamedTuple):
+    """Rows with returns of up to n steps. Everything "next" is after the last of them."""
+
+    observation: Any  # [B, O]
+    action: Any  # [B, A]
+    reward: Any  # [B], the sum of gamma^k r_k over m <= n rows
+    next_observation: Any  # [B, O]
+    next_action: Any  # [B, A]
+    termination: Any  # [B], 1 where the last of the m rows is a true end
+    discount: Any  # [B], gamma^m
+
+
 class TrainState(train_state.TrainState):
     target_params: Any  # slow copy of params
 
@@ -184,8 +197,11 @@ def create_state(key, batch, cfg, statistics=(0.0, 1.0)):
 def critic_loss(params, state, batch, cfg):
     """Squared TD error to r + gamma V(s'), mean over B, summed over K. Eq. 6."""
     next_value = state.value_net.apply_fn(state.value_net.params, batch.next_observation)  # [B]
+    discount = cfg.discount
+    if cfg.n_step > 1:
+        discount = batch.discount  # gamma^m, [B]
     # Bootstrap through truncations, never through terminations.
-    target = batch.reward + cfg.discount * (1.0 - batch.termination) * next_value  # [B]
+    target = batch.reward + discount * (1.0 - batch.termination) * next_value  # [B]
 
     q = state.critic.apply_fn(params, batch.observation, batch.action)  # [K, B]
     chex.assert_equal_shape([*q, target])
@@ -338,15 +354,42 @@ def policy_fn(state, cfg):
 
 
 # --- Training -----------------------------------------------------------------------------------
-def online_rows(rows, reward_scale, statistics, cfg):
+def n_step_rows(dataset, cfg):
+    """`NStep` of a data set, one from each of its N rows on.
+
+    A return ends with its episode or recording, and before that with a termination. It has m < n
+    rows then. Where that end is no termination, the target bootstraps from there, with gamma^m.
+    """
+    rows = dataset.transitions
+    index, valid = datasets.chunks(dataset, cfg.n_step)  # [N, n] each
+    last = index[:, -1]  # [N], the last row of each return
+    reward = 0.0
+    for k in range(cfg.n_step):
+        reward = reward + cfg.discount**k * valid[:, k] * rows.reward[index[:, k]]
+    count = valid.sum(axis=1)  # [N], m
+    return NStep(
+        observation=rows.observation,
+        action=rows.action,
+        reward=reward,
+        next_observation=rows.next_observation[last],
+        next_action=rows.next_action[last],
+        termination=rows.termination[last],
+        discount=cfg.discount**count,
+    )
+
+
+def online_rows(rows, dataset, reward_scale, statistics, cfg):
     """Rows of the env as those of the data set are: the same actions, rewards and observations."""
     mean, std = statistics
-    return rows._replace(
+    rows = rows._replace(
         action=rows.action.clip(-1 + 1e-5, 1 - 1e-5),
         reward=reward_scale * (rows.reward + cfg.reward_shift),
         observation=(rows.observation - mean) / std,
         next_observation=(rows.next_observation - mean) / std,
     )
+    if cfg.n_step > 1:
+        return datasets.by_seed(partial(n_step_rows, cfg=cfg), rows, dataset)
+    return rows
 
 
 def train(cfg, options):
@@ -362,6 +405,8 @@ def train(cfg, options):
     statistics = (0.0, 1.0)  # leaves observations as they are
     if cfg.normalise_observations:
         data, statistics = normalise(data)
+    if cfg.n_step > 1:
+        data = n_step_rows(replace(dataset, transitions=data), cfg)
     data = experiment.place(data, options)
     example = jax.tree.map(lambda x: x[:1], data)  # one row, for its shapes
     init_keys, train_keys, policy_keys, explore_keys = experiment.streams(cfg.seeds, 4)  # [S] each
@@ -372,13 +417,22 @@ def train(cfg, options):
     train_seeds = experiment.over_seeds(partial(train_chunk, cfg=cfg), update=update)
     act = policy_fn(state, cfg)
     explore_by = partial(explore, state.actor.apply_fn, cfg=cfg)
-    rows_as_data = partial(online_rows, reward_scale=reward_scale, statistics=statistics, cfg=cfg)
+    rows_as_data = partial(
+        online_rows, dataset=dataset, reward_scale=reward_scale, statistics=statistics, cfg=cfg
+    )
 
     with (
         experiment.Run(cfg, options, dataset) as run,
         evaluation.Rollouts(dataset, act, policy_keys, cfg) as rollouts,
         interaction.Interaction(
-            run, data, explore_by, explore_keys, policy_params, train_chunk, rows_as_data
+            run,
+            data,
+            explore_by,
+            explore_keys,
+            policy_params,
+            train_chunk,
+            rows_as_data,
+            look_ahead=cfg.n_step,
         ) as online,
     ):
         state, metrics, start = run.restore(state)

@@ -4,7 +4,7 @@
 Paper       https://arxiv.org/abs/2507.07969
 Reference   https://github.com/ColinQiyangLi/qc
 Run         python algorithms/qc.py --config configs/qc/ogbench.yaml
-Parent      fql.py (243 lines)
+Parent      fql.py (245 lines)
 Results     docs/results.md
 Deviations  Those of fql.py. Rewards after a termination inside a chunk do not count (in the
             reference they do, and only the bootstrap stops). The critics also learn from chunks in
@@ -406,14 +406,7 @@ def prepared(rows, cfg):
 
 def online_rows(rows, dataset, cfg):
     """`Chunks` of the env's rows, [T, S, ...]. Those that the last row cuts are not drawn yet."""
-    chunks = []
-    for i in range(rows.reward.shape[1]):
-        own = prepared(jax.tree.map(lambda x, i=i: x[:, i], rows), cfg)  # [T, ...] of one seed
-        over = own.termination + own.truncation
-        over[-1] = 1.0
-        (last,) = over.nonzero()
-        chunks.append(chunked(replace(dataset, transitions=own, episode_ends=last + 1), cfg))
-    return jax.tree.map(lambda *columns: jnp.stack(columns, axis=1), *chunks)
+    return datasets.by_seed(partial(chunked, cfg=cfg), prepared(rows, cfg), dataset)
 
 
 def train(cfg, options):

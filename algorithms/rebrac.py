@@ -4,7 +4,7 @@
 Paper       https://arxiv.org/abs/2305.09836
 Reference   https://github.com/tinkoff-ai/ReBRAC
 Run         python algorithms/rebrac.py --config configs/rebrac/antmaze.yaml
-Parent      td3_bc.py (144 lines)
+Parent      td3_bc.py (197 lines)
 Results     docs/results.md
 Deviations  none known in the method. Rows at a truncation are kept if the data record their next
             observation (0.1 % of the rows of 1000-step episodes). Their next action is unknown, so
@@ -52,6 +52,7 @@ class Config:
     # ReBRAC
     actor_penalty: float = 1.0  # beta_1, weight of (pi(s) - a)^2 in the actor loss, Eq. 7
     critic_penalty: float = 1.0  # beta_2, weight of (pi(s') - a')^2 in the TD target, Eq. 6
+    n_step: int = 1  # rows whose rewards a TD target sums before it bootstraps
     # Online phase
     online_updates: int = 0  # updates beside an env, after those on fixed data
     updates_per_step: int = 1  # updates per env step
@@ -105,6 +106,18 @@ class LayerNormCritic(nn.Module):
 
 
 # --- State --------------------------------------------------------------------------------------
+class NStep(NamedTuple):
+    """Rows with returns of up to n steps. Everything "next" is after the last of them."""
+
+    observation: Any  # [B, O]
+    action: Any  # [B, A]
+    reward: Any  # [B], the sum of gamma^k r_k over m <= n rows
+    next_observation: Any  # [B, O]
+    next_action: Any  # [B, A]
+    termination: Any  # [B], 1 where the last of the m rows is a true end
+    discount: Any  # [B], gamma^m
+
+
 class TrainState(train_state.TrainState):
     target_params: Any  # slow copy of params
 
@@ -151,8 +164,11 @@ def critic_loss(params, state, batch, key, cfg):
     next_q = state.critic.apply_fn(state.critic.target_params, batch.next_observation, next_action)
     next_q = next_q.min(axis=0) - cfg.critic_penalty * next_penalty  # [K, B] -> [B]
     reward = cfg.reward_scale * batch.reward
+    discount = cfg.discount
+    if cfg.n_step > 1:
+        discount = batch.discount  # gamma^m, [B]
     # Bootstrap through truncations, never through terminations.
-    target = reward + cfg.discount * (1.0 - batch.termination) * next_q  # [B]
+    target = reward + discount * (1.0 - batch.termination) * next_q  # [B]
 
     q = state.critic.apply_fn(params, batch.observation, batch.action)  # [K, B]
     chex.assert_equal_shape([*q, target])
@@ -275,10 +291,43 @@ def policy_fn(state, cfg):
 
 
 # --- Training -----------------------------------------------------------------------------------
+def n_step_rows(dataset, cfg):
+    """`NStep` of a data set, one from each of its N rows on.
+
+    A return ends with its episode or recording, and before that with a termination. It has m < n
+    rows then. Where that end is no termination, the target bootstraps from there, with gamma^m.
+    """
+    rows = dataset.transitions
+    index, valid = datasets.chunks(dataset, cfg.n_step)  # [N, n] each
+    last = index[:, -1]  # [N], the last row of each return
+    reward = 0.0
+    for k in range(cfg.n_step):
+        reward = reward + cfg.discount**k * valid[:, k] * rows.reward[index[:, k]]
+    count = valid.sum(axis=1)  # [N], m
+    return NStep(
+        observation=rows.observation,
+        action=rows.action,
+        reward=reward,
+        next_observation=rows.next_observation[last],
+        next_action=rows.next_action[last],
+        termination=rows.termination[last],
+        discount=cfg.discount**count,
+    )
+
+
+def online_rows(rows, dataset, cfg):
+    """Rows of the env as those of the data set are: with returns of as many steps."""
+    if cfg.n_step > 1:
+        return datasets.by_seed(partial(n_step_rows, cfg=cfg), rows, dataset)
+    return rows
+
+
 def train(cfg, options):
     """Train every seed of `cfg` and return its final normalised scores, [S]."""
     dataset = datasets.load(cfg.dataset, options.env, options.env_steps)
     data = dataset.transitions
+    if cfg.n_step > 1:
+        data = n_step_rows(dataset, cfg)
     data = experiment.place(data, options)
     example = jax.tree.map(lambda x: x[:1], data)  # one row, for its shapes
     init_keys, train_keys, policy_keys, explore_keys = experiment.streams(cfg.seeds, 4)  # [S] each
@@ -288,12 +337,21 @@ def train(cfg, options):
     train_seeds = experiment.over_seeds(partial(train_chunk, cfg=cfg), update=update)
     act = policy_fn(state, cfg)
     explore_by = partial(explore, state.actor.apply_fn, cfg=cfg)
+    rows_as_data = partial(online_rows, dataset=dataset, cfg=cfg)
 
     with (
         experiment.Run(cfg, options, dataset) as run,
         evaluation.Rollouts(dataset, act, policy_keys, cfg) as rollouts,
         interaction.Interaction(
-            run, data, explore_by, explore_keys, policy_params, online_chunk, apart=True
+            run,
+            data,
+            explore_by,
+            explore_keys,
+            policy_params,
+            online_chunk,
+            rows_as_data,
+            apart=True,
+            look_ahead=cfg.n_step,
         ) as online,
     ):
         state, metrics, start = run.restore(state)

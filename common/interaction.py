@@ -67,6 +67,9 @@ class Interaction:
         apart: `train_chunk` gets the rows of the data set and the new ones as two trees, `Apart`.
         window: how many rows `transform` needs for one of its own, the row itself and those that
             follow. It gets them all, and a row is drawn once those that follow are there.
+        look_ahead: how many rows that follow may change what `transform` makes of a row. It is
+            drawn before they are there, and written anew when they come. One changes at least the
+            next action.
         memory: arrays with which the policy begins an episode, None if it has none.
         episodes: `transform` gets the rows of an episode once more, all of them, when it has ended,
             and the buffer has what it makes of them then.
@@ -87,11 +90,13 @@ class Interaction:
         window=1,
         memory=None,
         episodes=False,
+        look_ahead=1,
     ):
         self.cfg, self.dataset, self.data = run.cfg, run.dataset, data
         self.file = run.folder / FILE
         self.policy_params, self.transform = policy_params, transform or (lambda rows: rows)
         self.apart, self.window, self.episodes_again = apart, window, episodes
+        self.look_ahead = look_ahead
         self.first_memory = jax.tree.map(np.array, memory)
         self.memory = jax.tree.map(lambda x: np.stack([x] * len(keys)), self.first_memory)
         self.steps = phases.env_steps(self.cfg)  # of every seed, over the whole run
@@ -166,8 +171,8 @@ class Interaction:
             for i in range(len(self.envs)):
                 self._step(i, action[i])
             self.count += 1
-        # Once more the row before, whose next action was not known, or the window before.
-        back = max(self.window - 1, 1)
+        # Once more the rows before that the new ones change, at least the next action of the last.
+        back = max(self.window - 1, self.look_ahead)
         if self.episodes_again and self.over != over:  # always so many: one program serves
             back = max(back, self.dataset.horizon or first)
         self._write(max(first - back, 0))

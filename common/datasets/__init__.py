@@ -15,6 +15,7 @@ from common.datasets.mirrors import use as use_mirror
 from common.datasets.names import config_name, refuse_missing_version, slug, suite
 from common.datasets.transitions import cut
 from common.datasets.views import (
+    by_seed,
     chunks,
     episodes,
     filter_by_return,
@@ -26,6 +27,7 @@ from common.datasets.views import (
 __all__ = [
     "Dataset",
     "Transitions",
+    "by_seed",
     "chunks",
     "config_name",
     "cut",

@@ -68,6 +68,28 @@ def chunks(dataset, steps: int, rows: np.ndarray | None = None) -> tuple[np.ndar
     return np.minimum(index, last[:, None]), valid
 
 
+def by_seed(view, rows, dataset):
+    """`view` of the rows that a run has collected, in the same layout.
+
+    Args:
+        view: Dataset -> NamedTuple of [T, ...].
+        rows: Transitions [T, S, ...]. Each seed is a recording: its episodes end where they say so,
+            the last one with the last row.
+        dataset: the data set that the run began on, for its other facts.
+
+    Returns:
+        That NamedTuple, of [T, S, ...].
+    """
+    columns = []
+    for i in range(rows.reward.shape[1]):
+        own = Transitions(*(column[:, i] for column in rows))
+        over = own.termination + own.truncation > 0
+        over[-1] = True
+        ends = np.flatnonzero(over) + 1
+        columns.append(view(dataclasses.replace(dataset, transitions=own, episode_ends=ends)))
+    return type(columns[0])(*(np.stack(column, axis=1) for column in zip(*columns, strict=True)))
+
+
 def filter_by_return(dataset, fraction: float, fraction_of: str = "episodes"):
     """The data set with only its best episodes by return, at least one, in their order.
 

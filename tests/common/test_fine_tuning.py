@@ -208,6 +208,8 @@ def test_new_rows_are_like_those_of_the_data(module, cfg, more, scale, shift):
     mean, std = STATISTICS if module is not fql else (0.0, 1.0)
     if module is not fql:
         more = more | {"statistics": STATISTICS}
+    if module in (iql, fql):
+        more = more | {"dataset": None}
     new = module.online_rows(rows, **more)
     np.testing.assert_allclose(new.reward, scale * rows.reward + shift, rtol=1e-6, atol=1e-6)
     for name in ("observation", "next_observation"):
