@@ -37,7 +37,7 @@ CONTINUOUS += ["optidice", "algaedice"]
 CONTINUOUS += ["sac"]
 CONTINUOUS += ["rlpd", "spot"]
 CONTINUOUS += ["brac", "fisher_brc"]
-CONTINUOUS += ["diffusion_ql", "gfp"]
+CONTINUOUS += ["diffusion_dice", "diffusion_ql", "gfp"]
 DISCRETE = ["cql_discrete"]  # these refuse others
 EITHER = ["bc"]  # takes both
 HANGS = 900  # seconds after which a test gives up; no machine is so slow
@@ -54,6 +54,9 @@ ALSO_TINY = {  # by algorithm
     "fisher_brc": ["--behaviour-hidden", "8", "--clone-updates", "4"],
     "idql": ["--actor-hidden", "8", "--num-samples", "2"],
     "odice": ["--value-hidden", "8"],
+    "diffusion_dice": ["--actor-hidden", "8", "--guidance-hidden", "8", "--clone-updates", "4"]
+    + ["--clone-batch-size", "4", "--noisy-copies", "2", "--generator-steps", "3"]
+    + ["--num-choosers", "2", "--num-samples", "2"],
     "diffusion_ql": ["--generator-steps", "2", "--num-samples", "2"],
     "optidice": ["--warm-start", "2"],
     "fql": ["--flow-steps", "2"],
