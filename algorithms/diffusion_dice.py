@@ -130,7 +130,6 @@ class ScoreNet(nn.Module):
     hidden: tuple[int, ...]
     action_dim: int
     num_frequencies: int = 16  # each gives a sine and a cosine of the time
-    embedding_width: int = 128  # of time and observation together
 
     @nn.compact
     def __call__(self, observation, action, time):  # -> [..., A]
@@ -151,15 +150,15 @@ class ScoreNet(nn.Module):
             name="head",
         )(x)
 
-    def embed(self, observation, time):  # -> [..., embedding_width]
+    def embed(self, observation, time):  # -> [..., last of hidden]
         init = nn.initializers.normal(30.0)
         frequency = self.param("frequency", init, (self.num_frequencies,))
         waves = fourier_features(frequency, time)
-        time_embedding = linear(waves.shape[-1], 2 * self.num_frequencies)(waves)
+        time_embedding = linear(waves.shape[-1], 32)(waves)
         x = nn.swish(linear(observation.shape[-1], 32)(observation))
         x = jnp.concatenate([x, time_embedding], axis=-1)
-        x = nn.swish(linear(x.shape[-1], self.embedding_width)(x))
-        return linear(self.embedding_width, self.embedding_width)(x)
+        x = nn.swish(linear(x.shape[-1], self.hidden[-1])(x))
+        return linear(x.shape[-1], self.hidden[-1])(x)
 
 
 class GuidanceNet(nn.Module):
@@ -172,7 +171,7 @@ class GuidanceNet(nn.Module):
         init = nn.initializers.normal(30.0)
         frequency = self.param("frequency", init, (self.num_frequencies,))
         waves = fourier_features(frequency, time)
-        time_embedding = linear(waves.shape[-1], 2 * self.num_frequencies)(waves)
+        time_embedding = linear(waves.shape[-1], 32)(waves)
         x = jnp.concatenate([action, time_embedding, observation], axis=-1)
         for width in self.hidden:
             x = nn.swish(linear(x.shape[-1], width)(x))

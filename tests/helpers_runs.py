@@ -54,9 +54,10 @@ ALSO_TINY = {  # by algorithm
     "fisher_brc": ["--behaviour-hidden", "8", "--clone-updates", "4"],
     "idql": ["--actor-hidden", "8", "--num-samples", "2"],
     "odice": ["--value-hidden", "8"],
-    "diffusion_dice": ["--actor-hidden", "8", "--guidance-hidden", "8", "--clone-updates", "4"]
-    + ["--clone-batch-size", "4", "--noisy-copies", "2", "--generator-steps", "3"]
-    + ["--num-choosers", "2", "--num-samples", "2"],
+    "diffusion_dice": (
+        "--actor-hidden 8 --guidance-hidden 8 --clone-updates 4 --clone-batch-size 4 "
+        "--noisy-copies 2 --generator-steps 3 --num-choosers 2 --num-samples 2"
+    ).split(),
     "diffusion_ql": ["--generator-steps", "2", "--num-samples", "2"],
     "optidice": ["--warm-start", "2"],
     "fql": ["--flow-steps", "2"],
