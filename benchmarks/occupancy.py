@@ -19,6 +19,8 @@ The corridor is so small that every ratio is known:
 - AlgaeDICE: of a given policy, here one that turns back in the fourth cell, by its critic loss with
   online_share 1 of the paper. Its own policy is left out: the loss samples one next action, and
   where a policy has several that differ in value, this biases the ratio towards the better ones.
+- Diffusion-DICE: of another kind. Its dual has no gradient through V(s'), so w is how much more
+  likely the regularised policy is to take an action than the data, with the mean 1 in each cell.
 """
 
 import argparse
@@ -31,7 +33,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import figures
-from algorithms import algaedice, odice, optidice
+from algorithms import algaedice, diffusion_dice, odice, optidice
 from common import command_line, datasets
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -138,6 +140,30 @@ def policy_ratio(world, right):
     return visits[:, None] * chance / world.occupancy
 
 
+def best_action_ratio(world, alpha):
+    """w [CELLS, 2], pi(a|s) over the data's, of the solution of Diffusion-DICE's dual.
+
+    w = 1 + y / 2 from y = (Q - V) / alpha = 0 on and e^y below; V(s) is where the mean of w over
+    the data's actions is 1, found by bisection; Q = r + gamma V(s'), by value iteration.
+    """
+    share = world.occupancy / world.occupancy.sum(axis=1, keepdims=True)
+    cell, value = np.arange(CELLS), np.zeros(CELLS)
+    after = np.stack([move(cell, 0), move(cell, 1)], axis=1)
+
+    def ratio(q, value):
+        y = (q - value[:, None]) / alpha
+        return np.where(y >= 0, 1 + y / 2, np.exp(np.minimum(y, 0)))
+
+    for _ in range(200):
+        q = reward(cell)[:, None] + DISCOUNT * value[after]
+        low, high = q.min(axis=1), q.max(axis=1)
+        for _ in range(50):
+            value = (low + high) / 2
+            is_low = (share * ratio(q, value)).sum(axis=1) > 1
+            low, high = np.where(is_low, value, low), np.where(is_low, high, value)
+    return ratio(q, value)
+
+
 # --- Learned ratios -----------------------------------------------------------------------------
 def train(module, cfg, data, seed=0, change=lambda state: state):
     """The state of one seed after `log_every` updates. `change` may alter the first state."""
@@ -237,11 +263,31 @@ def learn_algaedice(world, updates):
     return policy_ratio(world, RIGHT), by_direction(world, ratio)
 
 
+def learn_diffusion_dice(world, updates):
+    """(exact ratio, learned ratio)"""
+    cfg = diffusion_dice.Config(
+        **NETS,
+        log_every=updates,
+        critic_learning_rate=2e-3,
+        weight_decay=0.0,
+        alpha=ALPHA / 2,  # its divergence is (w - 1)^2 above 1
+        actor_hidden=(8,),  # neither trains before nor has a part in w, as the next three
+        guidance_hidden=(8,),
+        noisy_copies=1,
+        num_choosers=None,
+    )
+    data = world.dataset.transitions
+    state = train(diffusion_dice, cfg, data)
+    y, _ = diffusion_dice.scaled_advantage(state.value_net.params, state, data, cfg)
+    return best_action_ratio(world, cfg.alpha), by_direction(world, diffusion_dice.weight_of(y))
+
+
 METHODS = {  # title -> function of (world, updates)
     "OptiDICE": learn_optidice,
     "ODICE, true gradient": learn_odice,
     "ODICE, orthogonal gradient": partial(learn_odice, gradient="orthogonal"),
     "AlgaeDICE": learn_algaedice,
+    "Diffusion-DICE": learn_diffusion_dice,
 }
 
 

@@ -39,7 +39,7 @@ CONTINUOUS += ["optidice", "algaedice"]
 CONTINUOUS += ["sac"]
 CONTINUOUS += ["rlpd", "spot"]
 CONTINUOUS += ["brac", "fisher_brc"]
-CONTINUOUS += ["diffusion_ql", "gfp"]
+CONTINUOUS += ["diffusion_dice", "diffusion_ql", "gfp"]
 DISCRETE = ["cql_discrete"]  # these refuse others
 EITHER = ["bc"]  # takes both
 HANGS = 900  # seconds after which a test gives up; no machine is so slow
@@ -56,6 +56,7 @@ ALSO_TINY = {  # by algorithm
     "fisher_brc": ["--behaviour-hidden", "8", "--clone-updates", "4"],
     "idql": ["--actor-hidden", "8", "--num-samples", "2"],
     "odice": ["--value-hidden", "8"],
+    "diffusion_dice": ["--actor-hidden", "8", "--guidance-hidden", "8", "--clone-updates", "4"],
     "diffusion_ql": ["--generator-steps", "2", "--num-samples", "2"],
     "optidice": ["--warm-start", "2"],
     "fql": ["--flow-steps", "2"],
@@ -64,6 +65,8 @@ ALSO_TINY = {  # by algorithm
     "spot": ["--vae-hidden", "8", "--clone-updates", "4"],
     "rlpd": ["--num-critics", "3", "--updates-per-step", "2", "--online-updates", "0"],
 }
+ALSO_TINY["diffusion_dice"] += ["--clone-batch-size", "4", "--noisy-copies", "2"]
+ALSO_TINY["diffusion_dice"] += ["--generator-steps", "3", "--num-choosers", "2"]
 SEQUENCE = {  # by algorithm, in place of hidden layers
     "dt": ["--context", "3", "--embedding", "8", "--num-layers", "1"],
 }

@@ -82,12 +82,16 @@ UNCHANGED = {
     ("brac", "both"): (*CLONED, "alpha/"),
     ("brac", "clone"): ("actor/", "critic/", "alpha/"),
     ("brac", "bear"): CLONED,
+    ("diffusion_dice", "mujoco"): ("actor/",),
+    ("diffusion_dice", "antmaze"): ("actor/",),
+    ("diffusion_dice", "clone"): ("critic/", "value_net/", "guidance/", "choosers/"),
     ("fisher_brc", "mujoco"): CLONED,
     ("fisher_brc", "strong"): CLONED,
     ("fisher_brc", "clone"): ("actor/", "critic/", "log_temperature/"),
 }
 # What a policy takes besides its parameters, and the field of State whose apply function it is.
 NETWORKS = {"apply_critics": "critic", "critic": "critic", "apply_vae": "vae"}
+NETWORKS["apply_guidance"] = "guidance"
 
 
 @functools.cache

@@ -174,6 +174,11 @@ SMALL = {  # what makes an algorithm file small and fast; data sets and claims s
     "fisher_brc": NET
     | FAST
     | {"temperature_learning_rate": 1e-3, "behaviour_hidden": (64, 64), "clone_updates": 1000},
+    "diffusion_dice": NET
+    | FAST
+    | {"clone_updates": 1000, "clone_batch_size": 64, "clone_learning_rate": 1e-3}
+    | {"actor_hidden": (32, 32), "guidance_learning_rate": 1e-3, "guidance_hidden": (32, 32)}
+    | {"noisy_copies": 4, "num_choosers": 2},
     "diffusion_ql": NET
     | FAST
     | {"generator_steps": 3, "max_gradient_norm": 10.0}

@@ -29,6 +29,11 @@ DT = {
 QC = {"horizon": 3}
 SAC = {"hidden": (8, 8, 8)}
 BRAC = {"critic_hidden": (16, 16), "clone_updates": 0, "warm_start": 0}
+DIFFUSION_DICE = {
+    "actor_hidden": (16, 12, 8),
+    "guidance_hidden": (16, 16, 16, 16),
+    "num_samples": 5,
+}
 FISHER_BRC = {"behaviour_hidden": (16, 16)}
 FBRAC = {
     "generator": "flow",
@@ -98,6 +103,27 @@ CASES = [
             "target_agg": "flow",
             "flow_steps": 3,
         },
+    ),
+    Case("diffusion_dice", "mujoco", DIFFUSION_DICE | {"num_choosers": 4, "noisy_copies": 3}),
+    Case(
+        "diffusion_dice",
+        "antmaze",
+        DIFFUSION_DICE
+        | {
+            "alpha": 0.1,
+            "discount": 0.95,
+            "guidance_scale": 1.0,
+            "noisy_copies": 2,
+            "generator_steps": 6,
+            "selection": "softmax",
+            "num_choosers": None,
+        },
+    ),
+    Case(
+        "diffusion_dice",
+        "clone",
+        DIFFUSION_DICE | {"num_choosers": None, "generator_steps": 5, "guidance_scale": 1.0},
+        update="clone_update",
     ),
     Case(
         "diffusion_ql",

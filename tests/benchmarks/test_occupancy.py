@@ -52,6 +52,7 @@ def test_the_exact_ratio_is_that_of_the_best_policy(world):
         ("OptiDICE", 0.12),
         pytest.param("ODICE, true gradient", 0.12, marks=runs.SLOW),
         pytest.param("AlgaeDICE", 0.4, marks=runs.SLOW),
+        pytest.param("Diffusion-DICE", 0.12, marks=runs.SLOW),
     ],
 )
 def test_learned_ratios_are_near_the_exact_ones(world, title, limit):
