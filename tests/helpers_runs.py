@@ -38,7 +38,7 @@ CONTINUOUS += ["sac"]
 CONTINUOUS += ["rlpd", "spot"]
 CONTINUOUS += ["brac", "fisher_brc"]
 CONTINUOUS += ["diffusion_ql", "gfp"]
-CONTINUOUS += ["mopo"]
+CONTINUOUS += ["mopo", "combo"]
 DISCRETE = ["cql_discrete"]  # these refuse others
 EITHER = ["bc"]  # takes both
 MODEL = ["--model-updates", "4", "--model-hidden", "8", "--model-decays", "1e-4", "1e-4"]
@@ -59,6 +59,7 @@ ALSO_TINY = {  # by algorithm
     "idql": ["--actor-hidden", "8", "--num-samples", "2"],
     "odice": ["--value-hidden", "8"],
     "mopo": MODEL,
+    "combo": [*MODEL, "--num-samples", "2"],
     "diffusion_ql": ["--generator-steps", "2", "--num-samples", "2"],
     "optidice": ["--warm-start", "2"],
     "fql": ["--flow-steps", "2"],
