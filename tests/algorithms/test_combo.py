@@ -6,6 +6,7 @@ The dynamics, the ring and the batches are those of mopo.py, see test_mopo.py.
 
 import functools
 import shutil
+from pathlib import Path
 
 import helpers_runs as runs
 import jax
@@ -190,10 +191,10 @@ def runs_of(tmp_path, monkeypatch):
         monkeypatch.setattr(module, "create_state", create)
 
     def run(name, *flags):
-        """-> its State at the first update, by name"""
+        """-> its State, which no update changes, by name"""
         argv = ["--dataset", data, *runs.tiny(name), "--num-updates", "8", "--name", "x", *flags]
         runs.start(name, [*argv, "--eval-every", "4", "--eval-episodes", "1"])
-        return checkpoints.read(checkpoints.manager(tmp_path / f"runs/{name}/data/x"), 0)[0]
+        return checkpoints.read(checkpoints.manager(tmp_path / f"runs/{name}/data/x"), 8)[0]
 
     return run
 
@@ -211,10 +212,10 @@ def drawn_state(create, name, key, batch, cfg, healthy):
 
 
 def test_a_fit_of_dynamics_is_shared(runs_of, capsys):
-    """combo.py takes the dynamics of mopo.py's run and nothing else; its own run's are all taken."""
+    """combo.py takes the dynamics of mopo.py's run, with their record, and nothing else."""
     there = runs_of("mopo")
     own = runs_of("combo")
-    origin = ("--start-from", "runs/mopo/data/x", "--model-updates", "0", "--name", "x")
+    origin = ("--start-from", "runs/mopo/data/x", "--model-updates", "0")
     shutil.rmtree("runs/combo")
     capsys.readouterr()
     here = runs_of("combo", *origin)
@@ -236,11 +237,12 @@ def test_a_fit_that_has_not_ended_or_is_not_there_is_refused(runs_of, capsys):
 
     assert "take those of another run" in refused("mopo", "--model-updates", "0")
     runs_of("mopo")
-    for update in ("4", "8"):
-        shutil.rmtree(f"runs/mopo/data/x/checkpoints/{update}")
+    config = Path("runs/mopo/data/x/config.yaml")  # as if more had been asked for
+    config.write_text(config.read_text().replace("model_updates: 4", "model_updates: 12"))
     start = ("--start-from", "runs/mopo/data/x")
     line = refused("combo", *start, "--model-updates", "0")
-    assert "at update 0, and the fit of its dynamics ends at 4" in line
+    assert "at update 8, and the fit of its dynamics ends at 12" in line
+    shutil.rmtree("runs/combo")
     runs_of("combo", *start)  # the fit goes on
     line = refused("sac", *start, "--online-updates", "0")
     assert "a run of mopo; sac begins with its own runs only" in line
