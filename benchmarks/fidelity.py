@@ -53,6 +53,12 @@ REASONS = {
         ("weight > 0", "in a number that is only logged"),
         ("jnp.mean", "in a number that is only logged"),
     ],
+    "mopo": [
+        ("model_updates", "of the fit of the dynamics, which test_mopo.py compares"),
+        ("square(kernel)", "of the fit of the dynamics, which test_mopo.py compares"),
+        ("fit.waiting", "of the fit of the dynamics, which test_mopo.py compares"),
+        ("ring.filled", "of the rows from the model, which test_mopo.py counts"),
+    ],
     "odice": [("1e-10", "guards against a division by zero: not reached")],
     "optidice": [("1e-10", "guards log w of chi2: not reached"), ("y + 1.0", "the same guard")],
     "qc": [("jnp.abs(q)", "normalize_q is an addition, without authors' code")],

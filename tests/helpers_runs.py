@@ -40,8 +40,13 @@ CONTINUOUS += ["sac"]
 CONTINUOUS += ["rlpd", "spot"]
 CONTINUOUS += ["brac", "fisher_brc"]
 CONTINUOUS += ["diffusion_dice", "diffusion_ql", "gfp"]
+CONTINUOUS += ["diffusion_ql", "gfp"]
+CONTINUOUS += ["mopo", "combo"]
 DISCRETE = ["cql_discrete"]  # these refuse others
 EITHER = ["bc"]  # takes both
+MODEL = ["--model-updates", "4", "--model-hidden", "8", "--model-decays", "1e-4", "1e-4"]
+MODEL += ["--num-models", "3", "--num-elites", "2", "--holdout-every", "2"]
+MODEL += ["--rollout-every", "2", "--rollout-batch", "4", "--rollout-length", "2"]
 HANGS = 900  # seconds after which a test gives up; no machine is so slow
 SHORT = ["--num-updates", "24", "--log-every", "4", "--eval-every", "8", "--eval-episodes", "2"]
 SHORT += ["--batch-size", "4", "--wandb", "disabled", "--save-seconds", "0"]
@@ -57,6 +62,8 @@ ALSO_TINY = {  # by algorithm
     "idql": ["--actor-hidden", "8", "--num-samples", "2"],
     "odice": ["--value-hidden", "8"],
     "diffusion_dice": ["--actor-hidden", "8", "--guidance-hidden", "8", "--clone-updates", "4"],
+    "mopo": MODEL,
+    "combo": [*MODEL, "--num-samples", "2"],
     "diffusion_ql": ["--generator-steps", "2", "--num-samples", "2"],
     "optidice": ["--warm-start", "2"],
     "fql": ["--flow-steps", "2"],

@@ -6,7 +6,7 @@ import re
 from common import fail
 
 SHARES = ("discount", "target_rate", "actor_target_rate", "td_lambda", "lam", "residual")
-SHARES += ("mixing_ratio", "penalty_floor")
+SHARES += ("mixing_ratio", "penalty_floor", "real_ratio")
 LARGEST = 3.4e38  # of float32, in which the networks compute
 # Patterns of names.
 POSITIVE = "learning_rate$|^fixed_std$|^return_scale$|^beta$|^(sql|eql)_alpha$|^huber_delta$"
@@ -45,6 +45,7 @@ def check(cfg):
         ("eval_every", "log_every"),
         ("num_updates", "log_every"),
         ("clone_updates", "log_every"),
+        ("model_updates", "log_every"),
         ("log_every", "policy_delay"),
         ("log_every", "actor_updates"),
         ("log_every", "updates_per_step"),
@@ -59,12 +60,13 @@ def check(cfg):
                 f"{flag(whole)} {number} is no multiple of {flag(part)} {divisor}; "
                 f"{near} would be one{smaller}"
             )
-    cloning = getattr(cfg, "clone_updates", 0)
-    if cloning and cloning >= cfg.num_updates:
-        fail(
-            f"--num-updates {cfg.num_updates}: counts the --clone-updates {cloning} as well, "
-            "so it must be more"
-        )
+    for first in ("clone_updates", "model_updates"):
+        number = getattr(cfg, first, 0)
+        if number and number >= cfg.num_updates:
+            fail(
+                f"--num-updates {cfg.num_updates}: counts the {flag(first)} {number} as well, "
+                "so it must be more"
+            )
 
     refresh = getattr(cfg, "steps_per_refresh", 1) * getattr(cfg, "updates_per_step", 1)
     if refresh > 1 and cfg.online_updates and cfg.log_every % refresh:
@@ -80,7 +82,7 @@ def check(cfg):
 
 def _least(name, cfg):
     """The least value of a whole number."""
-    if name in ("online_updates", "random_steps", "warm_up_steps"):
+    if name in ("model_updates", "online_updates", "random_steps", "warm_up_steps"):
         return 0
     return 0 if name == "num_updates" and getattr(cfg, "online_updates", 0) else 1
 

@@ -28,6 +28,15 @@ DT = {
 }
 QC = {"horizon": 3}
 SAC = {"hidden": (8, 8, 8)}
+MOPO = {"model_hidden": (4,), "model_decays": (0.0, 0.0), "num_models": 2}
+MOPO |= {"batch_size": 16, "real_ratio": 0.25, "rollout_batch": 4, "rollout_length": 6}
+MOPO |= {"num_elites": 2, "generations": 1}
+MOPO |= {"temperature_learning_rate": 1e-4, "actor_learning_rate": 1e-4}
+MOPO_FASTER = {"actor_learning_rate": 1e-3, "critic_learning_rate": 3e-3, "discount": 0.9}
+MOPO_FASTER |= {"temperature_learning_rate": 5e-3, "target_rate": 0.05}
+COMBO = MOPO | {"num_samples": 3}
+COMBO_MODEL = COMBO | MOPO_FASTER
+COMBO_MODEL |= {"num_samples": 2, "rho": "model", "conservative_weight": 0.5}
 BRAC = {"critic_hidden": (16, 16), "clone_updates": 0, "warm_start": 0}
 DIFFUSION_DICE = {
     "actor_hidden": (16, 12, 8),
@@ -440,6 +449,10 @@ CASES = [
         {"online_share": 0.6, "exponent": 2.0, "alpha": 0.5, "discount": 0.9, "target_rate": 0.1},
         gradient_steps=2,
     ),
+    Case("mopo", "mujoco", MOPO, update="policy_update"),
+    Case("mopo", "faster", MOPO | MOPO_FASTER, update="policy_update"),
+    Case("combo", "mixed", COMBO, update="policy_update"),
+    Case("combo", "model", COMBO_MODEL, update="policy_update"),
 ]
 
 # Relative to the largest number of an array. Adam divides by the size of a gradient, so parameters

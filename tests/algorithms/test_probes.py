@@ -43,7 +43,17 @@ TIED = {  # a strong one
 
 # The others run with ATOLL_SLOW=1: these parts of their updates are those of a parent, or they take
 # half a minute each.
-SLOWER = ("diffusion_dice", "diffusion_ql", "edac", "gfp", "lb_sac", "rlpd", "sac_n", "spot")
+SLOWER = (
+    "combo",
+    "diffusion_dice",
+    "diffusion_ql",
+    "edac",
+    "gfp",
+    "lb_sac",
+    "rlpd",
+    "sac_n",
+    "spot",
+)
 QUICK_ONES = [name for name in FREE if name not in SLOWER]
 
 
