@@ -39,6 +39,7 @@ CONTINUOUS += ["rlpd", "spot"]
 CONTINUOUS += ["brac", "fisher_brc"]
 CONTINUOUS += ["diffusion_ql", "gfp"]
 CONTINUOUS += ["mopo"]
+CONTINUOUS += ["morel"]
 DISCRETE = ["cql_discrete"]  # these refuse others
 EITHER = ["bc"]  # takes both
 MODEL = ["--model-updates", "4", "--model-hidden", "8", "--model-decays", "1e-4", "1e-4"]
@@ -59,6 +60,7 @@ ALSO_TINY = {  # by algorithm
     "idql": ["--actor-hidden", "8", "--num-samples", "2"],
     "odice": ["--value-hidden", "8"],
     "mopo": MODEL,
+    "morel": [*MODEL, "--num-critics", "2"],
     "diffusion_ql": ["--generator-steps", "2", "--num-samples", "2"],
     "optidice": ["--warm-start", "2"],
     "fql": ["--flow-steps", "2"],

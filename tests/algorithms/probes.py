@@ -192,6 +192,12 @@ SMALL = {  # what makes an algorithm file small and fast; data sets and claims s
     | {"temperature_learning_rate": 1e-3, "model_updates": 1000, "model_hidden": (32, 32)}
     | {"model_decays": (2.5e-5, 5e-5, 1e-4), "num_models": 3, "num_elites": 2}
     | {"holdout_every": 100, "rollout_every": 50, "rollout_batch": 64, "rollout_length": 2},
+    "morel": NET
+    | FAST
+    | {"temperature_learning_rate": 1e-3, "model_updates": 1000, "model_hidden": (32, 32)}
+    | {"model_decays": (2.5e-5, 5e-5, 1e-4), "num_models": 3, "num_elites": 2}
+    | {"holdout_every": 100, "rollout_every": 50, "rollout_batch": 64, "rollout_length": 2}
+    | {"num_critics": 2, "halt_penalty": 1.0},
     "odice": NET | FAST | {"value_hidden": (64, 64), "value_learning_rate": 1e-3},
     "optidice": NET | {"learning_rate": 1e-3, "warm_start": 20},
     "qc": NET | FAST | {"flow_steps": 5, "num_samples": 4, "horizon": 3},
