@@ -4,7 +4,7 @@
 Paper       https://arxiv.org/abs/2005.13239
 Reference   https://github.com/yihaosun1124/OfflineRL-Kit
 Run         python algorithms/mopo.py --config configs/mopo/mujoco.yaml
-Parent      sac.py (484 lines)
+Parent      sac.py (498 lines)
 Results     docs/results.md
 Deviations  The fit of the dynamics has a fixed number of updates. It keeps each member's best
             parameters and stops by the reference's rule: from then on its updates change nothing.
@@ -52,7 +52,7 @@ class Config:
     hidden: tuple[int, ...] = (256, 256)  # widths of actor and critics
     num_critics: int = 2  # K, target and actor use their minimum
     # Dynamics
-    model_updates: int = 400_000  # first updates: they train the dynamics alone
+    model_updates: int = 400_000  # first updates, of the dynamics alone; 0 with --start-from
     model_learning_rate: float = 1e-3  # Adam
     model_hidden: tuple[int, ...] = (200, 200, 200, 200)  # widths of a member
     model_decays: tuple[float, ...] = (2.5e-5, 5e-5, 7.5e-5, 7.5e-5, 1e-4)  # of weights, by layer
@@ -133,6 +133,9 @@ class TrainState(train_state.TrainState):
         # A copy: JAX reuses the memory of the old state, so params and targets must not share any.
         target = jax.tree.map(jnp.copy, params)
         return super().create(apply_fn=apply_fn, params=params, target_params=target, tx=tx)
+
+
+UNMEASURED = 1e10  # the holdout error of a member before the first measurement
 
 
 class Fit(NamedTuple):
@@ -230,7 +233,7 @@ def blank_fit(params, batch, cfg):
     inputs = batch.observation.shape[-1] + batch.action.shape[-1]
     return Fit(
         best=jax.tree.map(jnp.copy, params["members"]),
-        best_error=jnp.full(cfg.num_models, 1e10),
+        best_error=jnp.full(cfg.num_models, UNMEASURED),
         scaled_error=jnp.zeros(cfg.num_models),
         waiting=jnp.int32(0),
         input_statistics=(jnp.zeros(inputs), jnp.ones(inputs)),
@@ -584,17 +587,17 @@ def rolled_out(state, key, data, imagined, cfg):
     observation = data.observation[index]
     alive = jnp.ones(cfg.rollout_batch, bool)
 
-    def one_step(carry, key):
+    def one_step(carry, number):
         ring, observation, alive = carry
-        rows = imagined(state, observation, key, cfg)
+        rows = imagined(state, observation, jax.random.fold_in(key_steps, number), cfg)
         ring = written(ring, rows, alive)
         alive = alive & (rows.termination == 0)
         # A rollout that has ended stays where it is. Nothing of it is written any more.
         observation = jnp.where(alive[:, None], rows.next_observation, observation)
         return (ring, observation, alive), None
 
-    keys = jax.random.split(key_steps, cfg.rollout_length)
-    (ring, _, _), _ = jax.lax.scan(one_step, (state.ring, observation, alive), keys)
+    numbers = jnp.arange(cfg.rollout_length)
+    (ring, _, _), _ = jax.lax.scan(one_step, (state.ring, observation, alive), numbers)
     return ring
 
 
@@ -663,8 +666,13 @@ def update_target(net, cfg):
 
 def model_chunk(state, key, start, data, cfg):
     """`log_every` updates of the first phase, as `train_chunk` makes those of the second."""
-    statistics = input_statistics(data)
-    state = state._replace(fit=state.fit._replace(input_statistics=statistics))
+    # With --start-from, the record is of another fit, whose rows may have been others: begin anew.
+    fit = state.fit._replace(
+        best_error=jnp.where(start == 0, UNMEASURED, state.fit.best_error),
+        waiting=jnp.where(start == 0, 0, state.fit.waiting),
+        input_statistics=input_statistics(data),
+    )
+    state = state._replace(fit=fit)
     steps = start + jnp.arange(cfg.log_every)
     state, metrics = jax.lax.scan(partial(model_update, key=key, data=data, cfg=cfg), state, steps)
     return state, jax.tree.map(jnp.mean, metrics)
@@ -744,6 +752,8 @@ def check_model(cfg, options):
     if len(cfg.model_decays) != layers:
         given = " ".join(map(str, cfg.model_decays))
         fail(f"--model-decays {given}: give {layers} numbers, one for each layer of the dynamics")
+    if cfg.model_updates == 0 and options.start_from is None:
+        fail("--model-updates 0: no dynamics; take those of another run, with --start-from FOLDER")
     if options.data == "host" or options.devices > 1:
         fail("--data host, --devices: a model of the env supports neither; start it without them")
 

@@ -38,7 +38,7 @@ CONTINUOUS += ["sac"]
 CONTINUOUS += ["rlpd", "spot"]
 CONTINUOUS += ["brac", "fisher_brc"]
 CONTINUOUS += ["diffusion_ql", "gfp"]
-CONTINUOUS += ["mopo"]
+CONTINUOUS += ["mopo", "combo"]
 CONTINUOUS += ["morel"]
 DISCRETE = ["cql_discrete"]  # these refuse others
 EITHER = ["bc"]  # takes both
@@ -61,6 +61,7 @@ ALSO_TINY = {  # by algorithm
     "odice": ["--value-hidden", "8"],
     "mopo": MODEL,
     "morel": [*MODEL, "--num-critics", "2"],
+    "combo": [*MODEL, "--num-samples", "2"],
     "diffusion_ql": ["--generator-steps", "2", "--num-samples", "2"],
     "optidice": ["--warm-start", "2"],
     "fql": ["--flow-steps", "2"],

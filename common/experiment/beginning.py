@@ -3,7 +3,9 @@
 
 Only parameters are taken, those of target networks included, and with `--start-optimizer` the
 states of the optimisers. Everything else of the State is the new run's own: the statistics of the
-observations are those of its data.
+observations are those of its data. One part is taken as a whole: the record of a fit of dynamics,
+which belongs to their parameters. Runs of other algorithms share a fit: of these, the dynamics
+alone are taken.
 """
 
 import math
@@ -17,6 +19,7 @@ from common.experiment import checkpoints, digests, growth, yaml_files
 
 PARAMETERS = ("params", "target_params")
 OPTIMISERS = ("opt_state", "step")
+DYNAMICS = ("dynamics", "fit")  # fields of a State: the networks, and the record of their fit
 
 
 def check(options, cfg, script):
@@ -30,29 +33,40 @@ def check(options, cfg, script):
         )
 
 
-def facts(folder, algorithm):
-    """What a run's record tells of its beginning: {folder, seeds, update, digest}."""
+def facts(folder, algorithm, cfg=None):
+    """What a run's record tells of its beginning: {folder, seeds, update, digest}.
+
+    If that is a run of another algorithm, its name is there as well: {algorithm}.
+    """
     flag = f"--start-from {folder}"
     config = yaml_files.of_run(folder, flag)
     other = config["record"].get("algorithm")
-    if other != algorithm:
+    both_fit = "model_updates" in config and hasattr(cfg, "model_updates")
+    if other != algorithm and not both_fit:
         fail(f"{flag}: a run of {other}; {algorithm} begins with its own runs only")
     update = growth.reached(folder)
     if not (Path(folder) / "checkpoints" / str(update)).is_dir():
         fail(f"{flag}: no checkpoint in it")
+    if both_fit and cfg.model_updates == 0 and update < config["model_updates"]:
+        fail(
+            f"{flag}: at update {update}, and the fit of its dynamics ends at "
+            f"{config['model_updates']}; resume that run, or go on with --model-updates N"
+        )
     _, meta = _read(folder, update)
-    return {
+    found = {
         "folder": str(folder),
         "seeds": config["seeds"],
         "update": update,
         "digest": meta["digest"],
     }
+    return found if other == algorithm else found | {"algorithm": other}
 
 
 def begin(state, seeds, facts, optimiser):
     """The State [S, ...] with the parameters of the run that `facts` tells of.
 
-    A seed begins with the same seed of that run. If that run has one seed, all begin with it.
+    A seed begins with the same seed of that run. If that run has one seed, all begin with it. Of
+    another algorithm's run the dynamics are taken.
     """
     flag = f"--start-from {facts['folder']}"
     arrays, meta = _read(facts["folder"], facts["update"])
@@ -69,7 +83,10 @@ def begin(state, seeds, facts, optimiser):
     def choose(path, mine):
         name = jax.tree_util.keystr(path, simple=True, separator=".")
         kinds = [part for part in name.split(".") if part in PARAMETERS + OPTIMISERS]
-        if not kinds or kinds[0] not in taken:
+        field = name.split(".")[0]
+        if "algorithm" in facts and field not in DYNAMICS:
+            return mine
+        if field != "fit" and (not kinds or kinds[0] not in taken):
             return mine
         if name not in arrays:
             fail(f"{flag}: has no {name}, which this config makes; give the settings of that run")

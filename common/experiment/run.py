@@ -102,7 +102,7 @@ class Run:
         if self.options.start_from is not None and jax.process_index() == 0:
             started_from = self.records.started_from()
             if started_from is None:
-                started_from = beginning.facts(self.options.start_from, self.algorithm)
+                started_from = beginning.facts(self.options.start_from, self.algorithm, self.cfg)
             record["started_from"] = started_from
         self.started_from = started_from
         places = {"algorithm_file": str(self.script.resolve())}
@@ -252,7 +252,8 @@ class Run:
         if self.started_from is None:
             return state
         update, folder = self.started_from["update"], self.started_from["folder"]
-        print(f"begins with the parameters of {folder} at update {update:,}")
+        what = "dynamics" if "algorithm" in self.started_from else "parameters"
+        print(f"begins with the {what} of {folder} at update {update:,}")
         optimiser = self.options.start_optimizer
         return beginning.begin(state, self.cfg.seeds, self.started_from, optimiser)
 

@@ -154,6 +154,18 @@ CHUNK = 1000  # updates per compiled program
 FAST = {"actor_learning_rate": 1e-3, "critic_learning_rate": 1e-3}
 NET = {"hidden": (64, 64), "batch_size": 64}
 SEQUENCE = {"embedding": 16, "num_layers": 1, "batch_size": 64}
+MODEL = {  # of files that fit dynamics
+    "temperature_learning_rate": 1e-3,
+    "model_updates": 1000,
+    "model_hidden": (32, 32),
+    "model_decays": (2.5e-5, 5e-5, 1e-4),
+    "num_models": 3,
+    "num_elites": 2,
+    "holdout_every": 100,
+    "rollout_every": 50,
+    "rollout_batch": 64,
+    "rollout_length": 2,
+}
 SMALL = {  # what makes an algorithm file small and fast; data sets and claims set the rest
     "algaedice": NET | FAST,
     "atac": NET | FAST | {"warm_start": 20},
@@ -167,6 +179,7 @@ SMALL = {  # what makes an algorithm file small and fast; data sets and claims s
     | FAST
     | {"critic_hidden": (64, 64), "clone_updates": 1000, "clone_learning_rate": 1e-3}
     | {"warm_start": 20, "alpha_training": "linear", "divergence": "mmd", "kernel_width": 2.0},
+    "combo": NET | FAST | MODEL | {"num_samples": 4},
     "cql": NET | FAST | {"critic_hidden": (64, 64), "num_samples": 4},
     "cql_discrete": NET | FAST,
     "dt": SEQUENCE | FAST | {"context": 3, "warm_up": 10, "episode_length": 20},
@@ -187,17 +200,8 @@ SMALL = {  # what makes an algorithm file small and fast; data sets and claims s
     "iql": NET | FAST | {"cosine": False},
     "ivr": NET | FAST | {"cosine": False},
     "lb_sac": NET | FAST | {"temperature_learning_rate": 1e-3, "num_critics": 3},
-    "mopo": NET
-    | FAST
-    | {"temperature_learning_rate": 1e-3, "model_updates": 1000, "model_hidden": (32, 32)}
-    | {"model_decays": (2.5e-5, 5e-5, 1e-4), "num_models": 3, "num_elites": 2}
-    | {"holdout_every": 100, "rollout_every": 50, "rollout_batch": 64, "rollout_length": 2},
-    "morel": NET
-    | FAST
-    | {"temperature_learning_rate": 1e-3, "model_updates": 1000, "model_hidden": (32, 32)}
-    | {"model_decays": (2.5e-5, 5e-5, 1e-4), "num_models": 3, "num_elites": 2}
-    | {"holdout_every": 100, "rollout_every": 50, "rollout_batch": 64, "rollout_length": 2}
-    | {"num_critics": 2, "halt_penalty": 1.0},
+    "mopo": NET | FAST | MODEL,
+    "morel": NET | FAST | MODEL | {"num_critics": 2, "halt_penalty": 1.0},
     "odice": NET | FAST | {"value_hidden": (64, 64), "value_learning_rate": 1e-3},
     "optidice": NET | {"learning_rate": 1e-3, "warm_start": 20},
     "qc": NET | FAST | {"flow_steps": 5, "num_samples": 4, "horizon": 3},

@@ -363,7 +363,8 @@ def numpy_rollouts(state, key, data, cfg):
     params, actor = double(state.dynamics.params), double(state.actor.params)
     elites = np.argsort(double(state.fit.best_error))[: cfg.num_elites]
     low, high = double(state.healthy)
-    for step_key in jax.random.split(key_steps, cfg.rollout_length):
+    for number in range(cfg.rollout_length):
+        step_key = jax.random.fold_in(key_steps, number)
         key_action, key_member, key_noise = jax.random.split(step_key, 3)
         count, dim = observation.shape
         mean, log_std = numpy_actor(actor, observation)

@@ -132,7 +132,8 @@ def numpy_rollouts(state, key, data, cfg):
     alive, rows = np.ones(cfg.rollout_batch, bool), []
     params, actor = double(state.dynamics.params), double(state.actor.params)
     low, high = double(state.healthy)
-    for step_key in jax.random.split(key_steps, cfg.rollout_length):
+    for number in range(cfg.rollout_length):
+        step_key = jax.random.fold_in(key_steps, number)
         key_action, key_member, key_noise = jax.random.split(step_key, 3)
         count, dim = observation.shape
         mean, log_std = numpy_actor(actor, observation)

@@ -42,7 +42,7 @@ TIED = {  # a strong one
 
 # The others run with ATOLL_SLOW=1: these parts of their updates are those of a parent, or they take
 # half a minute each.
-SLOWER = ("diffusion_ql", "edac", "gfp", "lb_sac", "rlpd", "sac_n", "spot")
+SLOWER = ("combo", "diffusion_ql", "edac", "gfp", "lb_sac", "morel", "rlpd", "sac_n", "spot")
 QUICK_ONES = [name for name in FREE if name not in SLOWER]
 
 

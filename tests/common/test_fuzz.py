@@ -593,6 +593,7 @@ KEPT = ("dataset", "seeds", "num_updates", "log_every", "eval_every", "eval_epis
 KEPT += ("clone_updates", "model_updates", "online_updates", "exponent")
 SIZES = ("hidden", "vae_hidden", "critic_hidden", "value_hidden", "actor_hidden", "embedding")
 DIVIDE = ("policy_delay", "actor_updates", "num_heads", "updates_per_step")
+BOTH = ("combo",)  # a batch has rows of the data and of the model, at least one of each
 TO_ONE = (*ranges.SHARES, "expectile", "dropout", "action_margin", "fraction")
 DRAWS = 6 if MANY else 2
 
@@ -600,7 +601,7 @@ DRAWS = 6 if MANY else 2
 def drawn(name, draw):
     """Flags of a small configuration of an algorithm; two draws differ in every yes or no."""
     rng, flags = np.random.default_rng([NAMES.index(name), draw]), []
-    words = runs.tiny(name)
+    words, kept = runs.tiny(name), (*KEPT, "batch_size") if name in BOTH else KEPT
     small = {flag: value for flag, value in itertools.pairwise(words) if flag.startswith("--")}
     hints = typing.get_type_hints(CONFIGS[name])
     for field in dataclasses.fields(CONFIGS[name]):
@@ -609,7 +610,7 @@ def drawn(name, draw):
         if hint is bool or typing.get_origin(hint) is typing.Literal:
             choices = choices or [False, True]
             flags += [flag, str(choices[(draw + len(field.name)) % len(choices)])]
-        elif field.name in KEPT or rng.random() < 0.4:
+        elif field.name in kept or rng.random() < 0.4:
             continue
         elif field.name in SIZES:
             many = rng.integers(1, 4) if choices else 1
