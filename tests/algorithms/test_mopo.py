@@ -364,6 +364,8 @@ def numpy_rollouts(state, key, data, cfg):
     elites = np.argsort(double(state.fit.best_error))[: cfg.num_elites]
     low, high = double(state.healthy)
     for number in range(cfg.rollout_length):
+        # Not of a split: a vmap would transpose the keys of a scan, and JAX's check of key reuse
+        # takes the transposed ones for used.
         step_key = jax.random.fold_in(key_steps, number)
         key_action, key_member, key_noise = jax.random.split(step_key, 3)
         count, dim = observation.shape
