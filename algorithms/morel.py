@@ -528,7 +528,7 @@ def update(state, step, key, data, cfg):
     fold_in(key, step).
     """
     key_rollout, key_policy = jax.random.split(jax.random.fold_in(key, step))
-    begins = step == cfg.model_updates
+    begins = step <= cfg.model_updates  # no update of this phase comes before that one
     halt = jax.lax.cond(begins, partial(halt_from, data=data, cfg=cfg), halt_of, state)
     state = state._replace(halt=halt)
     rolls = (step - cfg.model_updates) % cfg.rollout_every == 0
