@@ -59,6 +59,13 @@ REASONS = {
         ("fit.waiting", "of the fit of the dynamics, which test_mopo.py compares"),
         ("ring.filled", "of the rows from the model, which test_mopo.py counts"),
     ],
+    "morel": [
+        ("model_updates", "of the fit of the dynamics, which test_mopo.py compares"),
+        ("square(kernel)", "of the fit of the dynamics, which test_mopo.py compares"),
+        ("fit.waiting", "of the fit of the dynamics, which test_mopo.py compares"),
+        ("ring.filled", "of the rows from the model, which test_mopo.py counts"),
+        ("halt", "of the halt state, which test_morel.py compares"),
+    ],
     "odice": [("1e-10", "guards against a division by zero: not reached")],
     "optidice": [("1e-10", "guards log w of chi2: not reached"), ("y + 1.0", "the same guard")],
     "qc": [("jnp.abs(q)", "normalize_q is an addition, without authors' code")],

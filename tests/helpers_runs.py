@@ -42,6 +42,7 @@ CONTINUOUS += ["brac", "fisher_brc"]
 CONTINUOUS += ["diffusion_dice", "diffusion_ql", "gfp"]
 CONTINUOUS += ["diffusion_ql", "gfp"]
 CONTINUOUS += ["mopo", "combo"]
+CONTINUOUS += ["morel"]
 DISCRETE = ["cql_discrete"]  # these refuse others
 EITHER = ["bc"]  # takes both
 MODEL = ["--model-updates", "4", "--model-hidden", "8", "--model-decays", "1e-4", "1e-4"]
@@ -63,6 +64,7 @@ ALSO_TINY = {  # by algorithm
     "odice": ["--value-hidden", "8"],
     "diffusion_dice": ["--actor-hidden", "8", "--guidance-hidden", "8", "--clone-updates", "4"],
     "mopo": MODEL,
+    "morel": [*MODEL, "--num-critics", "2"],
     "combo": [*MODEL, "--num-samples", "2"],
     "diffusion_ql": ["--generator-steps", "2", "--num-samples", "2"],
     "optidice": ["--warm-start", "2"],

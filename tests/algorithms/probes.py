@@ -206,6 +206,7 @@ SMALL = {  # what makes an algorithm file small and fast; data sets and claims s
     "ivr": NET | FAST | {"cosine": False},
     "lb_sac": NET | FAST | {"temperature_learning_rate": 1e-3, "num_critics": 3},
     "mopo": NET | FAST | MODEL,
+    "morel": NET | FAST | MODEL | {"num_critics": 2, "halt_penalty": 1.0},
     "odice": NET | FAST | {"value_hidden": (64, 64), "value_learning_rate": 1e-3},
     "optidice": NET | {"learning_rate": 1e-3, "warm_start": 20},
     "qc": NET | FAST | {"flow_steps": 5, "num_samples": 4, "horizon": 3},

@@ -37,6 +37,7 @@ MOPO_FASTER |= {"temperature_learning_rate": 5e-3, "target_rate": 0.05}
 COMBO = MOPO | {"num_samples": 3}
 COMBO_MODEL = COMBO | MOPO_FASTER
 COMBO_MODEL |= {"num_samples": 2, "rho": "model", "conservative_weight": 0.5}
+MOREL = {"hidden": (8, 8, 8), "num_critics": 3}
 BRAC = {"critic_hidden": (16, 16), "clone_updates": 0, "warm_start": 0}
 DIFFUSION_DICE = {
     "actor_hidden": (16, 12, 8),
@@ -453,6 +454,8 @@ CASES = [
     Case("mopo", "faster", MOPO | MOPO_FASTER, update="policy_update"),
     Case("combo", "mixed", COMBO, update="policy_update"),
     Case("combo", "model", COMBO_MODEL, update="policy_update"),
+    Case("morel", "mujoco", MOPO | MOREL | {"num_critics": 4}, update="policy_update"),
+    Case("morel", "faster", MOPO | MOREL | MOPO_FASTER, update="policy_update"),
 ]
 
 # Relative to the largest number of an array. Adam divides by the size of a gradient, so parameters

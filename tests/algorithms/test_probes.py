@@ -50,6 +50,7 @@ SLOWER = (
     "edac",
     "gfp",
     "lb_sac",
+    "morel",
     "rlpd",
     "sac_n",
     "spot",
