@@ -15,6 +15,7 @@ FREE = {  # no pull towards the data, or as little as the method can have
     "awr": {"inverse_temperature": 6.0, "max_weight": 1e3, "fixed_std": None},
     "bcq": {"kl_weight": 0.01, "perturbation": 1.0},
     "brac": {"variant": "p", "alpha": 0.0, "alpha_training": "none"},
+    "cal_ql": {"alpha": 0.0},
     "cql": {"alpha": 0.0},
     "diffusion_ql": {"eta": 10.0, "generator_steps": 5},
     "edac": {"temperature_learning_rate": 1e-2},
@@ -42,7 +43,7 @@ TIED = {  # a strong one
 
 # The others run with ATOLL_SLOW=1: these parts of their updates are those of a parent, or they take
 # half a minute each.
-SLOWER = ("diffusion_ql", "edac", "gfp", "lb_sac", "rlpd", "sac_n", "spot")
+SLOWER = ("cal_ql", "diffusion_ql", "edac", "gfp", "lb_sac", "rlpd", "sac_n", "spot")
 QUICK_ONES = [name for name in FREE if name not in SLOWER]
 
 
