@@ -45,6 +45,7 @@ REASONS = {
     "awac": [("softmax", "weight=softmax is rlkit's, which was not run")],
     "bc": [("argmax", "integer actions are an addition, without authors' code")],
     "brac": [("jnp.square(difference)", "of the Gaussian kernel, which no case has")],
+    "cal_ql": [("jnp.maximum -> jnp.minimum", "clip_diff_min, whose bound no case has")],
     "cql_discrete": [("stop_gradient", "the target has no gradient: no error")],
     "dt": [("timestep) - 1", "a gather beyond the end reads the last row anyway: no error")],
     "iql": [("", "extraction=ddpg_bc is seohongpark/fql's, which updates otherwise: no case")],

@@ -37,7 +37,7 @@ CONTINUOUS += ["dt", "bcq", "atac", "odice", "ivr", "xql", "idql", "fql", "qc"]
 CONTINUOUS += ["sac_n", "edac", "lb_sac"]
 CONTINUOUS += ["optidice", "algaedice"]
 CONTINUOUS += ["sac"]
-CONTINUOUS += ["rlpd", "spot"]
+CONTINUOUS += ["rlpd", "spot", "cal_ql"]
 CONTINUOUS += ["brac", "fisher_brc"]
 CONTINUOUS += ["diffusion_dice", "diffusion_ql", "gfp"]
 CONTINUOUS += ["diffusion_ql", "gfp"]
@@ -58,6 +58,7 @@ ALSO_TINY = {  # by algorithm
     "awr": ["--actor-updates", "2", "--critic-updates", "1"],
     "bcq": ["--vae-hidden", "8", "--num-samples", "2", "--num-eval-samples", "2"],
     "brac": ["--critic-hidden", "8", "--clone-updates", "4", "--warm-start", "4"],
+    "cal_ql": ["--critic-hidden", "8", "--num-samples", "2", "--warm-up-steps", "4"],
     "cql": ["--critic-hidden", "8", "--num-samples", "2"],
     "fisher_brc": ["--behaviour-hidden", "8", "--clone-updates", "4"],
     "idql": ["--actor-hidden", "8", "--num-samples", "2"],

@@ -72,6 +72,8 @@ LEFT_OUT = {
     ),
     ("cql", "mujoco"): ("log_multiplier/mu/",),
     ("cql", "unweighted"): ("log_multiplier/mu/",),
+    ("cal_ql", "adroit"): ("log_multiplier/mu/",),
+    ("cal_ql", "kitchen"): ("log_multiplier/mu/",),
 }
 # Parts of the state that no update of a case changes, so a fixture need not have them: the other
 # phase's networks and fixed weights.
@@ -280,7 +282,8 @@ def difference(found, expected):
 def rows(module, columns):
     """A Transitions of the columns that the authors' code reads, the others zero.
 
-    For QC a Chunks, for DT a Steps, and with initial observations a TransitionsAndStarts.
+    For QC a Chunks, for DT a Steps, for Cal-QL Rows with returns, and with initial observations a
+    TransitionsAndStarts.
     """
     if "initial_observation" in columns:
         return module.TransitionsAndStarts(**columns)
@@ -288,6 +291,8 @@ def rows(module, columns):
         return module.Chunks(**columns)
     if "timestep" in columns:
         return module.Steps(**columns)
+    if "returns_to_go" in columns:
+        return module.Rows(**columns)
     zeros = np.zeros(columns["reward"].shape, np.float32)
     blank = {"next_action": np.zeros_like(columns["action"]), "truncation": zeros}
     return probes.Transitions(**(blank | columns))

@@ -180,6 +180,9 @@ SMALL = {  # what makes an algorithm file small and fast; data sets and claims s
     | {"critic_hidden": (64, 64), "clone_updates": 1000, "clone_learning_rate": 1e-3}
     | {"warm_start": 20, "alpha_training": "linear", "divergence": "mmd", "kernel_width": 2.0},
     "combo": NET | FAST | MODEL | {"num_samples": 4},
+    "cal_ql": NET
+    | FAST
+    | {"critic_hidden": (64, 64), "num_samples": 4, "max_target_backup": False, "warm_up_steps": 4},
     "cql": NET | FAST | {"critic_hidden": (64, 64), "num_samples": 4},
     "cql_discrete": NET | FAST,
     "dt": SEQUENCE | FAST | {"context": 3, "warm_up": 10, "episode_length": 20},
@@ -245,6 +248,8 @@ def prepared(module, data, cfg):
         return module.episode_steps(dataset, data)
     if hasattr(module, "with_absorbing_state"):
         data = module.with_absorbing_state(data, cfg)
+    if hasattr(module, "with_returns"):
+        return module.with_returns(dataset, cfg)
     if hasattr(module, "with_starts"):
         return module.with_starts(dataset, data)
     return module.chunked(dataset, cfg) if hasattr(module, "chunked") else data

@@ -163,6 +163,17 @@ CASES = [
         | {"target_action_gap": 0.8, "alpha": 5.0, "max_target_backup": True, "clip_diff_min": 4.0},
     ),
     Case("cql", "unweighted", CQL | {"importance_sampling": False, "alpha": 2.0, "discount": 0.9}),
+    Case("cal_ql", "adroit", CQL | {"alpha": 1.0}),
+    Case(
+        "cal_ql",
+        "antmaze",
+        CQL | {"target_action_gap": 0.8, "alpha": 5.0, "max_target_backup": True},
+    ),
+    Case(
+        "cal_ql",
+        "kitchen",
+        CQL | {"importance_sampling": False, "alpha": 2.0, "discount": 0.9},
+    ),
     Case("awac", "mujoco", {}),
     Case("awac", "sharp", {"inverse_temperature": 20.0, "discount": 0.95}),
     Case("bc", "mujoco", {}),

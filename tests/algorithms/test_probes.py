@@ -15,6 +15,7 @@ FREE = {  # no pull towards the data, or as little as the method can have
     "awr": {"inverse_temperature": 6.0, "max_weight": 1e3, "fixed_std": None},
     "bcq": {"kl_weight": 0.01, "perturbation": 1.0},
     "brac": {"variant": "p", "alpha": 0.0, "alpha_training": "none"},
+    "cal_ql": {"alpha": 0.0},
     "cql": {"alpha": 0.0},
     "diffusion_dice": {"alpha": 0.05},
     "diffusion_ql": {"eta": 10.0, "generator_steps": 5},
@@ -44,6 +45,7 @@ TIED = {  # a strong one
 # The others run with ATOLL_SLOW=1: these parts of their updates are those of a parent, or they take
 # half a minute each.
 SLOWER = (
+    "cal_ql",
     "combo",
     "diffusion_dice",
     "diffusion_ql",
