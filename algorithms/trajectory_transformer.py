@@ -3,9 +3,8 @@
 
 Paper       https://arxiv.org/abs/2106.02039
 Reference   https://github.com/jannerm/trajectory-transformer
-Run         python algorithms/trajectory_transformer.py --config
-            configs/trajectory_transformer/mujoco.yaml
-Parent      dt.py (0 lines)
+Run         python algorithms/trajectory_transformer.py --dataset hopper-medium-v2
+Parent      dt.py (548 lines)
 Results     docs/results.md
 Deviations  The learning rate follows the updates, the reference's the tokens so far, by which it
             lags one update behind (and the first one has the full rate). As there, the cosine is
@@ -30,7 +29,6 @@ import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax.training import train_state
 
@@ -70,9 +68,7 @@ class Config:
     num_expand: int = 2  # sequences that each beam is continued to before the best are kept
     observation_top_k: int | None = 1  # most likely bins that observations are drawn from; None: V
     action_top_k: int | None = None  # the same for actions
-    action_cdf: float | None = (
-        0.6  # share of the probability, the least likely, left out of actions
-    )
+    action_cdf: float | None = 0.6  # share of the probability, of the least likely, left out
 
 
 # --- Networks -----------------------------------------------------------------------------------
@@ -97,7 +93,7 @@ class CachedBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x, visible, train, cache, first):
-        """[B, T, D] -> [B, T, D] and the cache, with the T tokens at slots `first`, `first` + 1, ...
+        """[B, T, D] -> [B, T, D] and the cache, with the tokens at slots `first`, `first` + 1, ...
 
         The cache has keys and values of all slots, [B, slots, heads, D / heads] each; without one
         (None) the T tokens see each other only. `visible` is [T, slots] or [T, T].
@@ -220,9 +216,9 @@ class State(NamedTuple):
 
 def quantile_bins(numbers, num_bins):
     """Borders of bins with equally many of the rows, [N, M] -> [V + 1, M]."""
-    rows = np.arange(num_bins) * len(numbers) // num_bins
-    lower = np.sort(numbers, axis=0)[rows]
-    return np.append(lower, numbers.max(axis=0, keepdims=True), axis=0)
+    rows = [i * len(numbers) // num_bins for i in range(num_bins)]
+    lower = jnp.sort(numbers, axis=0)[jnp.array(rows)]
+    return jnp.append(lower, numbers.max(axis=0, keepdims=True), axis=0)
 
 
 def discretise(numbers, bins):
@@ -235,31 +231,31 @@ def discretise(numbers, bins):
 
 def tokenised(dataset, cfg):
     """The rows of the data as tokens, [N], and the bins."""
-    data = dataset.transitions
-    ends, terminated = dataset.episode_ends, data.termination > 0
-    reward = data.reward
+    data, is_last = dataset.transitions, dataset.transitions.termination > 0
+    reward = data.reward.copy()
     if cfg.termination_reward is not None:
-        reward = np.where(terminated, np.float32(cfg.termination_reward), reward)
+        reward[is_last] = cfg.termination_reward
     dataset = dataclasses.replace(dataset, transitions=data._replace(reward=reward))
     returns_to_go = datasets.returns_to_go(dataset, cfg.discount)
-    is_last = terminated.copy()
-    is_last[ends - 1] = True
-    value = np.where(is_last, 0, np.append(returns_to_go[1:], 0)).astype(reward.dtype)
-    numbers = np.concatenate(
-        [data.observation, data.action, reward[:, None], value[:, None]], axis=1
-    )
-    bins = quantile_bins(numbers, cfg.num_bins)
-    token = discretise(jnp.asarray(numbers), jnp.asarray(bins))  # [N, M]
+    # A true end is the end of an episode of tokens, also where the recording goes on.
+    is_last[dataset.episode_ends - 1] = True
+    value = returns_to_go.copy()  # of a step: the discounted return from the next one on
+    value[:-1] = returns_to_go[1:]
+    value[is_last] = 0
 
-    cuts = np.flatnonzero(is_last) + 1  # a true end is the end of an episode of tokens
-    starts = np.append(0, cuts[:-1])
+    columns = data.observation, data.action, reward[:, None], value[:, None].astype(reward.dtype)
+    numbers = jnp.concatenate([jnp.asarray(column) for column in columns], axis=1)  # [N, M]
+    bins = quantile_bins(numbers, cfg.num_bins)
+    token = discretise(numbers, bins)
+    row = jnp.arange(len(is_last))
+    begun = jnp.where(jnp.append(True, is_last[:-1]), row, 0)
     observation_dim = data.observation.shape[1]
     tokens = Tokens(
         observation=token[:, :observation_dim],
         action=token[:, observation_dim:-2],
         reward=token[:, -2],
         value=token[:, -1],
-        timestep=jnp.asarray(np.arange(len(reward)) - np.repeat(starts, cuts - starts), jnp.int32),
+        timestep=row - jax.lax.cummax(begun),
         termination=jnp.asarray(data.termination),
     )
     return tokens, bins
@@ -444,22 +440,20 @@ def beam_search(network, token, known, observation, key, bins, cfg):
         past = jax.lax.dynamic_slice_in_dim(sequence, t, num_past, axis=1)
         beams = read(network, past.reshape(cfg.beam_width, -1), blank, cfg)
 
-        def continued(beams, key, first, count, top_k=None, cdf=None, given=None):
-            first += num_past * transition_dim
-            return write(network, beams, key, first, count, blank, top_k, cdf, given)
-
+        # The observation comes first, given or predicted.
         given = jnp.where(t == 0, observation, -1)
-        beams, observations, _ = continued(
-            beams, key_observation, 0, observation_dim, cfg.observation_top_k, given=given
+        here, top_k = num_past * transition_dim, cfg.observation_top_k
+        beams, observations, _ = write(
+            network, beams, key_observation, here, observation_dim, blank, top_k, None, given
         )
         # Several continuations of every beam.
         copies = (beams, observations, sequence, gained)
         copies = jax.tree.map(lambda x: jnp.concatenate([x] * cfg.num_expand), copies)
         beams, observations, sequence, gained = copies
-        beams, actions, _ = continued(
-            beams, key_action, observation_dim, action_dim, cfg.action_top_k, cfg.action_cdf
-        )
-        _, outcome, prob = continued(beams, key_value, transition_dim - 2, 2, top_k=1)
+        here, top_k, cdf = here + observation_dim, cfg.action_top_k, cfg.action_cdf
+        beams, actions, _ = write(network, beams, key_action, here, action_dim, blank, top_k, cdf)
+        here += action_dim
+        _, outcome, prob = write(network, beams, key_value, here, 2, blank, 1)
 
         # The token V has no part in the means, so what follows a predicted end is worth 0.
         reward = prob[:, 0, :-1] @ reward_centres  # [n P]
@@ -496,7 +490,7 @@ def read(network, token, blank, cfg):
     return Beams(logits[:, -1], caches)
 
 
-def write(network, beams, key, first, count, blank, top_k, cdf, given):
+def write(network, beams, key, first, count, blank, top_k, cdf=None, given=None):
     """Continue beams by `count` tokens from slot `first` on, drawn or, where not below 0, given.
 
     Returns the beams, their tokens [P, count], and the distributions [P, count, V + 1] before
@@ -572,13 +566,14 @@ def say_cost(rollouts, params, dataset, cfg):
         return
     shape = len(cfg.seeds), cfg.eval_episodes
     _, observation_dim = dataset.transitions.observation.shape
-    observation = np.zeros((*shape, observation_dim), np.float32)
-    past = rollouts.memory, np.zeros(shape, np.float32)
-    params = jax.device_put(params, rollouts.cpu)
+    observation, reward = jnp.zeros((*shape, observation_dim)), jnp.zeros(shape)
+    step = jnp.zeros((), jnp.uint32)
+    past = rollouts.memory, reward
+    arguments = params, observation, rollouts.keys, step, step, past
+    arguments = jax.device_put(arguments, rollouts.cpu)
     for _ in range(2):  # the first call compiles
         began = time.perf_counter()
-        step = np.uint32(0), np.uint32(0)
-        jax.block_until_ready(rollouts.act(params, observation, rollouts.keys, *step, past))
+        jax.block_until_ready(rollouts.act(*arguments))
         seconds = time.perf_counter() - began
     transition_dim = observation_dim + dataset.transitions.action.shape[-1] + 2
     calls = cfg.plan_horizon * (1 + transition_dim)

@@ -38,6 +38,7 @@ CONTINUOUS += ["sac"]
 CONTINUOUS += ["rlpd", "spot"]
 CONTINUOUS += ["brac", "fisher_brc"]
 CONTINUOUS += ["diffusion_ql", "gfp"]
+CONTINUOUS += ["trajectory_transformer"]
 DISCRETE = ["cql_discrete"]  # these refuse others
 EITHER = ["bc"]  # takes both
 HANGS = 900  # seconds after which a test gives up; no machine is so slow
@@ -64,6 +65,9 @@ ALSO_TINY = {  # by algorithm
 }
 SEQUENCE = {  # by algorithm, in place of hidden layers
     "dt": ["--context", "3", "--embedding", "8", "--num-layers", "1"],
+    "trajectory_transformer": ["--context", "2", "--embedding", "8", "--num-layers", "1"]
+    + ["--num-heads", "2", "--num-bins", "5", "--plan-context", "2", "--plan-horizon", "2"]
+    + ["--beam-width", "2"],
 }
 
 
