@@ -65,10 +65,10 @@ ALSO_TINY = {  # by algorithm
 }
 SEQUENCE = {  # by algorithm, in place of hidden layers
     "dt": ["--context", "3", "--embedding", "8", "--num-layers", "1"],
-    "trajectory_transformer": ["--context", "2", "--embedding", "8", "--num-layers", "1"]
-    + ["--num-heads", "2", "--num-bins", "5", "--plan-context", "2", "--plan-horizon", "2"]
-    + ["--beam-width", "2"],
 }
+SEQUENCE["trajectory_transformer"] = [*SEQUENCE["dt"], "--num-heads", "2", "--num-bins", "5"]
+SEQUENCE["trajectory_transformer"] += ["--plan-context", "2", "--plan-horizon", "2"]
+SEQUENCE["trajectory_transformer"] += ["--beam-width", "2"]
 
 
 def slow_but(names, fast):
