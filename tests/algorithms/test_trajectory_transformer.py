@@ -4,6 +4,7 @@
 import functools
 import math
 
+import helpers_runs as runs
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -234,16 +235,18 @@ def test_the_learning_rate_rises_and_falls():
 
 
 def test_decay_is_for_matrices_only():
-    """Without gradients an update is the decay alone."""
-    state, _, _ = setup()
-    zero = jax.tree.map(np.zeros_like, state.actor.params)
-    tx = tt.create_state(jax.random.key(0), toy().transitions, CFG).actor.tx
-    changes, _ = tx.update(zero, tx.init(state.actor.params), state.actor.params)
+    """With gradients far below Adam's epsilon an update is the decay alone."""
+    actor = setup()[0].actor
+    grads = jax.tree.map(lambda x: np.full_like(x, 1e-14), actor.params)
+    update = jax.jit(
+        lambda grads, params: actor.tx.update(grads, actor.tx.init(params), params)[0],
+        compiler_options=nets.QUICK,
+    )
     rate = 6e-4 / 3 * 0.1
-    for path, change in jax.tree_util.tree_leaves_with_path(changes):
-        x = functools.reduce(lambda tree, part: tree[part.key], path, state.actor.params)
+    for path, change in jax.tree_util.tree_leaves_with_path(update(grads, actor.params)):
+        x = functools.reduce(lambda tree, part: tree[part.key], path, actor.params)
         decays = path[-1].key in ("kernel", "head")
-        np.testing.assert_allclose(change, -rate * decays * x, rtol=1e-5, atol=1e-12)
+        np.testing.assert_allclose(change, -rate * decays * x, rtol=1e-4, atol=1e-9)
 
 
 # --- Planning -----------------------------------------------------------------------------------
@@ -313,6 +316,7 @@ def test_the_memory_of_the_policy():
     np.testing.assert_array_equal(found[:, :-1, -2], expected[:, :-1, -1])
 
 
+@runs.SLOW  # it trains for a while
 def test_the_plan_takes_the_action_that_pays():
     """One step with reward 1 - (a - 0.5)^2: of the candidates the one next to 0.5 is best."""
     cfg = probes.config(tt, termination_reward=None, action_cdf=None, log_every=300)
