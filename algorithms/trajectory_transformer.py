@@ -3,8 +3,8 @@
 
 Paper       https://arxiv.org/abs/2106.02039
 Reference   https://github.com/jannerm/trajectory-transformer
-Run         python algorithms/trajectory_transformer.py --dataset hopper-medium-v2
-Parent      dt.py (548 lines)
+Run         python algorithms/trajectory_transformer.py
+Parent      dt.py (546 lines)
 Results     docs/results.md
 Deviations  The learning rate follows the updates, the reference's the tokens so far, by which it
             lags one update behind (and the first one has the full rate). As there, the cosine is
