@@ -36,7 +36,7 @@ def check(cfg):
             fail(f"{given}: must be a number from 0 to 1")
         elif name == "fraction" and not 0 < value <= 1:
             fail(f"{given}: must be a number above 0 and up to 1")
-        elif name in ("expectile", "dropout", "action_margin") and not 0 < value < 1:
+        elif name in ("expectile", "dropout", "action_margin", "action_cdf") and not 0 < value < 1:
             fail(f"{given}: must be between 0 and 1, exclusive")
         elif re.search(POSITIVE, name) and value <= 0:
             fail(f"{given}: must be above 0")

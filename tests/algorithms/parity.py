@@ -357,7 +357,10 @@ def _compare(module, case, arrays, dtype, stop_above):
     number = len(next(iter(losses.values())))
     whole = bool(under(arrays, "data"))
     if whole:
-        data = jax.device_put(rows(module, inputs("data")))  # rows are taken by a traced index
+        data = rows(module, inputs("data"))
+        if hasattr(module, "tokenised"):
+            data = probes.prepared(module, data, cfg)
+        data = jax.device_put(data)  # rows are taken by a traced index
         example, batches = item(data, 0), None
     else:
         batches = rows(module, inputs("batch"))
@@ -443,14 +446,24 @@ def play_once(module, case, state, cfg, recorded, draws, example):
 
 def play_steps(module, case, state, cfg, recorded, draws, example):
     """The actions of a policy with a memory, step by step, [T, E, A]."""
-    act = functools.partial(module.policy, state.actor.apply_fn)
-    act = jax.jit(act, compiler_options=QUICK)
+    policy = acting(module, case, state, cfg)
+
+    @functools.partial(jax.jit, compiler_options=QUICK)
+    def act(params, observation, memory, reward, draws):
+        key = jax.random.key(0)
+        with replayed(module, [], draws):
+            return policy(
+                params=params, observation=observation, key=key, memory=memory, reward=reward
+            )
+
     observation, reward = recorded["observation"], recorded["reward"]
-    memory = module.blank_steps(len(reward[0]), example, recorded["target_return"], cfg)
+    facts = {name: recorded[name] for name in ("target_return",) if name in recorded}
+    memory = module.initial_memory(len(reward[0]), example, cfg, **facts)
     memory = jax.tree.map(lambda x: jnp.asarray(x, _like(x, observation.dtype)), memory)
     actions, last_reward = [], jnp.zeros_like(reward[0])
     for i in range(len(observation)):
-        action, memory = act(module.policy_params(state), observation[i], None, memory, last_reward)
+        step = observation[i], memory, last_reward, item(draws, i)
+        action, memory = act(module.policy_params(state), *step)
         actions.append(action)
         last_reward = reward[i]
     return jnp.stack(actions)

@@ -228,6 +228,10 @@ SMALL = {  # what makes an algorithm file small and fast; data sets and claims s
         "steps_per_refresh": 2,
     },
     "td3_bc": NET | FAST,
+    "trajectory_transformer": SEQUENCE
+    | FAST
+    | {"context": 3, "num_heads": 2, "warm_up": 10, "num_bins": 10, "dropout": None}
+    | {"plan_context": 2, "plan_horizon": 1, "beam_width": 8},
     "xql": NET | FAST | {"cosine": False},
 }
 
@@ -246,6 +250,8 @@ def prepared(module, data, cfg):
     dataset = Dataset("rows", data, ends, np.zeros(len(ends)))
     if hasattr(module, "episode_steps"):
         return module.episode_steps(dataset, data)
+    if hasattr(module, "tokenised"):
+        return module.tokenised(dataset, cfg)[0]
     if hasattr(module, "with_absorbing_state"):
         data = module.with_absorbing_state(data, cfg)
     if hasattr(module, "with_returns"):

@@ -26,6 +26,23 @@ DT = {
     "episode_length": 12,
     "dropout": None,
 }
+TT = {
+    "batch_size": 6,
+    "context": 4,
+    "embedding": 16,
+    "num_layers": 2,
+    "num_heads": 2,
+    "dropout": None,
+    "num_bins": 10,
+    "discount": 0.9,
+    "termination_reward": -5.0,
+    "actor_learning_rate": 2**-9,
+    "warm_up": 4,
+    "decay_updates": 12,
+    "plan_horizon": 3,
+    "plan_context": 3,
+    "beam_width": 4,
+}
 QC = {"horizon": 3}
 SAC = {"hidden": (8, 8, 8)}
 MOPO = {"model_hidden": (4,), "model_decays": (0.0, 0.0), "num_models": 2}
@@ -367,6 +384,37 @@ CASES = [
             "warm_up": 2,
         },
     ),
+    Case("trajectory_transformer", "mujoco", TT),
+    Case(
+        "trajectory_transformer",
+        "topk",
+        TT
+        | {
+            "batch_size": 5,
+            "context": 3,
+            "embedding": 8,
+            "num_layers": 1,
+            "num_heads": 1,
+            "num_bins": 8,
+            "discount": 0.97,
+            "termination_reward": None,
+            "action_weight": 2.0,
+            "reward_weight": 3.0,
+            "value_weight": 0.5,
+            "weight_decay": 0.3,
+            "max_gradient_norm": 50.0,
+            "actor_learning_rate": 2**-8,
+            "warm_up": 2,
+            "decay_updates": 4,
+            "plan_horizon": 2,
+            "plan_context": 2,
+            "beam_width": 3,
+            "num_expand": 3,
+            "observation_top_k": 2,
+            "action_top_k": 4,
+            "action_cdf": None,
+        },
+    ),
     Case("cql_discrete", "cartpole", {"target_every": 3}, create={"num_actions": 4}),
     Case(
         "cql_discrete",
@@ -475,13 +523,17 @@ LIMITS = {
     np.dtype("float64"): {"loss": 1e-10, "gradient": 1e-10, "policy": 1e-10, "parameters": 1e-9},
     np.dtype("float32"): {"loss": 1e-5, "gradient": 1e-4, "policy": 1e-3, "parameters": 1e-3},
 }
-# dt.py computes the learning rate of its warm-up in float32. In float64 its differences are 7e-12.
+# dt.py and trajectory_transformer.py compute the learning rate in float32. With one in float64,
+# dt.py's differences are 7e-12.
 DT_LIMITS = {"loss": 1e-8, "gradient": 1e-10, "policy": 1e-8, "parameters": 1e-9}
+TT_LIMITS = DT_LIMITS | {"loss": 1e-7, "parameters": 1e-7, "policy": 1e-7}
 
 
 def limits_of(case):
     if case.algorithm == "dt":
         return DT_LIMITS
+    if case.algorithm == "trajectory_transformer":
+        return TT_LIMITS
     return LIMITS[parity.precision(parity.fixture(case.algorithm)[case.name])]
 
 

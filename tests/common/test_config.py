@@ -548,6 +548,7 @@ def test_a_missing_version_is_all_that_is_said(toy, capsys):
         ("rebrac", "--target-noise", "-0.2", "0 or more"),
         ("xql", "--beta", "0", "above 0"),
         ("xql", "--huber-delta", "-20", "above 0"),
+        ("trajectory_transformer", "--action-cdf", "1.5", "between 0 and 1"),
     ],
 )
 def test_ranges(name, flag, value, wanted, tmp_path, monkeypatch, capsys):
