@@ -38,6 +38,7 @@ CONTINUOUS += ["sac"]
 CONTINUOUS += ["rlpd", "spot"]
 CONTINUOUS += ["brac", "fisher_brc"]
 CONTINUOUS += ["diffusion_ql", "gfp"]
+CONTINUOUS += ["online_dt"]
 DISCRETE = ["cql_discrete"]  # these refuse others
 EITHER = ["bc"]  # takes both
 HANGS = 900  # seconds after which a test gives up; no machine is so slow
@@ -64,7 +65,10 @@ ALSO_TINY = {  # by algorithm
 }
 SEQUENCE = {  # by algorithm, in place of hidden layers
     "dt": ["--context", "3", "--embedding", "8", "--num-layers", "1"],
+    "online_dt": ["--context", "3", "--embedding", "8", "--num-layers", "1", "--num-heads", "1"],
 }
+SEQUENCE["online_dt"] += ["--eval-context", "2", "--steps-per-refresh", "2"]
+SEQUENCE["online_dt"] += ["--updates-per-refresh", "2"]
 
 
 def slow_but(names, fast):
