@@ -26,6 +26,7 @@ DT = {
     "episode_length": 12,
     "dropout": None,
 }
+ONLINE_DT = DT | {"eval_context": 4, "temperature_learning_rate": 2**-8, "reward_scale": 2**-7}
 QC = {"horizon": 3}
 SAC = {"hidden": (8, 8, 8)}
 BRAC = {"critic_hidden": (16, 16), "clone_updates": 0, "warm_start": 0}
@@ -318,6 +319,23 @@ CASES = [
             "weight_decay": 0.1,
             "max_gradient_norm": 50.0,
             "warm_up": 2,
+        },
+    ),
+    Case("online_dt", "plain", ONLINE_DT | {"warm_up": 4, "actor_learning_rate": 2**-8}),
+    Case(
+        "online_dt",
+        "ordered",
+        ONLINE_DT
+        | {
+            "embedding": 8,
+            "num_layers": 1,
+            "num_heads": 1,
+            "timestep_embedding": True,
+            "weight_decay": 0.1,
+            "warm_up": 2,
+            "actor_learning_rate": 2**-7,
+            "initial_temperature": 1.0,
+            "temperature_learning_rate": 2**-5,
         },
     ),
     Case("cql_discrete", "cartpole", {"target_every": 3}, create={"num_actions": 4}),
