@@ -6,11 +6,11 @@ Reference   https://github.com/facebookresearch/online-dt
 Run         python algorithms/online_dt.py --config configs/online_dt/pointmaze.yaml
 Parent      dt.py (210 lines)
 Results     docs/results.md
-Deviations  Those of dt.py where they concern the data and the keys, which therefore have a trust
-            ratio of their own in LAMB. The entropy is a mean over steps, in the reference over
-            padding as well. A new policy comes after a number of env steps, in the paper after an
-            episode, and an episode may go on with it. Offline there are 5,100 updates, not 5,000,
-            since log_every must divide them.
+Deviations  Those of dt.py about windows, keys (which have a trust ratio of their own in LAMB), the
+            std and rows at truncations. The entropy is a mean over steps, in the reference over
+            padding as well. Actions are clipped by 1e-6 in the loss only. A new policy comes after
+            a number of env steps, in the paper after an episode; an episode may go on with it.
+            Offline there are 5,100 updates, not 5,000, since log_every must divide them.
 
 Shapes: S seeds, N data, B batch, K context, T = 3 K tokens, D embedding, O observation, A action.
 """
