@@ -54,6 +54,7 @@ REASONS = {
         ("jnp.mean", "in a number that is only logged"),
     ],
     "odice": [("1e-10", "guards against a division by zero: not reached")],
+    "online_dt": [("jnp.tanh(x)", "the drawn action is exploration's, which is not compared")],
     "optidice": [("1e-10", "guards log w of chi2: not reached"), ("y + 1.0", "the same guard")],
     "qc": [("jnp.abs(q)", "normalize_q is an addition, without authors' code")],
 }
