@@ -68,6 +68,7 @@ REASONS = {
         ("halt", "of the halt state, which test_morel.py compares"),
     ],
     "odice": [("1e-10", "guards against a division by zero: not reached")],
+    "online_dt": [("jnp.tanh(x)", "the drawn action is exploration's, which is not compared")],
     "optidice": [("1e-10", "guards log w of chi2: not reached"), ("y + 1.0", "the same guard")],
     "qc": [("jnp.abs(q)", "normalize_q is an addition, without authors' code")],
 }

@@ -2,9 +2,10 @@
 """The online phase of a run: envs are stepped, the policy is trained on what they give, in turns.
 
 Every seed has an env of its own. It takes `steps_per_refresh` steps with the policy as it is, then
-come `updates_per_step` updates for each of them, and so on. The new rows go behind those of the
-data set, see experiment/buffers.py. Time limits are truncations. No number depends on the other
-seeds: the episodes of a seed begin with `reset(seed=...)`, a number made of seed and episode.
+come `updates_per_step` updates for each of them, or `updates_per_refresh` in all, and so on. The
+new rows go behind those of the data set, see experiment/buffers.py. Time limits are truncations. No
+number depends on the other seeds: the episodes of a seed begin with `reset(seed=...)`, a number
+made of seed and episode.
 
 The rows are kept in the run folder, in `online.rows`: float32, a row per env step and seed. A
 checkpoint tells how many of them count. When a run is resumed, an episode that was under way is
@@ -59,7 +60,7 @@ class Interaction:
         run: the Run. It saves where the envs are, and restores it.
         data: the rows of the data set as the updates take them, on the device.
         act: (params, observation [1, O], key) -> action [1, A] in [-1, 1], exploration included;
-            with a memory (..., memory, reward [1], not used) -> (action, memory).
+            with a memory (..., memory, reward [1] of the step before) -> (action, memory).
         keys: [S] random keys; that of a step depends on the seed and the step alone.
         policy_params: State -> the `params` of `act`.
         train_chunk: that of the algorithm's file, or what takes its place in this phase.
@@ -73,6 +74,10 @@ class Interaction:
         memory: arrays with which the policy begins an episode, None if it has none.
         episodes: `transform` gets the rows of an episode once more, all of them, when it has ended,
             and the buffer has what it makes of them then.
+        replay: (number, [row of `data` after each of its episodes]): only whole episodes are drawn
+            from, the newest so many of them. Those of `data` are the oldest, in their order.
+            `transform` gets the rows of an episode once it has ended, and rows of others with it.
+            It may be wrong about an episode of which it does not get the first row.
     """
 
     METRICS = ("online_return",)  # columns of metrics.csv
@@ -91,12 +96,14 @@ class Interaction:
         memory=None,
         episodes=False,
         look_ahead=1,
+        replay=None,
     ):
         self.cfg, self.dataset, self.data = run.cfg, run.dataset, data
         self.file = run.folder / FILE
         self.policy_params, self.transform = policy_params, transform or (lambda rows: rows)
         self.apart, self.window, self.episodes_again = apart, window, episodes
         self.look_ahead = look_ahead
+        self.replay = replay
         self.first_memory = jax.tree.map(np.array, memory)
         self.memory = jax.tree.map(lambda x: np.stack([x] * len(keys)), self.first_memory)
         self.steps = phases.env_steps(self.cfg)  # of every seed, over the whole run
@@ -114,21 +121,21 @@ class Interaction:
         run.attach(self)
         self.cpu = jax.local_devices(backend="cpu")[0]
         self.keys = jax.device_put(keys, self.cpu)
-        refresh = self.cfg.steps_per_refresh * self.cfg.updates_per_step
+        refresh = phases.updates_per_refresh(self.cfg)
         chunk = partial(train_chunk, cfg=dataclasses.replace(self.cfg, log_every=refresh))
         self.train = experiment.over_seeds(chunk)
 
-        def act_all(params, observation, keys, env_step, memory):
+        def act_all(params, observation, keys, env_step, memory, reward):
             def one_seed(arguments):
-                params, observation, key, past = arguments
+                params, observation, key, past, reward = arguments
                 key = jax.random.fold_in(key, env_step)
                 if past is None:
                     return act(params, observation[None], key)[0], None
-                action, past = act(params, observation[None], key, past, np.zeros(1, np.float32))
+                action, past = act(params, observation[None], key, past, reward)
                 return action[0], past
 
             # One seed after the other, so that their number changes no result.
-            return jax.lax.map(one_seed, (params, observation, keys, memory))
+            return jax.lax.map(one_seed, (params, observation, keys, memory, reward))
 
         self.act = jax.jit(act_all)
 
@@ -150,7 +157,7 @@ class Interaction:
             self._collect(None, cfg.random_steps)
         if self.count == 0 and hasattr(cfg, "warm_up_steps"):
             self._collect(jax.block_until_ready(self.policy_params(state)), cfg.warm_up_steps)
-        refresh = cfg.steps_per_refresh * cfg.updates_per_step
+        refresh = phases.updates_per_refresh(cfg)
         for update in range(start, start + cfg.log_every, refresh):
             params = jax.block_until_ready(self.policy_params(state))  # so that times are true
             self._collect(params, cfg.steps_per_refresh)
@@ -173,9 +180,12 @@ class Interaction:
             self.count += 1
         # Once more the rows before that the new ones change, at least the next action of the last.
         back = max(self.window - 1, self.look_ahead)
-        if self.episodes_again and self.over != over:  # always so many: one program serves
-            back = max(back, self.dataset.horizon or first)
-        self._write(max(first - back, 0))
+        if (self.episodes_again or self.replay) and self.over != over:
+            back = max(back, self.dataset.horizon or first)  # always so many: one program serves
+        if not self.replay:
+            self._write(max(first - back, 0))
+        elif self.over != over:
+            self._write_episodes(max(first - back, 0))
         self.seconds += time.perf_counter() - began
 
     def _write(self, first):
@@ -185,9 +195,42 @@ class Interaction:
         ready = max(self.count - (self.window - 1), 0)
         self.buffer = self.buffer.replace(filled=np.int32(ready))
 
+    def _write_episodes(self, first):
+        """Put the episodes that are whole among the rows from `first` on into the buffer."""
+        rows = self.transform(self._transitions(first))
+        over = self._ends()  # [count, S]
+        # The first rows may be the end of an episode that is in the buffer already.
+        skip = np.zeros(len(self.envs), int)
+        if first:
+            first_ends = over[first:].argmax(axis=0) + 1
+            skip = np.where(over[first - 1], 0, first_ends)
+        self.buffer = buffers.write(self.buffer, rows, first, skip)
+        self.buffer = self.buffer.replace(spans=self._spans(over))
+
+    def _ends(self):
+        """Whether an episode ended with a row, [count, S]."""
+        rows = self.rows[: self.count]
+        termination = rows[..., self.columns["termination"]]
+        truncation = rows[..., self.columns["truncation"]]
+        return (termination + truncation)[..., 0] > 0
+
+    def _spans(self, over):
+        """The first row of the newest episodes and the row after them, [S, 2]."""
+        number, recorded = self.replay
+        spans = []
+        for i in range(len(self.envs)):
+            own = self.buffer.recorded + np.flatnonzero(over[:, i]) + 1
+            ends = np.concatenate([[0], recorded, own])  # row 0: where the first episode begins
+            spans.append([ends[max(len(ends) - 1 - number, 0)], ends[-1]])
+        return np.array(spans, np.int32)
+
     def _policy(self, params):
         step = np.uint32(self.count)
-        action, memory = self.act(params, self.observation, self.keys, step, self.memory)
+        reward = np.zeros((len(self.envs), 1), np.float32)  # none before an episode's first step
+        for i, length in enumerate(self.lengths):
+            if length:
+                reward[i] = self.rows[self.count - 1, i, self.columns["reward"]]
+        action, memory = self.act(params, self.observation, self.keys, step, self.memory, reward)
         self.memory = jax.tree.map(np.array, memory)  # copied, so that `_reset` can write
         return np.nan_to_num(np.asarray(action).clip(-1, 1))  # of a seed that diverged
 
@@ -283,6 +326,8 @@ class Interaction:
         self.over, self.sum_of_returns = [0] * len(seeds), [0.0] * len(seeds)
         self.successes = [0] * len(seeds)
         self.returns, self.finished = [0.0] * len(seeds), [[] for _ in seeds]
+        if self.replay:
+            self.buffer = self.buffer.replace(spans=self._spans(self._ends()))
         self.broken = []  # [row, seed's index]: episodes that a resumed run could not go on with
         for i in range(len(seeds)):
             self._reset(i, 0)
@@ -369,7 +414,9 @@ class Interaction:
                 self._remember(i, [np.array(x[i]) for x in saved["memory"]])
         for t, i in self.broken:
             self.rows[t, i, self.columns["truncation"]] = 1
-        if count:
+        if count and self.replay:
+            self._write_episodes(0)
+        elif count:
             self._write(0)
 
     def _replay(self, i, episode, length):

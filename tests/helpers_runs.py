@@ -44,6 +44,7 @@ CONTINUOUS += ["diffusion_ql", "gfp"]
 CONTINUOUS += ["mopo", "combo"]
 CONTINUOUS += ["morel"]
 CONTINUOUS += ["trajectory_transformer"]
+CONTINUOUS += ["online_dt"]
 DISCRETE = ["cql_discrete"]  # these refuse others
 EITHER = ["bc"]  # takes both
 MODEL = ["--model-updates", "4", "--model-hidden", "8", "--model-decays", "1e-4", "1e-4"]
@@ -80,10 +81,13 @@ ALSO_TINY["diffusion_dice"] += ["--clone-batch-size", "4", "--noisy-copies", "2"
 ALSO_TINY["diffusion_dice"] += ["--generator-steps", "3", "--num-choosers", "2"]
 SEQUENCE = {  # by algorithm, in place of hidden layers
     "dt": ["--context", "3", "--embedding", "8", "--num-layers", "1"],
+    "online_dt": ["--context", "3", "--embedding", "8", "--num-layers", "1", "--num-heads", "1"],
 }
 SEQUENCE["trajectory_transformer"] = [*SEQUENCE["dt"], "--num-heads", "2", "--num-bins", "5"]
 SEQUENCE["trajectory_transformer"] += ["--plan-context", "2", "--plan-horizon", "2"]
 SEQUENCE["trajectory_transformer"] += ["--beam-width", "2"]
+SEQUENCE["online_dt"] += ["--eval-context", "2", "--steps-per-refresh", "2"]
+SEQUENCE["online_dt"] += ["--updates-per-refresh", "2"]
 
 
 def slow_but(names, fast):

@@ -7,7 +7,7 @@ rows of the data set. Behind them every seed has a part of its own, which fills 
     data set, N rows | seed 0, C rows | seed 1, C rows | ...
 
 An update draws from both together. A method that chooses how many of its rows come from where asks
-for them apart and gets `Apart`.
+for them apart and gets `Apart`. A method that learns from whole episodes says which rows they are.
 """
 
 from functools import partial
@@ -42,6 +42,7 @@ class Buffer:
     recorded: int = struct.field(pytree_node=False)  # N
     capacity: int = struct.field(pytree_node=False)  # C
     apart: bool = struct.field(pytree_node=False, default=False)  # see `of_seed`
+    spans: Any = None  # [S, 2]: the first row that is drawn and the row after the last; None: all
 
     def of_seed(self, index):
         """The tree of columns that `update` takes for the data set: the rows that a seed has.
@@ -52,7 +53,10 @@ class Buffer:
         own_start = self.recorded + index * self.capacity
 
         def either(array, number):
-            row = number % (self.recorded + self.filled)
+            first, end = 0, self.recorded + self.filled
+            if self.spans is not None:
+                first, end = self.spans[index]
+            row = first + number % (end - first)
             is_recorded = row < self.recorded
             return array[jnp.where(is_recorded, row, row - self.recorded + own_start)]
 
@@ -82,18 +86,21 @@ def empty(data, seeds, capacity, apart=False):
     return Buffer(rows, np.int32(0), recorded, capacity, apart)
 
 
-def write(buffer, new, first):
+def write(buffer, new, first, skip=0):
     """The Buffer with `new`, [T, S, ...] in host memory, from row `first` of each seed's part on.
 
-    They are then the last rows there. The memory of the Buffer that is passed in is reused.
+    They are then the last rows there. The memory of the Buffer that is passed in is reused. The
+    first `skip` of the new rows, a number or one per seed, [S], leave the Buffer as it is.
     """
     steps, seeds = np.shape(jax.tree.leaves(new)[0])[:2]
     starts = buffer.recorded + buffer.capacity * np.arange(seeds)
-    places = starts + first + np.arange(steps)[:, None]  # [T, S]
+    step = np.arange(steps)[:, None]
+    nowhere = buffer.recorded + buffer.capacity * seeds  # behind all rows: nothing is written
+    places = np.where(step < skip, nowhere, starts + first + step)  # [T, S]
     rows = _write(buffer.rows, new, places.astype(np.int32))
     return buffer.replace(rows=rows, filled=np.int32(first + steps))
 
 
 @partial(jax.jit, donate_argnums=0)
 def _write(columns, new, places):
-    return jax.tree.map(lambda x, y: x.at[places].set(y.astype(x.dtype)), columns, new)
+    return jax.tree.map(lambda x, y: x.at[places].set(y.astype(x.dtype), mode="drop"), columns, new)

@@ -4,13 +4,14 @@
 import re
 
 from common import fail
+from common.experiment import phases
 
 SHARES = ("discount", "target_rate", "actor_target_rate", "td_lambda", "lam", "residual")
 SHARES += ("mixing_ratio", "penalty_floor", "real_ratio")
 LARGEST = 3.4e38  # of float32, in which the networks compute
 # Patterns of names.
 POSITIVE = "learning_rate$|^fixed_std$|^return_scale$|^beta$|^(sql|eql)_alpha$|^huber_delta$"
-POSITIVE += "|^weight_norm$|^max_(weight|clip|gradient_norm)$|^kernel_width$"
+POSITIVE += "|^initial_temperature$|^weight_norm$|^max_(weight|clip|gradient_norm)$|^kernel_width$"
 NOT_NEGATIVE = "alpha$|_penalty$|noise|_weight$|_decay$|^inverse_temperature$|^perturbation$|^eta$"
 NOT_NEGATIVE += "|_deviations$"
 
@@ -51,6 +52,7 @@ def check(cfg):
         ("log_every", "actor_updates"),
         ("log_every", "updates_per_step"),
         ("online_updates", "log_every"),
+        ("online_updates", "updates_per_refresh"),
         ("embedding", "num_heads"),
     ):
         if {whole, part} <= {*vars(cfg)} and getattr(cfg, whole) % getattr(cfg, part):
@@ -69,10 +71,12 @@ def check(cfg):
                 "so it must be more"
             )
 
-    refresh = getattr(cfg, "steps_per_refresh", 1) * getattr(cfg, "updates_per_step", 1)
+    refresh = phases.updates_per_refresh(cfg)
     if refresh > 1 and cfg.online_updates and cfg.log_every % refresh:
-        counts = f"{cfg.steps_per_refresh} * {cfg.updates_per_step}"
-        what = f"no multiple of steps_per_refresh * updates_per_step, {counts}"
+        what = f"no multiple of updates_per_refresh, {refresh}"
+        if hasattr(cfg, "updates_per_step"):
+            counts = f"{cfg.steps_per_refresh} * {cfg.updates_per_step}"
+            what = f"no multiple of steps_per_refresh * updates_per_step, {counts}"
         fail(f"--log-every {cfg.log_every}: {what}, the updates between two sets of env steps")
     delay = getattr(cfg, "policy_delay", 1)
     if getattr(cfg, "online_updates", 0) and refresh % delay:

@@ -186,6 +186,10 @@ SMALL = {  # what makes an algorithm file small and fast; data sets and claims s
     "cql": NET | FAST | {"critic_hidden": (64, 64), "num_samples": 4},
     "cql_discrete": NET | FAST,
     "dt": SEQUENCE | FAST | {"context": 3, "warm_up": 10, "episode_length": 20},
+    "online_dt": SEQUENCE
+    | FAST
+    | {"context": 3, "eval_context": 3, "warm_up": 10, "episode_length": 20, "num_heads": 1}
+    | {"temperature_learning_rate": 1e-3, "steps_per_refresh": 2, "updates_per_refresh": 2},
     "edac": NET | FAST | {"temperature_learning_rate": 1e-3, "num_critics": 3},
     "fisher_brc": NET
     | FAST

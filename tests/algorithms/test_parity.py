@@ -43,6 +43,7 @@ TT = {
     "plan_context": 3,
     "beam_width": 4,
 }
+ONLINE_DT = DT | {"eval_context": 4, "temperature_learning_rate": 2**-8, "reward_scale": 2**-7}
 QC = {"horizon": 3}
 SAC = {"hidden": (8, 8, 8)}
 MOPO = {"model_hidden": (4,), "model_decays": (0.0, 0.0), "num_models": 2}
@@ -413,6 +414,23 @@ CASES = [
             "observation_top_k": 2,
             "action_top_k": 4,
             "action_cdf": None,
+        },
+    ),
+    Case("online_dt", "plain", ONLINE_DT | {"warm_up": 4, "actor_learning_rate": 2**-8}),
+    Case(
+        "online_dt",
+        "ordered",
+        ONLINE_DT
+        | {
+            "embedding": 8,
+            "num_layers": 1,
+            "num_heads": 1,
+            "timestep_embedding": True,
+            "weight_decay": 0.1,
+            "warm_up": 2,
+            "actor_learning_rate": 2**-7,
+            "initial_temperature": 1.0,
+            "temperature_learning_rate": 2**-5,
         },
     ),
     Case("cql_discrete", "cartpole", {"target_every": 3}, create={"num_actions": 4}),

@@ -19,7 +19,7 @@ from common import datasets, experiment, interaction
 from common.experiment import buffers, config, growth
 
 LIMIT = 5  # steps per episode of Slide
-FILES = ["rebrac", "td3_bc", "iql", "awac", "cql", "cal_ql", "fql", "qc"]
+FILES = ["rebrac", "td3_bc", "iql", "awac", "cql", "cal_ql", "fql", "qc", "online_dt"]
 
 
 class Slide(gymnasium.Env):
@@ -66,7 +66,7 @@ def arguments(name, data, folder):
 
 
 # --- Over all files -----------------------------------------------------------------------------
-@pytest.mark.parametrize("name", runs.slow_but(FILES, ["rebrac"]))
+@pytest.mark.parametrize("name", runs.slow_but(FILES, ["rebrac", "online_dt"]))
 def test_a_resumed_run_equals_an_undisturbed_one(name, data, tmp_path, monkeypatch, capsys):
     """Stopped in the online phase; one file also before it. All rows and metrics are equal."""
     argv = arguments(name, data, tmp_path)

@@ -414,6 +414,99 @@ def test_updates_per_step_and_steps_per_refresh(tmp_path, monkeypatch):
     assert (tmp_path / interaction.FILE).stat().st_size == 9 * 4 * (3 + 1 + 1 + 3 + 2)
 
 
+def walking(tmp_path, transform, act, **more):
+    """An Interaction of two seeds with a data set of 6 rows, three env steps and an update each."""
+    counts = {"steps_per_refresh": 3, "updates_per_refresh": 1, "log_every": 1}
+    fields = {"seeds": (3, 1), "num_updates": 0, "online_updates": 12} | counts
+    cfg = dataclasses.make_dataclass("Config", fields)(**fields)
+
+    def train_chunk(state, key, start, data, cfg):
+        return state, {"reward": data.reward[jnp.arange(2)].mean()}
+
+    dataset = datasets.load("env/Walk-v0")
+    run = types.SimpleNamespace(cfg=cfg, dataset=dataset, folder=tmp_path, attach=lambda x: None)
+    keys, explore_keys = experiment.streams(cfg.seeds, 2)
+    recorded = probes.random_transitions(6, 3, 1, seed=5)
+    online = interaction.Interaction(
+        run, recorded, act, explore_keys, lambda x: x, train_chunk, transform, **more
+    )
+    return online, keys, recorded
+
+
+def test_only_whole_episodes_are_drawn_and_the_newest_of_them(tmp_path):
+    """Those of the data set leave first; an episode's rows are what `transform` made of all."""
+
+    def transform(rows):  # the reward becomes the number of the row in its episode
+        over = rows.termination + rows.truncation > 0
+        count = np.zeros(over.shape, np.float32)
+        for t in range(1, len(over)):
+            count[t] = np.where(over[t - 1], 0, count[t - 1] + 1)
+        return rows._replace(reward=count)
+
+    def act(params, observation, key):
+        return params * observation[:, :1]
+
+    online, keys, recorded = walking(tmp_path, transform, act, replay=(3, np.array([2, 3, 6])))
+    assert phases.env_steps(online.cfg) == 36
+    seen = set()
+    for update in range(12):
+        online.chunk(jnp.zeros(2), keys, update)
+        assert online.count == 3 * (update + 1)
+        for i in range(2):
+            ended = online.rows[: online.count, i, online.columns["truncation"]] > 0
+            ended |= online.rows[: online.count, i, online.columns["termination"]] > 0
+            ends = np.flatnonzero(ended) + 1
+            own = np.split(np.arange(online.count), ends)[:-1]
+            episodes = [[-1, 0, 1], [-1, 2], [-1, 3, 4, 5], *own][-3:]
+            expected = []
+            for rows in episodes:
+                if rows[0] == -1:
+                    expected += [recorded.observation[j] for j in rows[1:]]
+                else:
+                    place = online.columns["observation"]
+                    expected += [online.rows[j, i, place] for j in rows]
+            drawn = online.buffer.of_seed(i)
+            numbers = np.arange(len(expected))
+            assert np.array_equal(drawn.observation[numbers], expected)
+            assert np.array_equal(drawn.observation[numbers + 5 * len(expected)], expected)
+            newest = own[-3:]
+            if newest:
+                count = np.concatenate([np.arange(len(rows)) for rows in newest])
+                assert np.array_equal(drawn.reward[numbers[-len(count) :]], count)
+            seen.add(len(own))
+    assert len(seen) > 4  # more than the buffer keeps
+
+
+def test_a_policy_with_a_memory_gets_the_reward_of_the_step_before(tmp_path):
+    """0 at the first step of an episode, when its memory begins anew, too."""
+    given = []
+
+    def act(params, observation, key, memory, reward):
+        return params * observation[:, :1], memory + reward
+
+    online, keys, _ = walking(tmp_path, None, act, memory=np.zeros(1, np.float32))
+    inner = online.act
+
+    def noted(*arguments):
+        given.append([np.array(x) for x in arguments[4:]])
+        return inner(*arguments)
+
+    online.act = noted
+    for update in range(5):
+        online.chunk(jnp.zeros(2), keys, update)
+    rows = online.rows[:15]
+    over = rows[..., online.columns["termination"]] + rows[..., online.columns["truncation"]] > 0
+    for i in range(2):
+        total = 0.0
+        for t in range(15):
+            begins = t == 0 or over[t - 1, i, 0]
+            expected = 0.0 if begins else rows[t - 1, i, online.columns["reward"]][0]
+            total = 0.0 if begins else total
+            assert given[t][1][i, 0] == np.float32(expected)
+            np.testing.assert_allclose(given[t][0][i, 0], total, rtol=1e-5, atol=1e-6)
+            total += expected
+
+
 # --- What the command line takes ----------------------------------------------------------------
 def test_an_env_and_no_data_set_begin_from_scratch(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
