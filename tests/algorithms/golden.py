@@ -10,6 +10,7 @@ Processors round differently, and training amplifies that. golden_tolerances.jso
 each algorithm; golden_spread.py measures it. How values are compared is in `differences`.
 """
 
+import contextlib
 import functools
 import importlib
 import json
@@ -118,11 +119,19 @@ def measure(name, seeds=(0,), chunk=10, lane=0, updates=100, **overrides):
 
 
 def measure_all(
-    name, seeds, chunk, updates, change=lambda state: state, note=lambda metrics: None, **overrides
+    name,
+    seeds,
+    chunk,
+    updates,
+    change=lambda state: state,
+    note=lambda metrics: None,
+    as_users=True,
+    **overrides,
 ):
     """The values of each seed, in a list.
 
     `change` may alter the state [S, ...] before training; `note` gets the metrics of each chunk.
+    Bits are the same beside other seeds with `as_users`, which takes twice as long to compile.
     """
     module = importlib.import_module(f"algorithms.{name}")
     cfg = probes.config(module, **SETTINGS, **overrides, log_every=chunk)
@@ -133,7 +142,8 @@ def measure_all(
     train = experiment.over_seeds(functools.partial(module.train_chunk, cfg=cfg))
     found = [{} for _ in seeds]
     for step in range(0, updates, chunk):
-        with helpers_runs.fused_as_users():  # the first call compiles
+        fused = helpers_runs.fused_as_users() if as_users else contextlib.nullcontext()
+        with fused:  # the first call compiles
             state, metrics = train(state, keys, step, rows)
         note(metrics)
         if step + chunk in AFTER:

@@ -31,17 +31,29 @@ def test_every_algorithm_is_known_to_the_tests():
     )
 
 
+# Their loops are those of a parent. With ATOLL_SLOW=1 their runs are resumed, too, and their seeds
+# trained beside others: 15 CPU seconds each.
+LIKE_A_PARENT = ("algaedice", "awac", "diffusion_ql", "edac", "fisher_brc", "gfp", "ivr", "lb_sac")
+LIKE_A_PARENT += ("combo", "diffusion_dice", "morel", "rlpd", "spot", "xql")
+LOOPS = [name for name in [*NAMES, "bc, discrete"] if name not in LIKE_A_PARENT]
+
+
 # --- Golden values and invariance ---------------------------------------------------------------
 @pytest.fixture(scope="module", params=NAMES)
 def name(request):
     return request.param
 
 
+def beside_others(name):
+    """Whether its seeds are trained beside others, and compared bit for bit."""
+    return name in LOOPS or "ATOLL_SLOW" in os.environ
+
+
 @pytest.fixture(scope="module")
 def alone(name):
     """Seed 0 alone, ten chunks of 10: golden values, state, means of the metrics over all ten."""
     chunks = []
-    found, arrays = golden.measure(name, note=chunks.append)
+    found, arrays = golden.measure(name, note=chunks.append, as_users=beside_others(name))
     means = {metric: np.mean([x[metric] for x in chunks]) for metric in chunks[0]}
     return found, arrays, means
 
@@ -125,6 +137,8 @@ def test_a_seed_among_4_in_one_chunk_equals_that_seed_alone_in_ten(name, alone):
     Both at once, since every program takes seconds to compile. Metrics are means over a chunk:
     those of the one chunk are the means of the ten, but for rounding.
     """
+    if not beside_others(name):
+        pytest.skip("the loop of a parent: ATOLL_SLOW=1 runs it")
     found, arrays = golden.measure(name, (3, 0, 7, 1), chunk=100, lane=1)
     values_alone, arrays_alone, means_alone = alone
     for key, value in found["100"].items():
@@ -155,12 +169,6 @@ def test_seeds_as_lanes_of_a_vmap_equal_one_after_the_other(name, monkeypatch):
 
 
 # --- Runs ---------------------------------------------------------------------------------------
-# Their loops are those of a parent: 8 CPU seconds each, with ATOLL_SLOW=1.
-LIKE_A_PARENT = ("algaedice", "awac", "diffusion_ql", "edac", "fisher_brc", "gfp", "ivr", "lb_sac")
-LIKE_A_PARENT += ("combo", "diffusion_dice", "morel", "rlpd", "spot", "xql")
-LOOPS = [name for name in [*NAMES, "bc, discrete"] if name not in LIKE_A_PARENT]
-
-
 @pytest.mark.parametrize("name", runs.slow_but([*NAMES, "bc, discrete"], LOOPS))
 def test_a_resumed_run_equals_an_undisturbed_one(name, tmp_path, monkeypatch, capsys):
     """8 updates and then 16 are 16 at once, and the policy acts the same without its data set.
