@@ -902,6 +902,10 @@ SEEN_IN = {
     "has another State than this": "test_a_checkpoint_of_another_state_is_not_called_damaged",
     "when it can be written again": "test_a_disk_that_takes_no_more",
     "set --num-updates 0": "test_bad_input_is_one_line",
+    "to evaluate in that env": "test_bad_input_is_one_line",
+    "and the fit of its dynamics ends at": (
+        "test_a_fit_that_has_not_ended_or_is_not_there_is_refused"
+    ),
     "no env is known for": "test_an_online_phase_without_an_env_is_one_line",
     "so --resume cannot": "test_without_a_name_a_schedule_of_another_length_does_not_start_anew",
     "all of its updates differ": "test_a_resumed_run_equals_an_undisturbed_one",

@@ -46,7 +46,7 @@ class Walk(gymnasium.Env):
 
 
 class Forgetful(Walk):
-    """The same, but no two episodes are alike."""
+    """The same, but no two episodes are alike, and all end at the limit."""
 
     count = 0
 
@@ -54,6 +54,10 @@ class Forgetful(Walk):
         Forgetful.count += 1
         super().reset(seed=Forgetful.count)
         return self.position.copy(), {}
+
+    def step(self, action):
+        observation, reward, _, truncation, info = super().step(action)
+        return observation, reward, False, truncation, info
 
 
 for env in (Walk, Forgetful):
