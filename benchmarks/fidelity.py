@@ -38,6 +38,8 @@ SWAPPED |= {"target_params": "params", "termination": "truncation"}
 OPERATORS = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult}
 COMPARISONS = {ast.Gt: ast.Lt, ast.Lt: ast.Gt}
 
+N_STEP = ("cfg.n_step", "no case has n_step above 1: test_n_step.py compares those targets")
+
 # Why a mutant is not caught: {file: [(part of its text, reason)]}, "" for all files.
 REASONS = {
     "": [("-1 -> 1", "an axis, counted from the end: no error here")],
@@ -48,13 +50,18 @@ REASONS = {
     "cal_ql": [("jnp.maximum -> jnp.minimum", "clip_diff_min, whose bound no case has")],
     "cql_discrete": [("stop_gradient", "the target has no gradient: no error")],
     "dt": [("timestep) - 1", "a gather beyond the end reads the last row anyway: no error")],
-    "iql": [("", "extraction=ddpg_bc is seohongpark/fql's, which updates otherwise: no case")],
+    "fql": [N_STEP],
+    "iql": [
+        N_STEP,
+        ("", "extraction=ddpg_bc is seohongpark/fql's, which updates otherwise: no case"),
+    ],
     "ivr": [
         ("1.0", "a bound that no batch reaches"),
         ("weight > 0", "in a number that is only logged"),
         ("jnp.mean", "in a number that is only logged"),
     ],
     "mopo": [
+        ("1.0 -> 1.5", "guards the holdout error against a division by zero: not reached"),
         ("model_updates", "of the fit of the dynamics, which test_mopo.py compares"),
         ("square(kernel)", "of the fit of the dynamics, which test_mopo.py compares"),
         ("fit.waiting", "of the fit of the dynamics, which test_mopo.py compares"),
@@ -71,6 +78,7 @@ REASONS = {
     "online_dt": [("jnp.tanh(x)", "the drawn action is exploration's, which is not compared")],
     "optidice": [("1e-10", "guards log w of chi2: not reached"), ("y + 1.0", "the same guard")],
     "qc": [("jnp.abs(q)", "normalize_q is an addition, without authors' code")],
+    "rebrac": [N_STEP],
 }
 
 

@@ -4,6 +4,7 @@ numbers."""
 
 import functools
 
+import helpers_runs as runs
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -302,8 +303,10 @@ def numpy_samples(params, observation, noise, cfg):
     return x
 
 
-@pytest.mark.parametrize("selection", ["max", "softmax"])
-@pytest.mark.parametrize("rows", [4, None])
+@pytest.mark.parametrize(
+    ("selection", "rows"),
+    [("max", 4), ("softmax", 4), ("max", None), pytest.param("softmax", None, marks=runs.SLOW)],
+)
 def test_the_policy_chooses_one_of_the_guided_samples(selection, rows):
     """The best by the mean of the choosers; or drawn by the first target critic's values."""
     cfg, state, _, data = setup(
@@ -425,7 +428,14 @@ def test_each_phase_trains_its_own_networks():
 
 
 def test_training_sees_changed_rewards(monkeypatch, tmp_path):
-    raw = probes.random_transitions(20)
+    """From networks of zeros, since their initialisation takes seconds to compile."""
+    raw, create = probes.random_transitions(20), dice.create_state
+
+    def blank(key, batch, cfg):
+        shapes = jax.eval_shape(functools.partial(create, batch=batch, cfg=cfg), key)
+        return jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
+
+    monkeypatch.setattr(dice, "create_state", blank)
     overrides = SIZES | {"reward_shift": -1.0, "return_scale": 10.0}
     _, data = nets.handed_over(dice, monkeypatch, tmp_path, raw, (2, 7), **overrides)
     np.testing.assert_allclose(
