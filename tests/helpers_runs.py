@@ -43,6 +43,7 @@ CONTINUOUS += ["diffusion_dice", "diffusion_ql", "gfp"]
 CONTINUOUS += ["diffusion_ql", "gfp"]
 CONTINUOUS += ["mopo", "combo"]
 CONTINUOUS += ["morel"]
+CONTINUOUS += ["mobile"]
 CONTINUOUS += ["trajectory_transformer"]
 DISCRETE = ["cql_discrete"]  # these refuse others
 EITHER = ["bc"]  # takes both
@@ -68,6 +69,7 @@ ALSO_TINY = {  # by algorithm
     "mopo": MODEL,
     "morel": [*MODEL, "--num-critics", "2"],
     "combo": [*MODEL, "--num-samples", "2"],
+    "mobile": [*MODEL, "--num-samples", "2"],
     "diffusion_ql": ["--generator-steps", "2", "--num-samples", "2"],
     "optidice": ["--warm-start", "2"],
     "fql": ["--flow-steps", "2"],

@@ -157,7 +157,7 @@ def test_seeds_as_lanes_of_a_vmap_equal_one_after_the_other(name, monkeypatch):
 # --- Runs ---------------------------------------------------------------------------------------
 # Their loops are those of a parent: 8 CPU seconds each, with ATOLL_SLOW=1.
 LIKE_A_PARENT = ("algaedice", "awac", "diffusion_ql", "edac", "fisher_brc", "gfp", "ivr", "lb_sac")
-LIKE_A_PARENT += ("combo", "diffusion_dice", "morel", "rlpd", "spot", "xql")
+LIKE_A_PARENT += ("combo", "diffusion_dice", "mobile", "morel", "rlpd", "spot", "xql")
 LOOPS = [name for name in [*NAMES, "bc, discrete"] if name not in LIKE_A_PARENT]
 
 
