@@ -37,11 +37,6 @@ def critic_loss(params, state, batch, key, cfg):
     return float(loss), metrics, grads
 
 
-@functools.partial(jax.jit, static_argnums=3, compiler_options=QUICK)
-def inconsistency(state, batch, key, cfg):
-    return mobile.inconsistency(state, batch, key, cfg)
-
-
 def setup(**overrides):
     """(cfg, state with random parameters, batch: 8 rows of the data and 24 of the model)"""
     _, state, _, data = test_mopo.setup()
@@ -108,29 +103,14 @@ def test_critic_loss_and_gradient_equal_numpy():
 
 
 def test_rows_of_the_data_have_no_penalty():
-    """Their targets are those without one; the targets of the model's rows are lower."""
-    cfg, state, batch = setup(least_target=-1e6)
-    zero = jax.tree.map(jnp.zeros_like, state.critic.params)  # the gradient of a bias: -2 target
-
-    def gradient(weight, rows):
-        cfg, _, _ = setup(least_target=-1e6, penalty_weight=weight)
-        mask = np.isin(np.arange(32), rows)
-        kept = batch._replace(
-            termination=np.ones(32, np.float32), reward=np.where(mask, batch.reward, 0)
-        )
-        _, metrics, grads = critic_loss(zero, state, kept, KEY, cfg)
-        return float(grads["params"]["Dense_2"]["bias"].sum()), float(metrics["penalty"])
-
-    without, penalty = gradient(0.0, range(32))
-    with_it, same = gradient(2.0, range(32))
-    assert penalty == same > 0
-    # Both critics have a share of 2 / (K B) of every row; penalties are means over all rows.
-    np.testing.assert_allclose(with_it - without, 2 * 2.0 * penalty, rtol=1e-4)
-    all_rows = inconsistency(state, batch, jax.random.clone(KEY), cfg)
-    assert (all_rows > 0).all()  # the data's rows would have some
-    every, _, _ = setup(real_ratio=1.0)
-    _, metrics, _ = critic_loss(state.critic.params, state, batch, KEY, every)
-    assert metrics["penalty"] == 0
+    """Other actions change the penalty where the model made the row, and only there."""
+    cfg, state, batch = setup()
+    rows, penalties = np.arange(32)[:, None], []
+    for changed in (rows < 0, rows < 8, rows == 8):
+        other = batch._replace(action=np.where(changed, -batch.action, batch.action))
+        _, metrics, _ = critic_loss(state.critic.params, state, other, KEY, cfg)
+        penalties.append(float(metrics["penalty"]))
+    assert penalties[0] == penalties[1] != penalties[2]
 
 
 def test_the_penalty_is_the_elites_disagreement_on_values():
@@ -142,28 +122,29 @@ def test_the_penalty_is_the_elites_disagreement_on_values():
     bias = layers["params"]["Dense_2"]["bias"]  # [M, 2 (O + 1)]
     width = batch.observation.shape[-1]
 
+    def first_column(params, observation, action):
+        return params[0] * observation[None, ..., 0]
+
+    critic = nets.linear_net(mobile.TrainState.create, first_column, [9.0], [2.0])
+    compiled = jax.jit(mobile.inconsistency, static_argnums=3, compiler_options=QUICK)
+
     def of(moves):
         """U of dynamics that move the first column by `moves`, with almost no noise."""
         moved = bias.at[:, 0].set(jnp.array(moves)).at[:, width + 1 :].set(-30.0)
-        members = {"params": layers["params"] | {"Dense_2": layers["params"]["Dense_2"]}}
-        members["params"]["Dense_2"] = members["params"]["Dense_2"] | {"bias": moved}
+        last = layers["params"]["Dense_2"] | {"bias": moved}
+        members = {"params": layers["params"] | {"Dense_2": last}}
         narrow = {"min_log_variance": jnp.full(width + 1, -30.0), "members": members}
-
-        def first_column(params, observation, action):
-            return params[0] * observation[None, ..., 0]
-
-        critic = nets.linear_net(mobile.TrainState.create, first_column, [9.0], [2.0])
-        fixed = state._replace(
-            dynamics=state.dynamics.replace(params=params | narrow), critic=critic
-        )
-        return np.asarray(mobile.inconsistency(fixed, batch, jax.random.clone(KEY), cfg))
+        dynamics = state.dynamics.replace(params=params | narrow)
+        fixed = state._replace(dynamics=dynamics, critic=critic)
+        return np.asarray(compiled(fixed, batch, jax.random.clone(KEY), cfg))
 
     np.testing.assert_allclose(of([5.0, 1.0, 1.0]), 0, atol=1e-4)  # the elites are 1 and 2
     np.testing.assert_allclose(of([5.0, 1.0, 4.0]), 2 * 3 / np.sqrt(2), rtol=1e-4)
 
 
 def test_the_backup_has_no_entropy_and_stops_at_terminations():
-    cfg, state, batch = setup(least_target=-1e6)
+    cfg, state, batch = setup()
+    batch = batch._replace(reward=batch.reward + 100)  # no target is raised
     check = functools.partial(critic_loss, state.critic.params)
     other = state.log_temperature.replace(params={"log": jnp.float32(2.0)})
     other = state._replace(log_temperature=other)
@@ -177,11 +158,21 @@ def test_the_backup_has_no_entropy_and_stops_at_terminations():
 def test_rollouts_are_mopos_without_the_penalty():
     cfg, state, batch = setup()
     same = probes.config(mopo, **(MODEL | {"penalty_weight": 0.0}))
-    keys = [jax.random.clone(KEY) for _ in range(2)]
-    rows = mobile.unpenalised(state, jnp.asarray(batch.observation[:6]), keys[0], cfg)
-    expected = mopo.penalised(state, jnp.asarray(batch.observation[:6]), keys[1], same)
+
+    @functools.partial(jax.jit, compiler_options=QUICK)
+    def both(state, observation):
+        keys = [jax.random.clone(KEY) for _ in range(2)]
+        rows = mobile.unpenalised(state, observation, keys[0], cfg)
+        return rows, mopo.penalised(state, observation, keys[1], same)
+
+    rows, expected = both(state, batch.observation[:6])
     for x, y in zip(rows, expected, strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-6)
+
+
+@functools.partial(jax.jit, static_argnums=2, compiler_options=QUICK)
+def first_temperature(key, batch, cfg):
+    return mobile.create_state(key, batch, cfg).log_temperature
 
 
 def test_a_fixed_temperature_stays():
@@ -189,7 +180,7 @@ def test_a_fixed_temperature_stays():
     for fixed, begins in ((0.2, 0.2), (None, 1.0)):
         cfg, _, batch = setup(fixed_temperature=fixed, temperature_learning_rate=0.1)
         example = jax.tree.map(lambda x: x[:1], batch)
-        net = mobile.create_state(jax.random.key(0), example, cfg).log_temperature
+        net = first_temperature(jax.random.clone(KEY), example, cfg)
         np.testing.assert_allclose(net.apply_fn(net.params), begins, rtol=1e-6)
         after = net.apply_gradients(grads={"log": jnp.float32(1.0)})
         assert (after.params["log"] == net.params["log"]) == (fixed is not None)
