@@ -591,6 +591,7 @@ def test_a_minari_data_set_of_an_env_that_is_known(empty, monkeypatch, capsys, m
 # --- Configurations -----------------------------------------------------------------------------
 KEPT = ("dataset", "seeds", "num_updates", "log_every", "eval_every", "eval_episodes")
 KEPT += ("clone_updates", "model_updates", "online_updates", "exponent")
+KEPT += ("num_models", "num_elites")  # some of the first are the second, of which mobile needs two
 SIZES = ("hidden", "vae_hidden", "critic_hidden", "value_hidden", "actor_hidden", "embedding")
 DIVIDE = ("policy_delay", "actor_updates", "num_heads", "updates_per_step")
 BOTH = ("combo",)  # a batch has rows of the data and of the model, at least one of each
