@@ -59,7 +59,7 @@ REASONS = {
         ("square(kernel)", "of the fit of the dynamics, which test_mopo.py compares"),
         ("fit.waiting", "of the fit of the dynamics, which test_mopo.py compares"),
         ("ring.filled", "of the rows from the model, which test_mopo.py counts"),
-        ("1.0 -> 1.5", "a variance of columns that do not vary: not reached"),
+        ("1.0 -> 1.5", "guards against a division by no rows: not reached"),
     ],
     "mopo": [
         ("model_updates", "of the fit of the dynamics, which test_mopo.py compares"),
