@@ -42,6 +42,7 @@ CONTINUOUS += ["brac", "fisher_brc"]
 CONTINUOUS += ["diffusion_dice", "diffusion_ql", "gfp"]
 CONTINUOUS += ["mopo", "combo"]
 CONTINUOUS += ["morel"]
+CONTINUOUS += ["mobile"]
 CONTINUOUS += ["trajectory_transformer"]
 CONTINUOUS += ["online_dt"]
 DISCRETE = ["cql_discrete"]  # these refuse others
@@ -68,6 +69,7 @@ ALSO_TINY = {  # by algorithm
     "mopo": MODEL,
     "morel": [*MODEL, "--num-critics", "2"],
     "combo": [*MODEL, "--num-samples", "2"],
+    "mobile": [*MODEL, "--num-samples", "2"],
     "diffusion_ql": ["--generator-steps", "2", "--num-samples", "2"],
     "optidice": ["--warm-start", "2"],
     "fql": ["--flow-steps", "2"],

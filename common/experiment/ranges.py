@@ -11,7 +11,8 @@ SHARES += ("mixing_ratio", "penalty_floor", "real_ratio")
 LARGEST = 3.4e38  # of float32, in which the networks compute
 # Patterns of names.
 POSITIVE = "learning_rate$|^fixed_std$|^return_scale$|^beta$|^(sql|eql)_alpha$|^huber_delta$"
-POSITIVE += "|^initial_temperature$|^weight_norm$|^max_(weight|clip|gradient_norm)$|^kernel_width$"
+POSITIVE += "|^(initial|fixed)_temperature$|^weight_norm$|^max_(weight|clip|gradient_norm)$"
+POSITIVE += "|^kernel_width$"
 NOT_NEGATIVE = "alpha$|_penalty$|noise|_weight$|_decay$|^inverse_temperature$|^perturbation$|^eta$"
 NOT_NEGATIVE += "|_deviations$"
 

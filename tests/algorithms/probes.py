@@ -212,6 +212,7 @@ SMALL = {  # what makes an algorithm file small and fast; data sets and claims s
     "iql": NET | FAST | {"cosine": False},
     "ivr": NET | FAST | {"cosine": False},
     "lb_sac": NET | FAST | {"temperature_learning_rate": 1e-3, "num_critics": 3},
+    "mobile": NET | FAST | MODEL | {"num_samples": 4, "least_target": -10.0},
     "mopo": NET | FAST | MODEL,
     "morel": NET | FAST | MODEL | {"num_critics": 2, "halt_penalty": 1.0},
     "odice": NET | FAST | {"value_hidden": (64, 64), "value_learning_rate": 1e-3},

@@ -52,6 +52,7 @@ SLOWER = (
     "edac",
     "gfp",
     "lb_sac",
+    "mobile",
     "morel",
     "rlpd",
     "sac_n",

@@ -592,10 +592,13 @@ def test_a_minari_data_set_of_an_env_that_is_known(empty, monkeypatch, capsys, m
 # --- Configurations -----------------------------------------------------------------------------
 KEPT = ("dataset", "seeds", "num_updates", "log_every", "eval_every", "eval_episodes")
 KEPT += ("clone_updates", "model_updates", "online_updates", "exponent")
-KEPT += ("num_models", "num_elites")  # no more elites than models
+KEPT += ("num_models", "num_elites")  # some of the first are the second, of which mobile needs two
 SIZES = ("hidden", "vae_hidden", "critic_hidden", "value_hidden", "actor_hidden", "embedding")
 DIVIDE = ("policy_delay", "actor_updates", "num_heads", "updates_per_step")
-BOTH = ("combo",)  # a batch has rows of the data and of the model, at least one of each
+ALSO_KEPT = {
+    "combo": ("batch_size",),  # a batch has rows of the data and of the model, at least one each
+    "trajectory_transformer": ("context", "plan_context"),  # the second is at most the first
+}
 TO_ONE = (*ranges.SHARES, "expectile", "dropout", "action_margin", "fraction")
 DRAWS = 6 if MANY else 2
 
@@ -603,7 +606,7 @@ DRAWS = 6 if MANY else 2
 def drawn(name, draw):
     """Flags of a small configuration of an algorithm; two draws differ in every yes or no."""
     rng, flags = np.random.default_rng([zlib.crc32(name.encode()), draw]), []
-    words, kept = runs.tiny(name), (*KEPT, "batch_size") if name in BOTH else KEPT
+    words, kept = runs.tiny(name), (*KEPT, *ALSO_KEPT.get(name, ()))
     small = {flag: value for flag, value in itertools.pairwise(words) if flag.startswith("--")}
     hints = typing.get_type_hints(CONFIGS[name])
     for field in dataclasses.fields(CONFIGS[name]):
