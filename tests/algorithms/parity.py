@@ -74,6 +74,10 @@ LEFT_OUT = {
     ("cql", "unweighted"): ("log_multiplier/mu/",),
     ("cal_ql", "adroit"): ("log_multiplier/mu/",),
     ("cal_ql", "kitchen"): ("log_multiplier/mu/",),
+    ("wsrl", "kitchen"): ("multiplier/mu/",),
+    ("wsrl", "mujoco"): ("multiplier/mu/",),
+    ("wsrl", "online"): ("multiplier/mu/",),
+    ("wsrl", "online_antmaze"): ("multiplier/mu/",),
 }
 # Parts of the state that no update of a case changes, so a fixture need not have them: the other
 # phase's networks and fixed weights.
