@@ -55,9 +55,7 @@ class Config:
     alpha: float = 5.0  # weight of the conservative gap: log sum exp Q(s, .) - Q(s, a), Eq. 4
     num_samples: int = 10  # N, actions sampled per row from each of uniform, pi(s) and pi(s')
     importance_sampling: bool = True  # divide exp Q by the action's density; False: plain exp Q
-    target_action_gap: float | None = (
-        None  # of the Lagrange multiplier in place of alpha; None: off
-    )
+    target_action_gap: float | None = None  # a Lagrange multiplier's, in alpha's place; None: off
     max_target_backup: bool = True  # the TD target takes the best of N actions of pi(s'), not one
     # Cal-QL
     last_reward_goes_on: bool = True  # a truncated episode's, for ever: in the return; False: 0
@@ -239,7 +237,7 @@ def critic_loss(params, state, batch, key, cfg):
     """
     key_sample, key_target, key_gap = jax.random.split(key, 3)
     sampled_action, log_density, target_action = sample_actions(state.actor, batch, key_sample, cfg)
-    target = td_target(state, batch, target_action, key_target, cfg)  # [B]
+    target = drawn_target(state, batch, target_action, key_target, cfg)  # [B]
 
     # One call for the action of the data and the sampled ones is faster than two.
     action = jnp.concatenate([batch.action[:, None], sampled_action], axis=1)  # [B, 1 + 3N, A]
@@ -311,7 +309,7 @@ def online_critic_loss(params, state, batch, key, cfg):
     """Squared TD error alone, mean over B and K."""
     key_action, key_target = jax.random.split(key)
     target_action, _ = sample_next(state.actor, batch, key_action, cfg)
-    target = td_target(state, batch, target_action, key_target, cfg)  # [B]
+    target = drawn_target(state, batch, target_action, key_target, cfg)  # [B]
     q = state.critic.apply_fn(params, batch.observation, batch.action[:, None])
     q = q.squeeze(-1)  # [K, B, 1] -> [K, B]
     chex.assert_equal_shape([*q, target])
@@ -319,7 +317,7 @@ def online_critic_loss(params, state, batch, key, cfg):
     return loss, {"critic_loss": loss, "td_error": loss, "q": q.mean()}
 
 
-def td_target(state, batch, target_action, key, cfg):
+def drawn_target(state, batch, target_action, key, cfg):
     """r + gamma max_a' min_d Q_d(s', a') with D drawn targets, [B]. No entropy in it."""
     next_q = state.critic.apply_fn(
         state.critic.target_params, batch.next_observation, target_action
@@ -435,7 +433,7 @@ def online_update(state, step, key, data, cfg):
     batches = jax.tree.map(lambda x: x.reshape(count, cfg.batch_size, *x.shape[1:]), rows)
     critic_keys = jax.random.split(key_critic, count)
     state, critic_metrics = jax.lax.scan(
-        partial(update_critics, cfg=cfg), state, (batches, critic_keys)
+        partial(critics_step, cfg=cfg), state, (batches, critic_keys)
     )
     critic_metrics = jax.tree.map(jnp.mean, critic_metrics)
 
@@ -453,7 +451,7 @@ def online_update(state, step, key, data, cfg):
     return state, critic_metrics | actor_metrics | temperature_metrics
 
 
-def update_critics(state, batch_and_key, cfg):
+def critics_step(state, batch_and_key, cfg):
     """A gradient step of the critics on SAC's TD error, then one of the targets."""
     batch, key = batch_and_key
     grads, metrics = jax.grad(online_critic_loss, has_aux=True)(

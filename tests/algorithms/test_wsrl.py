@@ -307,11 +307,11 @@ def test_the_online_phase_reads_no_row_of_the_data_set(monkeypatch):
     assert np.array_equal(more.reward[:, 0], [201, 203, 205])
     seen = []
 
-    def update_critics(state, batch_and_key, cfg):
+    def critics_step(state, batch_and_key, cfg):
         seen.append((batch_and_key[0], cfg))
         raise StopIteration  # the batch is all that is looked at
 
-    monkeypatch.setattr(wsrl, "update_critics", update_critics)
+    monkeypatch.setattr(wsrl, "critics_step", critics_step)
     monkeypatch.setattr(
         jax.lax, "scan", lambda f, init, xs: f(init, jax.tree.map(lambda x: x[0], xs))
     )
