@@ -268,10 +268,10 @@ def critic_loss(params, state, batch, key, cfg):
         soft_maximum = jax.nn.logsumexp(all_q, axis=-1) - jnp.log(all_q.shape[-1])
     conservative_gap = (soft_maximum - drawn_q).mean()  # [D, B] -> []
 
-    weight = cfg.alpha
+    conservative_loss = cfg.alpha * conservative_gap
     if cfg.target_action_gap is not None:
-        weight = softplus_of(state.multiplier.params)
-    conservative_loss = weight * conservative_gap
+        multiplier = softplus_of(state.multiplier.params)
+        conservative_loss = multiplier * (conservative_gap - cfg.target_action_gap)
     loss = td_error + conservative_loss
     metrics = {"critic_loss": loss, "td_error": td_error, "q": q.mean()}
     metrics |= {"bound_rate": bound_rate}

@@ -102,10 +102,11 @@ def numpy_critic_loss(params, state, batch, drawn, cfg):
                 terms.append(np.exp(max(q_there[k, i, j], known)) / weights[2])
             total = np.sum(terms) if cfg.importance_sampling else np.mean(terms)
             gap += (np.log(total) - q[k, i, 0]) / size / len(of_gap)
-    weight = cfg.alpha
+    conservative = cfg.alpha * gap
     if cfg.target_action_gap is not None:
-        weight = softplus(double(state.multiplier.params["raw"]))
-    return td_error + weight * gap, td_error, gap
+        multiplier = softplus(double(state.multiplier.params["raw"]))
+        conservative = multiplier * (gap - cfg.target_action_gap)
+    return td_error + conservative, td_error, gap
 
 
 def draws(key, cfg, size=32, dim=2):
