@@ -74,10 +74,6 @@ LEFT_OUT = {
     ("cql", "unweighted"): ("log_multiplier/mu/",),
     ("cal_ql", "adroit"): ("log_multiplier/mu/",),
     ("cal_ql", "kitchen"): ("log_multiplier/mu/",),
-    ("wsrl", "kitchen"): ("multiplier/mu/",),
-    ("wsrl", "mujoco"): ("multiplier/mu/",),
-    ("wsrl", "online"): ("multiplier/mu/",),
-    ("wsrl", "online_antmaze"): ("multiplier/mu/",),
 }
 # Parts of the state that no update of a case changes, so a fixture need not have them: the other
 # phase's networks and fixed weights.
@@ -94,6 +90,10 @@ UNCHANGED = {
     ("fisher_brc", "mujoco"): CLONED,
     ("fisher_brc", "strong"): CLONED,
     ("fisher_brc", "clone"): ("actor/", "critic/", "log_temperature/"),
+    ("wsrl", "kitchen"): ("multiplier/",),
+    ("wsrl", "mujoco"): ("multiplier/",),
+    ("wsrl", "online"): ("multiplier/",),
+    ("wsrl", "online_antmaze"): ("multiplier/",),
 }
 # What a policy takes besides its parameters, and the field of State whose apply function it is.
 NETWORKS = {"apply_critics": "critic", "critic": "critic", "apply_vae": "vae"}
