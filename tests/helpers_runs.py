@@ -37,7 +37,7 @@ CONTINUOUS += ["dt", "bcq", "atac", "odice", "ivr", "xql", "idql", "fql", "qc"]
 CONTINUOUS += ["sac_n", "edac", "lb_sac"]
 CONTINUOUS += ["optidice", "algaedice"]
 CONTINUOUS += ["sac"]
-CONTINUOUS += ["rlpd", "spot", "cal_ql"]
+CONTINUOUS += ["rlpd", "spot", "cal_ql", "wsrl"]
 CONTINUOUS += ["brac", "fisher_brc"]
 CONTINUOUS += ["diffusion_dice", "diffusion_ql", "gfp"]
 CONTINUOUS += ["mopo", "combo"]
@@ -77,7 +77,9 @@ ALSO_TINY = {  # by algorithm
     "qc": ["--flow-steps", "2", "--num-samples", "2", "--horizon", "3"],
     "spot": ["--vae-hidden", "8", "--clone-updates", "4"],
     "rlpd": ["--num-critics", "3", "--updates-per-step", "2", "--online-updates", "0"],
+    "wsrl": ["--critic-hidden", "8", "--num-samples", "2", "--num-critics", "3"],
 }
+ALSO_TINY["wsrl"] += ["--warm-up-steps", "4", "--updates-per-step", "2", "--online-updates", "0"]
 ALSO_TINY["diffusion_dice"] += ["--clone-batch-size", "4", "--noisy-copies", "2"]
 ALSO_TINY["diffusion_dice"] += ["--generator-steps", "3", "--num-choosers", "2"]
 SEQUENCE = {  # by algorithm, in place of hidden layers

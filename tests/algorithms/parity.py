@@ -91,6 +91,10 @@ UNCHANGED = {
     ("fisher_brc", "mujoco"): CLONED,
     ("fisher_brc", "strong"): CLONED,
     ("fisher_brc", "clone"): ("actor/", "critic/", "log_temperature/"),
+    ("wsrl", "kitchen"): ("multiplier/",),
+    ("wsrl", "mujoco"): ("multiplier/",),
+    ("wsrl", "online"): ("multiplier/",),
+    ("wsrl", "online_antmaze"): ("multiplier/",),
 }
 # What a policy takes besides its parameters, and the field of State whose apply function it is.
 NETWORKS = {"apply_critics": "critic", "critic": "critic", "apply_vae": "vae"}

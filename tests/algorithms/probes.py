@@ -237,6 +237,10 @@ SMALL = {  # what makes an algorithm file small and fast; data sets and claims s
     | FAST
     | {"context": 3, "num_heads": 2, "warm_up": 10, "num_bins": 10, "dropout": None}
     | {"plan_context": 2, "plan_horizon": 1, "beam_width": 8},
+    "wsrl": NET
+    | FAST
+    | {"critic_hidden": (64, 64), "num_critics": 3, "num_samples": 4, "max_target_backup": False}
+    | {"updates_per_step": 2, "warm_up_steps": 4},
     "xql": NET | FAST | {"cosine": False},
 }
 

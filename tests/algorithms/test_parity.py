@@ -80,6 +80,8 @@ FBRAC = {
 OPTIDICE = {"absorbing_state": "none"}  # the batches are rows as the update takes them
 CHUNKS = {"action_dim": 2, "policy": "sample_chunk"}  # its policy plays what sample_chunk returns
 SPOT = {"vae_hidden": (12, 12)}
+WSRL = {"hidden": (12, 12), "critic_hidden": (12, 12), "num_critics": 4, "num_samples": 3}
+WSRL |= {"updates_per_step": 2, "batch_size": 16}
 
 CASES = [
     Case("td3_bc", "mujoco", {}, gradient_steps=2),
@@ -195,6 +197,35 @@ CASES = [
         "cal_ql",
         "kitchen",
         CQL | {"importance_sampling": False, "alpha": 2.0, "discount": 0.9},
+    ),
+    Case("wsrl", "antmaze", WSRL | {"target_action_gap": 0.8, "std_per_state": False}),
+    Case(
+        "wsrl",
+        "kitchen",
+        WSRL
+        | {"importance_sampling": False, "max_target_backup": False, "alpha": 2.0, "discount": 0.9},
+    ),
+    Case("wsrl", "mujoco", WSRL | {"calibrate": False}),
+    Case(
+        "wsrl",
+        "online_antmaze",
+        WSRL | {"std_per_state": False},
+        gradient_steps=2,
+        update="online_update",
+    ),
+    Case(
+        "wsrl",
+        "online",
+        WSRL
+        | {
+            "max_target_backup": False,
+            "discount": 0.95,
+            "target_rate": 0.05,
+            "actor_learning_rate": 1e-3,
+            "critic_learning_rate": 3e-3,
+        },
+        gradient_steps=2,
+        update="online_update",
     ),
     Case("awac", "mujoco", {}),
     Case("awac", "sharp", {"inverse_temperature": 20.0, "discount": 0.95}),

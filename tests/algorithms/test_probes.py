@@ -34,6 +34,7 @@ FREE = {  # no pull towards the data, or as little as the method can have
     "sac_n": {"temperature_learning_rate": 1e-2},
     "spot": {"density_weight": 0.0},
     "td3_bc": {"alpha": 1e4},
+    "wsrl": {"alpha": 0.0},
     "xql": {"beta": 0.5, "inverse_temperature": 10.0},
 }
 TIED = {  # a strong one
@@ -57,6 +58,7 @@ SLOWER = (
     "rlpd",
     "sac_n",
     "spot",
+    "wsrl",
 )
 QUICK_ONES = [name for name in FREE if name not in SLOWER]
 
