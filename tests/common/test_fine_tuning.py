@@ -19,7 +19,7 @@ from common import datasets, experiment, interaction
 from common.experiment import buffers, config, growth
 
 LIMIT = 5  # steps per episode of Slide
-FILES = ["rebrac", "td3_bc", "iql", "awac", "cql", "cal_ql", "fql", "qc", "online_dt"]
+FILES = ["rebrac", "td3_bc", "iql", "awac", "cql", "cal_ql", "wsrl", "fql", "qc", "online_dt"]
 
 
 class Slide(gymnasium.Env):
