@@ -4,7 +4,7 @@
 Paper       https://arxiv.org/abs/2209.03993
 Reference   https://github.com/takuseno/d3rlpy (reproductions/offline/qdt.py; a reimplementation)
 Run         python algorithms/qdt.py --config configs/qdt/mujoco.yaml
-Parent      dt.py (320 lines)
+Parent      dt.py (321 lines)
 Results     docs/results.md
 Deviations  The critic is that of cql.py: its TD target has an action drawn from pi, the reference's
             the mean of pi, and its networks are initialised orthogonally. Its observations are
@@ -326,9 +326,10 @@ def create_state(key, batch, cfg, statistics=(0.0, 1.0), num_rows=1):
     critic = SmallHeadCritic(cfg.hidden)
     init_critics = jax.vmap(critic.init, (0, None, None))
     apply_critics = jax.vmap(critic.apply, (0, None, None))  # -> [C, B, M]
-    pi_params = pi.init(key_pi, batch.observation)
+    example = jax.tree.map(lambda x: x[:, 0], example_steps)  # [1, ...]
+    pi_params = pi.init(key_pi, example.observation)
     critic_keys = jax.random.split(key_critic, cfg.num_critics)
-    critic_params = init_critics(critic_keys, batch.observation, batch.action[:, None])
+    critic_params = init_critics(critic_keys, example.observation, example.action[:, None])
     pi_adam = optax.adam(cfg.pi_learning_rate)
     critic_adam = optax.adam(cfg.critic_learning_rate)
     temperature_adam = optax.adam(cfg.pi_learning_rate)

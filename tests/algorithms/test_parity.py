@@ -573,8 +573,8 @@ LIMITS = {
     np.dtype("float64"): {"loss": 1e-10, "gradient": 1e-10, "policy": 1e-10, "parameters": 1e-9},
     np.dtype("float32"): {"loss": 1e-5, "gradient": 1e-4, "policy": 1e-3, "parameters": 1e-3},
 }
-# dt.py, qdt.py and trajectory_transformer.py compute the learning rate in float32. With one in float64,
-# dt.py's differences are 7e-12.
+# dt.py, qdt.py and trajectory_transformer.py compute the learning rate in float32. With one in
+# float64, dt.py's differences are 7e-12.
 DT_LIMITS = {"loss": 1e-8, "gradient": 1e-10, "policy": 1e-8, "parameters": 1e-9}
 TT_LIMITS = DT_LIMITS | {"loss": 1e-7, "parameters": 1e-7, "policy": 1e-7}
 
