@@ -240,9 +240,15 @@ def test_the_phases(monkeypatch, tmp_path):
 
         return one
 
+    def create_state(key, batch, cfg, statistics, num_rows):
+        state = setup()[1]
+        assert state.gain.shape == (num_rows,)
+        return state
+
     def taken(*args, **kwargs):
         return test_dt.toy()
 
+    monkeypatch.setattr(qdt, "create_state", create_state)
     monkeypatch.setattr(experiment, "over_seeds", over_seeds)
     monkeypatch.setattr(qdt.datasets, "load", taken)
     cfg = qdt.Config(**TINY, dataset="toy.hdf5", num_updates=8, eval_every=8)
