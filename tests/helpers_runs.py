@@ -45,6 +45,7 @@ CONTINUOUS += ["morel"]
 CONTINUOUS += ["mobile"]
 CONTINUOUS += ["trajectory_transformer"]
 CONTINUOUS += ["online_dt"]
+CONTINUOUS += ["qdt"]
 DISCRETE = ["cql_discrete"]  # these refuse others
 EITHER = ["bc"]  # takes both
 MODEL = ["--model-updates", "4", "--model-hidden", "8", "--model-decays", "1e-4", "1e-4"]
@@ -91,6 +92,8 @@ SEQUENCE["trajectory_transformer"] += ["--plan-context", "2", "--plan-horizon", 
 SEQUENCE["trajectory_transformer"] += ["--beam-width", "2"]
 SEQUENCE["online_dt"] += ["--eval-context", "2", "--steps-per-refresh", "2"]
 SEQUENCE["online_dt"] += ["--updates-per-refresh", "2"]
+SEQUENCE["qdt"] = [*SEQUENCE["dt"], *NARROW, "--num-samples", "2", "--value-samples", "2"]
+SEQUENCE["qdt"] += ["--value-updates", "4", "--value-batch-size", "4"]
 
 
 def slow_but(names, fast):

@@ -44,6 +44,7 @@ TT = {
     "beam_width": 4,
 }
 ONLINE_DT = DT | {"eval_context": 4, "temperature_learning_rate": 2**-8, "reward_scale": 2**-7}
+QDT = {"context": 4, "episode_length": 12, "dropout": None, "hidden": (4,)}
 QC = {"horizon": 3}
 SAC = {"hidden": (8, 8, 8)}
 MOPO = {"model_hidden": (4,), "model_decays": (0.0, 0.0), "num_models": 2}
@@ -451,6 +452,37 @@ CASES = [
             "action_cdf": None,
         },
     ),
+    Case("qdt", "mujoco", DT | QDT | {"warm_up": 4, "reward_scale": 2**-7}),
+    Case(
+        "qdt",
+        "free",
+        DT
+        | QDT
+        | {
+            "embedding": 8,
+            "num_layers": 1,
+            "num_heads": 1,
+            "weight_decay": 0.1,
+            "max_gradient_norm": 50.0,
+            "warm_up": 2,
+            "reward_scale": 2**-6,
+        },
+    ),
+    Case(
+        "qdt",
+        "critic",
+        QDT
+        | {
+            "embedding": 8,
+            "num_layers": 1,
+            "reward_scale": 2**-7,
+            "hidden": (16, 16),
+            "alpha": 10.0,
+            "num_samples": 3,
+            "pi_learning_rate": 3e-5,
+        },
+        update="value_update",
+    ),
     Case("online_dt", "plain", ONLINE_DT | {"warm_up": 4, "actor_learning_rate": 2**-8}),
     Case(
         "online_dt",
@@ -579,14 +611,14 @@ LIMITS = {
     np.dtype("float64"): {"loss": 1e-10, "gradient": 1e-10, "policy": 1e-10, "parameters": 1e-9},
     np.dtype("float32"): {"loss": 1e-5, "gradient": 1e-4, "policy": 1e-3, "parameters": 1e-3},
 }
-# dt.py and trajectory_transformer.py compute the learning rate in float32. With one in float64,
-# dt.py's differences are 7e-12.
+# dt.py, qdt.py and trajectory_transformer.py compute the learning rate in float32. With one in
+# float64, dt.py's differences are 7e-12.
 DT_LIMITS = {"loss": 1e-8, "gradient": 1e-10, "policy": 1e-8, "parameters": 1e-9}
 TT_LIMITS = DT_LIMITS | {"loss": 1e-7, "parameters": 1e-7, "policy": 1e-7}
 
 
 def limits_of(case):
-    if case.algorithm == "dt":
+    if case.algorithm in ("dt", "qdt"):
         return DT_LIMITS
     if case.algorithm == "trajectory_transformer":
         return TT_LIMITS

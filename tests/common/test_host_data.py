@@ -22,7 +22,7 @@ from common.experiment import config, devices, host_data
 
 ROOT = Path(__file__).resolve().parents[2]
 ROWS, BATCH, STEPS, END = 1000, 4, 5, 15
-REFUSE = ("awr", "mopo", "combo", "mobile", "morel")  # one reads all rows at once, four roll out
+REFUSE = ("awr", "qdt", "mopo", "combo", "mobile", "morel")  # two read all rows, four roll out
 NAMES = [name for name in NAMES if name not in REFUSE]
 
 
