@@ -55,7 +55,7 @@ class Config:
     reward_scale: float = 0.001  # multiplies the returns-to-go that the network sees
     target_return: float | None = None  # asked for in evaluation, unscaled; None: best in the data
     # QDT
-    value_updates: int = 500_000  # first updates: they train critics and pi, by CQL
+    q_updates: int = 500_000  # first updates: they train critics and pi, by CQL
     value_batch_size: int = 256  # transitions per update of that phase
     pi_learning_rate: float = 1e-4  # Adam, for pi and its entropy temperature
     critic_learning_rate: float = 3e-4  # Adam
@@ -674,14 +674,14 @@ def train(cfg, options):
         for step in run.boundaries(start):  # start, start + log_every, ..., num_updates
             run.save(step, state, metrics)
             scores = None
-            if run.evaluates(step) and step >= cfg.value_updates:  # the actor, once it is trained
+            if run.evaluates(step) and step >= cfg.q_updates:  # the actor, once it is trained
                 scores = rollouts.start(policy_params(state), step)
             last_metrics = metrics  # of the chunk that ended at this step
             # An accelerator trains while the CPU evaluates.
-            if step < cfg.value_updates:  # the first phase
+            if step < cfg.q_updates:  # the first phase
                 state, metrics = value_seeds(state, train_keys, step, transitions)
             elif step < cfg.num_updates:  # the second one
-                if step == cfg.value_updates:
+                if step == cfg.q_updates:
                     state, _ = relabel_seeds(state, train_keys, step, data)
                 state, metrics = train_seeds(state, train_keys, step, data)
             run.log(step, last_metrics, scores)

@@ -93,7 +93,7 @@ SEQUENCE["trajectory_transformer"] += ["--beam-width", "2"]
 SEQUENCE["online_dt"] += ["--eval-context", "2", "--steps-per-refresh", "2"]
 SEQUENCE["online_dt"] += ["--updates-per-refresh", "2"]
 SEQUENCE["qdt"] = [*SEQUENCE["dt"], *NARROW, "--num-samples", "2", "--value-samples", "2"]
-SEQUENCE["qdt"] += ["--value-updates", "4", "--value-batch-size", "4"]
+SEQUENCE["qdt"] += ["--q-updates", "4", "--value-batch-size", "4"]
 
 
 def slow_but(names, fast):

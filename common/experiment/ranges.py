@@ -49,7 +49,7 @@ def check(cfg):
         ("num_updates", "log_every"),
         ("clone_updates", "log_every"),
         ("model_updates", "log_every"),
-        ("value_updates", "log_every"),
+        ("q_updates", "log_every"),
         ("log_every", "policy_delay"),
         ("log_every", "actor_updates"),
         ("log_every", "updates_per_step"),
@@ -65,7 +65,7 @@ def check(cfg):
                 f"{flag(whole)} {number} is no multiple of {flag(part)} {divisor}; "
                 f"{near} would be one{smaller}"
             )
-    for first in ("clone_updates", "model_updates", "value_updates"):
+    for first in ("clone_updates", "model_updates", "q_updates"):
         number = getattr(cfg, first, 0)
         if number and number >= cfg.num_updates:
             fail(

@@ -193,7 +193,7 @@ SMALL = {  # what makes an algorithm file small and fast; data sets and claims s
     "qdt": SEQUENCE
     | FAST
     | {"context": 3, "warm_up": 10, "episode_length": 20, "hidden": (64, 64)}
-    | {"value_updates": 1000, "value_batch_size": 64, "num_samples": 4, "value_samples": 4}
+    | {"q_updates": 1000, "value_batch_size": 64, "num_samples": 4, "value_samples": 4}
     | {"pi_learning_rate": 1e-3},
     "edac": NET | FAST | {"temperature_learning_rate": 1e-3, "num_critics": 3},
     "fisher_brc": NET

@@ -18,7 +18,7 @@ from algorithms import cql, qdt
 from common import experiment
 
 TINY = test_dt.TINY | {"num_layers": 1, "hidden": (16, 16), "num_samples": 3, "value_samples": 5}
-TINY |= {"value_batch_size": 8, "value_updates": 4, "log_every": 2}
+TINY |= {"value_batch_size": 8, "q_updates": 4, "log_every": 2}
 SAME = ("discount", "target_rate", "critic_learning_rate", "num_critics", "alpha", "num_samples")
 critic_loss = nets.compiled(qdt.critic_loss)
 pi_loss = nets.compiled(qdt.pi_loss)

@@ -591,7 +591,7 @@ def test_a_minari_data_set_of_an_env_that_is_known(empty, monkeypatch, capsys, m
 
 # --- Configurations -----------------------------------------------------------------------------
 KEPT = ("dataset", "seeds", "num_updates", "log_every", "eval_every", "eval_episodes")
-KEPT += ("clone_updates", "model_updates", "value_updates", "online_updates", "exponent")
+KEPT += ("clone_updates", "model_updates", "q_updates", "online_updates", "exponent")
 KEPT += ("num_models", "num_elites")  # some of the first are the second, of which mobile needs two
 SIZES = ("hidden", "vae_hidden", "critic_hidden", "value_hidden", "actor_hidden", "embedding")
 DIVIDE = ("policy_delay", "actor_updates", "num_heads", "updates_per_step")
@@ -634,7 +634,7 @@ def trains(folder, capsys, name, draw):
     """Whether a drawn configuration trained; if not, it was refused and wrote nothing."""
     write = runs.write_cartpole if name in runs.DISCRETE else runs.write_hdf5
     argv = ["--dataset", write("data.hdf5"), *runs.tiny(name), *drawn(name, draw)]
-    first = ("clone_updates", "model_updates", "value_updates")
+    first = ("clone_updates", "model_updates", "q_updates")
     phases = any(hasattr(CONFIGS[name], field) for field in first)
     end = "8" if phases else "4"  # a chunk of each phase
     argv += ["--num-updates", end, "--log-every", "4", "--eval-every", "4", "--eval-episodes", "1"]

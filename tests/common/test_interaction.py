@@ -689,8 +689,8 @@ def test_the_remedy_for_an_env_without_rows_fits_the_file(name, tmp_path, monkey
     words |= {"--num-updates": "8"}
     if hasattr(config_class, "clone_updates"):
         words |= {"--clone-updates": "4"}
-    if hasattr(config_class, "value_updates"):
-        words |= {"--value-updates": "4"}
+    if hasattr(config_class, "q_updates"):
+        words |= {"--q-updates": "4"}
     said = []
     while len(said) < 4:
         argv = [x for pair in words.items() for x in pair]
