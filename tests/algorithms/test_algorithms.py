@@ -33,8 +33,9 @@ def test_every_algorithm_is_known_to_the_tests():
 
 # Their loops are those of a parent. With ATOLL_SLOW=1 their runs are resumed, too, and their seeds
 # trained beside others: 15 CPU seconds each.
-LIKE_A_PARENT = ("algaedice", "awac", "diffusion_ql", "edac", "fisher_brc", "gfp", "ivr", "lb_sac")
-LIKE_A_PARENT += ("combo", "diffusion_dice", "mobile", "morel", "rlpd", "spot", "xql")
+LIKE_A_PARENT = ("algaedice", "awac", "bcq", "cal_ql", "combo", "diffusion_dice")
+LIKE_A_PARENT += ("diffusion_ql", "edac", "fisher_brc", "gfp", "idql", "ivr", "lb_sac", "mobile")
+LIKE_A_PARENT += ("morel", "rlpd", "sac_n", "spot", "wsrl", "xql")
 LOOPS = [name for name in [*NAMES, "bc, discrete"] if name not in LIKE_A_PARENT]
 
 
