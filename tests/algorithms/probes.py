@@ -9,6 +9,7 @@ import functools
 import inspect
 import itertools
 
+import compiler_flags
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -299,7 +300,8 @@ def compiled_chunk(module_chunk):
     def chunk(state, key, start, data, numbers, cfg):
         return module_chunk(state, key, start, data, dataclasses.replace(cfg, **numbers))
 
-    fast = {"xla_backend_optimization_level": 3}  # thousands of updates pay for it
+    # Thousands of updates pay for it.
+    fast = {"xla_backend_optimization_level": 3, **compiler_flags.AS_USERS}
     return jax.jit(chunk, static_argnums=5, donate_argnums=0, compiler_options=fast)
 
 
