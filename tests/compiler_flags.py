@@ -19,7 +19,6 @@ if metadata.version("jaxlib").startswith("0.10."):  # a version must be known to
     # depend on the other seeds in their last bits.
     FLAGS = (*FLAGS, "--xla_cpu_use_fusion_emitters=false")
     AS_USERS = {"xla_cpu_use_fusion_emitters": True}
-QUICK = {}
 
 
 def beside(users):

@@ -12,7 +12,6 @@ import numpy as np
 import optax
 import probes
 import pytest
-from compiler_flags import QUICK
 
 from common import datasets, experiment
 from common.experiment import config
@@ -192,7 +191,7 @@ def compiled(loss):
     Op by op every shape would cost a compilation of its own. Floats of the Config are arguments.
     """
 
-    @functools.partial(jax.jit, static_argnums=0, compiler_options=QUICK)
+    @functools.partial(jax.jit, static_argnums=0)
     def program(cfg, numbers, params, *rest):
         cfg = dataclasses.replace(cfg, **numbers)
         return jax.value_and_grad(loss, has_aux=True)(params, *rest, cfg)
@@ -212,7 +211,7 @@ def _is_key(x):
 
 
 def train_chunk(module, state, key, start, data, cfg):
-    program = jax.jit(module.train_chunk, static_argnums=4, compiler_options=QUICK)
+    program = jax.jit(module.train_chunk, static_argnums=4)
     return program(state, jax.random.clone(key), start, data, cfg)
 
 
@@ -221,7 +220,7 @@ def sample(key, step, data, cfg, number):
     return _sample(jax.random.clone(key), step, data, cfg.batch_size, number)
 
 
-@functools.partial(jax.jit, static_argnums=(3, 4), compiler_options=QUICK)
+@functools.partial(jax.jit, static_argnums=(3, 4))
 def _sample(key, step, data, size, number):
     key = jax.random.fold_in(key, step)
     keys = jax.random.split(key, number) if number > 1 else [key]
@@ -236,7 +235,7 @@ def fresh(module, num_actions=None, **facts):
     if num_actions is not None:
         data, facts = probes.integer_actions(data), facts | {"num_actions": num_actions}
     create = functools.partial(module.create_state, cfg=cfg, **facts)
-    return jax.jit(create, compiler_options=QUICK)(jax.random.key(0), data)
+    return jax.jit(create)(jax.random.key(0), data)
 
 
 def linear_net(create, apply_fn, params, target_params=None):
@@ -418,7 +417,6 @@ def handed_over(module, monkeypatch, tmp_path, transitions, returns, ends=None, 
 
         return stop
 
-    monkeypatch.setattr(jax, "jit", functools.partial(jax.jit, compiler_options=QUICK))
     monkeypatch.setattr(experiment, "over_seeds", over_seeds)
     monkeypatch.setattr(datasets, "load", lambda *args, **kwargs: dataset)
     cfg = probes.config(module, dataset="toy.hdf5", hidden=(4,), **overrides)

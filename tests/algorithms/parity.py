@@ -39,7 +39,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import probes
-from compiler_flags import QUICK
 from flax.core import Scope
 
 FOLDER = Path(__file__).resolve().parents[1] / "fixtures" / "parity"
@@ -381,9 +380,9 @@ def _compare(module, case, arrays, dtype, stop_above):
     state = initial_state(module, case, cfg, example, under(arrays, "init"), dtype)
     if case.carry is not None:
         carry = functools.partial(getattr(module, case.carry), cfg=cfg)
-        state = state, jax.jit(carry, compiler_options=QUICK)(state, data)
+        state = state, jax.jit(carry)(state, data)
 
-    @functools.partial(jax.jit, compiler_options=QUICK)
+    @jax.jit
     def one_update(state, step, batches, draws):
         if whole:
             with replayed(module, [], draws):
@@ -449,7 +448,7 @@ def play_once(module, case, state, cfg, recorded, draws, example):
     """The policy's actions at all observations at once."""
     policy = acting(module, case, state, cfg)
 
-    @functools.partial(jax.jit, compiler_options=QUICK)
+    @jax.jit
     def act(params, observation, draws):
         with replayed(module, [], draws):
             return policy(params=params, observation=observation, key=jax.random.key(0))
@@ -461,7 +460,7 @@ def play_steps(module, case, state, cfg, recorded, draws, example):
     """The actions of a policy with a memory, step by step, [T, E, A]."""
     policy = acting(module, case, state, cfg)
 
-    @functools.partial(jax.jit, compiler_options=QUICK)
+    @jax.jit
     def act(params, observation, memory, reward, draws):
         key = jax.random.key(0)
         with replayed(module, [], draws):

@@ -159,7 +159,7 @@ def acting():
     cfg, state, _, _ = setup(num_eval_samples=6, perturbation=0.4)
     functions = {"apply_vae": state.vae.apply_fn, "apply_critics": state.critic.apply_fn}
     act = functools.partial(bcq.policy, state.actor.apply_fn, **functions, cfg=cfg)
-    return cfg, state, jax.jit(act, compiler_options=nets.QUICK)
+    return cfg, state, jax.jit(act)
 
 
 @pytest.mark.parametrize("rows", [4, None])

@@ -12,7 +12,6 @@ import numpy as np
 import numpy_nets as nets
 import probes
 import pytest
-from compiler_flags import QUICK
 from numpy_nets import directions, dot, double, slope
 
 from algorithms import brac
@@ -230,9 +229,7 @@ def test_alpha_and_temperature_stay_in_their_ranges(training):
     cfg, _, _, data = setup(
         alpha_training=training, alpha_learning_rate=1e3, clone_learning_rate=1e3
     )
-    state = jax.jit(functools.partial(brac.create_state, cfg=cfg), compiler_options=QUICK)(
-        jax.random.key(0), data
-    )
+    state = jax.jit(functools.partial(brac.create_state, cfg=cfg))(jax.random.key(0), data)
     np.testing.assert_allclose(brac.alpha_of(state.alpha.params, cfg), cfg.alpha, rtol=1e-5)
     low, high = (0, 500) if training == "linear" else (-5, 10)
     for net, ends in ((state.alpha, (low, high)), (state.clone_temperature, (0, None))):
@@ -280,9 +277,7 @@ def test_initial_parameters():
     """Keras's default: kernels uniform in ±sqrt(6 / (fan in + fan out)), biases 0."""
     cfg = probes.config(brac, hidden=(64, 96), critic_hidden=(64, 96), num_critics=3)
     data = probes.random_transitions(observation_dim=16)
-    state = jax.jit(functools.partial(brac.create_state, cfg=cfg), compiler_options=QUICK)(
-        jax.random.key(0), data
-    )
+    state = jax.jit(functools.partial(brac.create_state, cfg=cfg))(jax.random.key(0), data)
     sizes = {"actor": (16, 64, 96, 4), "behaviour": (16, 64, 96, 4), "critic": (18, 64, 96, 1)}
     for name, widths in sizes.items():
         layers = getattr(state, name).params["params"]
@@ -333,7 +328,7 @@ def test_the_mean_acts_or_the_best_sample_of_the_first_critic(number):
 def test_each_phase_trains_its_own_networks():
     settings = {"log_every": 3, "clone_updates": 3, "warm_start": 2, "alpha_training": "linear"}
     cfg, state, key, data = setup(**settings)
-    clone = jax.jit(brac.clone_chunk, static_argnums=4, compiler_options=QUICK)
+    clone = jax.jit(brac.clone_chunk, static_argnums=4)
     cloned, metrics = clone(state, jax.random.clone(key), 0, data, cfg)
     trained, more = nets.train_chunk(brac, cloned, key, 3, data, cfg)
     for name in state._fields:

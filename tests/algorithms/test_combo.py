@@ -15,7 +15,6 @@ import numpy as np
 import numpy_nets as nets
 import probes
 import pytest
-from compiler_flags import QUICK
 from numpy_nets import directions, dot, double, slope
 
 from algorithms import combo, mopo
@@ -27,7 +26,7 @@ SMALL |= {"rollout_length": 2, "generations": 2, "num_samples": 3, "real_ratio":
 KEY = jax.random.key(1)
 
 
-@functools.partial(jax.jit, static_argnums=4, compiler_options=QUICK)
+@functools.partial(jax.jit, static_argnums=4)
 def program(params, state, batch, key, cfg):
     return jax.value_and_grad(combo.critic_loss, has_aux=True)(params, state, batch, key, cfg)
 

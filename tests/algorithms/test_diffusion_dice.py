@@ -11,7 +11,6 @@ import numpy as np
 import numpy_nets as nets
 import probes
 import pytest
-from compiler_flags import QUICK
 from numpy_nets import directions, dot, double, slope
 
 from algorithms import diffusion_dice as dice
@@ -334,7 +333,7 @@ def test_the_policy_chooses_one_of_the_guided_samples(selection, rows):
 @functools.cache
 def act_of(cfg):
     _, state, _, _ = setup(selection=cfg.selection, num_choosers=cfg.num_choosers)
-    return jax.jit(dice.policy_fn(state, cfg), compiler_options=QUICK)
+    return jax.jit(dice.policy_fn(state, cfg))
 
 
 def test_which_networks_act():
@@ -396,7 +395,7 @@ def test_initial_parameters():
     cfg = probes.config(dice, hidden=(64, 96), num_critics=3, actor_hidden=(8,), num_choosers=3)
     data = probes.random_transitions(observation_dim=16)
     create = functools.partial(dice.create_state, cfg=cfg)
-    state = jax.jit(create, compiler_options=QUICK)(jax.random.key(0), data)
+    state = jax.jit(create)(jax.random.key(0), data)
     nets.check_uniform_init(state.critic.params, (18, 64, 96, 1))
     nets.check_uniform_init(state.choosers.params, (18, 64, 96, 1))
     nets.check_members_differ(state.critic)
@@ -410,7 +409,7 @@ def test_initial_parameters():
 def test_each_phase_trains_its_own_networks():
     """And neither the fixed frequencies, which do not decay either."""
     cfg, state, key, data = setup(log_every=2, clone_updates=2, weight_decay=0.1)
-    clone = jax.jit(dice.clone_chunk, static_argnums=4, compiler_options=QUICK)
+    clone = jax.jit(dice.clone_chunk, static_argnums=4)
     cloned, metrics = clone(state, jax.random.clone(key), 0, data, cfg)
     trained, more = nets.train_chunk(dice, cloned, key, 2, data, cfg)
     for name in state._fields:

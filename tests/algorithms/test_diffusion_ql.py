@@ -249,7 +249,7 @@ def acting(generator):
         dql.policy, state.actor.apply_fn, apply_critics=state.critic.apply_fn, cfg=cfg
     )
     small = jax.tree.map(lambda x: 0.3 * x, dql.policy_params(state))  # few actions are clipped
-    return cfg, small, jax.jit(act, compiler_options=nets.QUICK)
+    return cfg, small, jax.jit(act)
 
 
 @pytest.mark.parametrize("generator", ["ddpm", "flow"])

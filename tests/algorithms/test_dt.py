@@ -22,7 +22,7 @@ ENDS = np.array([3, 4, 15, 31, 40])  # the episodes of `toy`, one longer than ep
 HURRIED = {"actor_learning_rate": 0.05, "weight_decay": 0.5, "max_gradient_norm": 0.05}
 HURRIED |= {"warm_up": 3, "log_every": 2, "dropout": 0.25, "num_layers": 1}
 actor_loss = nets.compiled(dt.actor_loss)
-windows = jax.jit(dt.windows, static_argnums=2, compiler_options=nets.QUICK)
+windows = jax.jit(dt.windows, static_argnums=2)
 
 
 def toy():
@@ -57,7 +57,7 @@ def setup(**overrides):
 
 @functools.cache
 def program(apply_fn):
-    return jax.jit(apply_fn, compiler_options=nets.QUICK)
+    return jax.jit(apply_fn)
 
 
 def forward(state, batch):
@@ -176,7 +176,7 @@ def test_initial_parameters():
     statistics = np.arange(16.0), np.arange(1.0, 17.0)
     create = functools.partial(dt.create_state, cfg=cfg, statistics=statistics)
     rows = probes.random_transitions(1, 16)
-    state = jax.jit(create, compiler_options=nets.QUICK)(jax.random.key(0), rows)
+    state = jax.jit(create)(jax.random.key(0), rows)
     layers = jax.tree.map(np.asarray, state.actor.params["params"])
     around = {name: layers[name] for name in layers if name.startswith("Dense")}
     for i, (fan_in, width) in enumerate([(1, 64), (16, 64), (2, 64), (64, 2)]):
@@ -212,7 +212,7 @@ def test_dropout_on_tokens_attention_and_what_blocks_add():
             state.actor.apply_fn(params, batch, train=True, rngs={"dropout": key})
         return tuple(found)
 
-    calls = jax.jit(pairs, compiler_options=nets.QUICK)(state.actor.params, key)
+    calls = jax.jit(pairs)(state.actor.params, key)
     tokens, weights = (6 * 12, 8), (6, 2, 12, 12)
     assert [x.shape for x, _ in calls] == [tokens, *[weights, tokens, tokens] * 2]
     kept = []
@@ -288,7 +288,7 @@ def numpy_update(adam, params, grads, cfg):
     )
 
 
-@functools.partial(jax.jit, compiler_options=nets.QUICK)
+@jax.jit
 def keys_of(key, step):
     key_batch, key_dropout = jax.random.split(jax.random.fold_in(key, step))
     return jax.random.randint(key_batch, (6,), 0, 40), key_dropout
@@ -324,7 +324,7 @@ def roll(state, cfg, observations, rewards, target_return):
     """Actions [t, E, A] of the policy and its memories, step by step, rewards one step later."""
     rows, count = toy().transitions, len(observations[0])
     memory = dt.blank_steps(count, rows, target_return, cfg)
-    act = jax.jit(functools.partial(dt.policy, state.actor.apply_fn), compiler_options=nets.QUICK)
+    act = jax.jit(functools.partial(dt.policy, state.actor.apply_fn))
     actions, memories = [], []
     for observation, reward in zip(observations, [0 * rewards[0], *rewards], strict=False):
         params = dt.policy_params(state)

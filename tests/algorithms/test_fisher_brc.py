@@ -9,7 +9,6 @@ import numpy as np
 import numpy_nets as nets
 import probes
 import pytest
-from compiler_flags import QUICK
 from numpy_nets import directions, dot, double, slope
 
 from algorithms import fisher_brc
@@ -211,9 +210,7 @@ def test_initial_parameters():
     """Orthogonal, times sqrt 2 in hidden layers and 0.01 in the last; biases 0."""
     cfg = probes.config(fisher_brc, hidden=(64, 96), behaviour_hidden=(64, 96), num_critics=3)
     data = probes.random_transitions(observation_dim=16)
-    state = jax.jit(functools.partial(fisher_brc.create_state, cfg=cfg), compiler_options=QUICK)(
-        jax.random.key(0), data
-    )
+    state = jax.jit(functools.partial(fisher_brc.create_state, cfg=cfg))(jax.random.key(0), data)
     sizes = {"actor": (16, 64, 96, 4), "behaviour": (16, 64, 96, 30), "critic": (18, 64, 96, 1)}
     for name, widths in sizes.items():
         layers = dict(getattr(state, name).params["params"])
@@ -237,7 +234,7 @@ def test_the_policy_is_tanh_of_the_mean():
 # --- Phases -------------------------------------------------------------------------------------
 def test_each_phase_trains_its_own_networks():
     cfg, state, key, data = setup(log_every=2, clone_updates=2)
-    clone = jax.jit(fisher_brc.clone_chunk, static_argnums=4, compiler_options=QUICK)
+    clone = jax.jit(fisher_brc.clone_chunk, static_argnums=4)
     cloned, metrics = clone(state, jax.random.clone(key), 0, data, cfg)
     trained, more = nets.train_chunk(fisher_brc, cloned, key, 2, data, cfg)
     for name in state._fields:

@@ -17,8 +17,8 @@ from algorithms import fql, gfp
 critic_loss = nets.compiled(gfp.critic_loss)
 actor_loss = nets.compiled(gfp.actor_loss)
 flow_loss = nets.compiled(gfp.flow_loss)
-guidance = jax.jit(gfp.guidance, static_argnums=3, compiler_options=nets.QUICK)
-policy_value = jax.jit(gfp.policy_value, static_argnums=(3, 4), compiler_options=nets.QUICK)
+guidance = jax.jit(gfp.guidance, static_argnums=3)
+policy_value = jax.jit(gfp.policy_value, static_argnums=(3, 4))
 setup = functools.partial(nets.setup, gfp, flow_steps=3)
 
 
@@ -307,7 +307,7 @@ def test_policy_is_the_clipped_one_step_network():
     _, state, key, data = setup()
     params = gfp.policy_params(state)
     assert params is state.actor.params
-    act = jax.jit(functools.partial(gfp.policy, state.actor.apply_fn), compiler_options=nets.QUICK)
+    act = jax.jit(functools.partial(gfp.policy, state.actor.apply_fn))
     action = act(params, data.observation, key)
     noise = normal(key, data.action.shape)
     expected = nets.gelu_net(double(params), double(data).observation, noise)

@@ -245,7 +245,7 @@ def acting(generator):
         idql.policy, state.actor.apply_fn, apply_critics=state.critic.apply_fn, cfg=cfg
     )
     small = jax.tree.map(lambda x: 0.3 * x, idql.policy_params(state))  # few actions are clipped
-    return cfg, state, small, jax.jit(act, compiler_options=nets.QUICK)
+    return cfg, state, small, jax.jit(act)
 
 
 @pytest.mark.parametrize("generator", ["ddpm", "flow"])

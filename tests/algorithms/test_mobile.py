@@ -14,7 +14,6 @@ import numpy_nets as nets
 import probes
 import pytest
 import test_mopo
-from compiler_flags import QUICK
 from numpy_nets import directions, dot, double, slope
 from test_combo import numpy_sample
 from test_mopo import KEY, numpy_predict
@@ -26,7 +25,7 @@ MODEL = test_mopo.SMALL | {"num_samples": 3, "real_ratio": 0.25, "penalty_weight
 MODEL |= {"num_elites": 2, "num_models": 3, "least_target": -0.5}
 
 
-@functools.partial(jax.jit, static_argnums=4, compiler_options=QUICK)
+@functools.partial(jax.jit, static_argnums=4)
 def program(params, state, batch, key, cfg):
     return jax.value_and_grad(mobile.critic_loss, has_aux=True)(params, state, batch, key, cfg)
 
@@ -126,7 +125,7 @@ def test_the_penalty_is_the_elites_disagreement_on_values():
         return params[0] * observation[None, ..., 0]
 
     critic = nets.linear_net(mobile.TrainState.create, first_column, [9.0], [2.0])
-    compiled = jax.jit(mobile.inconsistency, static_argnums=3, compiler_options=QUICK)
+    compiled = jax.jit(mobile.inconsistency, static_argnums=3)
 
     def of(moves):
         """U of dynamics that move the first column by `moves`, with almost no noise."""
@@ -159,7 +158,7 @@ def test_rollouts_are_mopos_without_the_penalty():
     cfg, state, batch = setup()
     same = probes.config(mopo, **(MODEL | {"penalty_weight": 0.0}))
 
-    @functools.partial(jax.jit, compiler_options=QUICK)
+    @jax.jit
     def both(state, observation):
         keys = [jax.random.clone(KEY) for _ in range(2)]
         rows = mobile.unpenalised(state, observation, keys[0], cfg)
@@ -170,7 +169,7 @@ def test_rollouts_are_mopos_without_the_penalty():
         np.testing.assert_allclose(x, y, rtol=1e-6)
 
 
-@functools.partial(jax.jit, static_argnums=2, compiler_options=QUICK)
+@functools.partial(jax.jit, static_argnums=2)
 def first_temperature(key, batch, cfg):
     return mobile.create_state(key, batch, cfg).log_temperature
 

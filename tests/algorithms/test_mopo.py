@@ -12,7 +12,6 @@ import numpy_nets as nets
 import parity
 import probes
 import pytest
-from compiler_flags import QUICK
 from numpy_nets import directions, dot, double, slope
 
 from algorithms import mopo
@@ -25,7 +24,7 @@ SMALL |= {"rollout_length": 3, "generations": 5, "rollout_every": 2, "num_critic
 
 @functools.cache
 def program(function):
-    return jax.jit(function, static_argnames="cfg", compiler_options=QUICK)
+    return jax.jit(function, static_argnames="cfg")
 
 
 def random_tree(tree, seed, size=0.5):
@@ -277,7 +276,7 @@ def test_members_keep_their_best_and_the_fit_stops_as_the_reference_does():
     """Better is by more than 1 %. The fit stops after `patience` measurements without any."""
     cfg, state, _, data = setup(patience=2)
     data = jax.tree.map(jnp.asarray, data)
-    measured = jax.jit(mopo.measured, compiler_options=QUICK)
+    measured = jax.jit(mopo.measured)
     held_out = mopo.holdout_rows(KEY, len(data.reward))
     blank = state.fit._replace(best_error=jnp.full(3, 1e10))
     fit = measured(state._replace(fit=blank), held_out, data)
@@ -311,7 +310,7 @@ def test_members_keep_their_best_and_the_fit_stops_as_the_reference_does():
     # A fit that has stopped changes nothing; its last update takes the best parameters.
     cfg = probes.config(mopo, **SMALL, patience=2, model_updates=10, holdout_every=5)
     stopped = state._replace(fit=before._replace(waiting=jnp.int32(2), best=other))
-    step = jax.jit(mopo.model_update, static_argnums=4, compiler_options=QUICK)
+    step = jax.jit(mopo.model_update, static_argnums=4)
     after, metrics = step(stopped, 4, KEY, data, cfg)
     assert metrics["fitting"] == 0
     assert all(map(np.array_equal, probes.leaves(after), probes.leaves(stopped)))
@@ -407,7 +406,7 @@ def numpy_actor(params, observation):
 def test_rollouts_equal_numpy_and_none_goes_on_past_an_end():
     healthy = jnp.array([-0.9, -LARGEST, -LARGEST]), jnp.array([1.1, LARGEST, LARGEST])
     cfg, state, key, data = setup(healthy=healthy, penalty_weight=0.7)
-    rolled_out = jax.jit(mopo.rolled_out, static_argnums=(3, 4), compiler_options=QUICK)
+    rolled_out = jax.jit(mopo.rolled_out, static_argnums=(3, 4))
     ring = rolled_out(state, jax.random.clone(key), data, mopo.penalised, cfg)
     expected = numpy_rollouts(state, key, data, cfg)
     count = len(expected[2])

@@ -11,7 +11,6 @@ import parity
 import probes
 import pytest
 import test_mopo
-from compiler_flags import QUICK
 from numpy_nets import double
 from test_mopo import KEY, LARGEST, numpy_actor, numpy_predict
 
@@ -73,7 +72,7 @@ def test_disagreement_and_where_rollouts_halt_are_the_authors():
         fit = state.fit._replace(input_statistics=statistics, best_error=jnp.zeros(4))
         state = state._replace(fit=fit, dynamics=state.dynamics.replace(params=params))
 
-        @functools.partial(jax.jit, compiler_options=QUICK)
+        @jax.jit
         def disagreement(observation, action):
             mean, _ = morel.ensemble(state, observation, action)
             return morel.disagreement(state, mean)
@@ -98,7 +97,7 @@ def test_disagreement_and_where_rollouts_halt_are_the_authors():
 def test_the_limit_is_that_of_the_data():
     """Mean and stds of the data's disagreement, so that a single row does not set it."""
     cfg, state, _, data = setup(halt_deviations=2.0, halt_penalty=30.0)
-    found = jax.jit(morel.halt_from, static_argnums=2, compiler_options=QUICK)
+    found = jax.jit(morel.halt_from, static_argnums=2)
     halt = found(state, data, cfg)
     rows = double(data)
     expected = numpy_disagreement(state, rows.observation, rows.action)
@@ -164,7 +163,7 @@ def test_rollouts_equal_numpy_and_none_goes_on_past_the_halt_state():
     cfg, state, key, data = setup(threshold=1.3 * middle, rollout_batch=12, rollout_length=4)
     ring = morel.blank_ring(jax.tree.map(lambda x: x[:1], data), cfg)
     state = state._replace(ring=ring)
-    rolled_out = jax.jit(morel.rolled_out, static_argnums=(3, 4), compiler_options=QUICK)
+    rolled_out = jax.jit(morel.rolled_out, static_argnums=(3, 4))
     ring = rolled_out(state, jax.random.clone(key), data, morel.halting, cfg)
     expected = numpy_rollouts(state, key, data, cfg)
     count = len(expected[2])
@@ -187,7 +186,7 @@ def test_the_first_update_of_the_second_phase_sets_the_halt_state():
     data = data._replace(reward=data.reward.clip(-1, 1))
     ring = morel.blank_ring(jax.tree.map(lambda x: x[:1], data), cfg)
     before = state._replace(ring=ring)
-    update = jax.jit(morel.update, static_argnames="cfg", compiler_options=QUICK)
+    update = jax.jit(morel.update, static_argnames="cfg")
     after, metrics = update(before, 8, jax.random.clone(key), data, cfg=cfg)
     assert after.halt.threshold > 0 and metrics["halt_threshold"] == after.halt.threshold
     np.testing.assert_allclose(after.halt.reward, data.reward.min() - 7, rtol=1e-6)
@@ -206,7 +205,7 @@ def test_the_first_update_of_the_second_phase_sets_the_halt_state():
 
 def test_nothing_halts_at_an_infinite_limit():
     cfg, state, key, data = setup(threshold=LARGEST)
-    step = jax.jit(morel.halting, static_argnums=3, compiler_options=QUICK)
+    step = jax.jit(morel.halting, static_argnums=3)
     rows = step(state, jnp.asarray(data.observation), jax.random.clone(key), cfg)
     assert (rows.reward > -50).all()
     np.testing.assert_array_equal(rows.termination, morel.ends(state, rows.next_observation))

@@ -40,7 +40,7 @@ def dual_loss(params, state, batch, name, cfg):
     return COMPILED[name](params, state, batch, cfg)
 
 
-value_gradient = jax.jit(odice.value_gradient, static_argnums=2, compiler_options=nets.QUICK)
+value_gradient = jax.jit(odice.value_gradient, static_argnums=2)
 
 
 # --- The method in NumPy ------------------------------------------------------------------------
@@ -333,7 +333,7 @@ def fresh():
     cfg = probes.config(odice, hidden=(64, 96), value_hidden=(96, 64), num_values=3)
     data = probes.random_transitions(observation_dim=16)
     create = functools.partial(odice.create_state, cfg=cfg)
-    return jax.jit(create, compiler_options=nets.QUICK)(jax.random.key(0), data)
+    return jax.jit(create)(jax.random.key(0), data)
 
 
 def test_initial_parameters():

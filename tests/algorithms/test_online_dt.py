@@ -194,8 +194,8 @@ def test_acting():
     memory = online_dt.initial_memory(5, rows, cfg, 7.0)
     assert memory.observation.shape == (5, 3, 3)  # as many steps as eval_context
     mean, std = (np.asarray(x) for x in state.statistics)
-    policy = jax.jit(functools.partial(online_dt.policy, apply_fn), compiler_options=nets.QUICK)
-    explore = jax.jit(functools.partial(online_dt.explore, apply_fn), compiler_options=nets.QUICK)
+    policy = jax.jit(functools.partial(online_dt.policy, apply_fn))
+    explore = jax.jit(functools.partial(online_dt.explore, apply_fn))
     observations, rewards = rng.standard_normal((4, 5, 3)), rng.standard_normal((4, 5))
     steps, asked = [], np.full(5, 7.0)
     for t in range(4):

@@ -21,7 +21,7 @@ from common import datasets
 setup = functools.partial(nets.setup, optidice, absorbing_state="none", components=2)
 
 
-@functools.partial(jax.jit, static_argnums=3, compiler_options=nets.QUICK)
+@functools.partial(jax.jit, static_argnums=3)
 def everything(state, batch, noise, cfg):
     """{field: (loss, metrics, gradient)} of all losses, as one program."""
     with_metrics = functools.partial(jax.value_and_grad, has_aux=True)
@@ -253,7 +253,7 @@ def test_initial_parameters():
     cfg = probes.config(optidice, hidden=(64, 96), components=4)
     data = probes.random_transitions(observation_dim=15)  # 16 with the flag
     create = functools.partial(optidice.create_state, cfg=cfg)
-    state = jax.jit(create, compiler_options=nets.QUICK)(jax.random.key(0), data)
+    state = jax.jit(create)(jax.random.key(0), data)
     heads = {"actor": [1e-3, 1e-3], "behaviour": [None, 1e-3, None]}
     heads |= {"value_net": [3e-3], "residual_net": [3e-3]}
     for field, bounds in heads.items():

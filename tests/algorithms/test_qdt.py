@@ -23,7 +23,7 @@ SAME = ("discount", "target_rate", "critic_learning_rate", "num_critics", "alpha
 critic_loss = nets.compiled(qdt.critic_loss)
 pi_loss = nets.compiled(qdt.pi_loss)
 actor_loss = nets.compiled(qdt.actor_loss)
-compiled = functools.partial(jax.jit, compiler_options=nets.QUICK)
+compiled = jax.jit
 
 
 @functools.cache

@@ -15,14 +15,10 @@ from numpy_nets import directions, dot, double, slope
 from algorithms import rebrac
 
 # Compiled as wholes: op by op every shape costs a compilation of its own.
-compiled_critic_loss = jax.jit(rebrac.critic_loss, static_argnums=4, compiler_options=nets.QUICK)
-compiled_actor_loss = jax.jit(rebrac.actor_loss, static_argnums=3, compiler_options=nets.QUICK)
-critic_grads = jax.jit(
-    jax.grad(rebrac.critic_loss, has_aux=True), static_argnums=4, compiler_options=nets.QUICK
-)
-actor_grads = jax.jit(
-    jax.grad(rebrac.actor_loss, has_aux=True), static_argnums=3, compiler_options=nets.QUICK
-)
+compiled_critic_loss = jax.jit(rebrac.critic_loss, static_argnums=4)
+compiled_actor_loss = jax.jit(rebrac.actor_loss, static_argnums=3)
+critic_grads = jax.jit(jax.grad(rebrac.critic_loss, has_aux=True), static_argnums=4)
+actor_grads = jax.jit(jax.grad(rebrac.actor_loss, has_aux=True), static_argnums=3)
 setup = functools.partial(nets.setup, rebrac)
 
 

@@ -10,7 +10,6 @@ import numpy as np
 import numpy_nets as nets
 import probes
 import pytest
-from compiler_flags import QUICK
 from numpy_nets import directions, dot, double, slope
 
 from algorithms import rlpd, sac
@@ -172,7 +171,7 @@ def halves_of(seed, size):
     buffer = buffers.write(buffer, new, 0)
     cfg = rlpd.Config(batch_size=size)
     draw = functools.partial(rlpd.sample_halves, buffer.of_seed(seed), cfg=cfg)
-    return jax.jit(draw, compiler_options=QUICK)(jax.random.key(0)), buffer
+    return jax.jit(draw)(jax.random.key(0)), buffer
 
 
 def test_rows_of_the_data_set_and_of_the_env_come_in_turns():
@@ -227,7 +226,7 @@ def test_order_of_an_update_and_means_of_the_metrics():
     cfg_here, here, _, _ = setup(log_every=4)
     rates = zip(("actor", "critic", "log_temperature"), (0.02, 0.05, 0.04), strict=True)
     adam = {name: nets.Adam(rate) for name, rate in rates}
-    draw = jax.jit(functools.partial(rlpd.sample_batch, cfg=cfg_here), compiler_options=QUICK)
+    draw = jax.jit(functools.partial(rlpd.sample_batch, cfg=cfg_here))
 
     def place(here, name, grads, **more):
         net = getattr(here, name)

@@ -9,7 +9,6 @@ import numpy as np
 import numpy_nets as nets
 import probes
 import pytest
-from compiler_flags import QUICK
 from numpy_nets import directions, dot, double, slope
 
 from algorithms import spot, td3_bc
@@ -167,7 +166,7 @@ RATES = {"actor_learning_rate": 0.02, "critic_learning_rate": 0.05, "vae_learnin
 
 
 def run(chunk, state, key, start, data, cfg):
-    program = jax.jit(chunk, static_argnums=4, compiler_options=QUICK)
+    program = jax.jit(chunk, static_argnums=4)
     return program(state, jax.random.clone(key), start, data, cfg)
 
 
@@ -232,7 +231,7 @@ def test_lambda_decays_to_its_floor():
     cfg, state, key, data = setup(
         num_updates=4, log_every=2, penalty_decay_updates=16, penalty_floor=0.5, density_weight=2.0
     )
-    program = jax.jit(spot.online_chunk, static_argnums=4, compiler_options=QUICK)
+    program = jax.jit(spot.online_chunk, static_argnums=4)
     for start, expected in ((4, 2 * (1 - 2 / 16)), (10, 2 * 0.5), (30, 2 * 0.5)):
         _, metrics = program(state, jax.random.clone(key), start, data, cfg)
         np.testing.assert_allclose(metrics["density_weight"], expected, rtol=1e-6)

@@ -24,7 +24,7 @@ ENDS = np.array([3, 4, 15, 31, 40])  # the episodes of `toy`
 O, A, M = 3, 2, 7  # noqa: E741
 CFG = tt.Config(**TINY)
 actor_loss = nets.compiled(tt.actor_loss)
-windows = jax.jit(tt.token_windows, static_argnums=2, compiler_options=nets.QUICK)
+windows = jax.jit(tt.token_windows, static_argnums=2)
 
 
 def toy():
@@ -192,7 +192,7 @@ def test_cached_calls_equal_one_call_of_the_window():
     params = state.actor.params
     sequence = sequences(batch)[:2, : 2 * M]
     padded = jnp.asarray(np.concatenate([np.full((2, M), 3), sequence], axis=1))
-    call = jax.jit(state.actor.apply_fn, compiler_options=nets.QUICK)
+    call = jax.jit(state.actor.apply_fn)
     empty = jnp.zeros((2, 3 * M, 2, 4))
     logits, caches = call(params, padded[:, : 2 * M], 0, 1, ((empty, empty),) * 2)
     found = [np.asarray(logits[:, M:])]
@@ -240,7 +240,6 @@ def test_decay_is_for_matrices_only():
     grads = jax.tree.map(lambda x: np.full_like(x, 1e-14), actor.params)
     update = jax.jit(
         lambda grads, params: actor.tx.update(grads, actor.tx.init(params), params)[0],
-        compiler_options=nets.QUICK,
     )
     rate = 6e-4 / 3 * 0.1
     for path, change in jax.tree_util.tree_leaves_with_path(update(grads, actor.params)):
@@ -275,7 +274,7 @@ def greedy():
         network = functools.partial(setup()[0].actor.apply_fn, params)
         return tt.beam_search(network, token, known, observation, jax.random.key(0), bins, cfg)
 
-    return jax.jit(one, compiler_options=nets.QUICK)
+    return jax.jit(one)
 
 
 @pytest.mark.parametrize("known", [0, 1, 2])
@@ -294,7 +293,7 @@ def test_a_plan_of_the_most_likely_tokens(known):
 def test_the_memory_of_the_policy():
     """It has the last steps' observations, actions as played and rewards."""
     state, _, _ = setup()
-    act = jax.jit(tt.policy_fn(state, CFG), compiler_options=nets.QUICK)
+    act = jax.jit(tt.policy_fn(state, CFG))
     memory = tt.initial_memory(2, toy().transitions, CFG)
     rng, bins = np.random.default_rng(0), np.asarray(state.bins)
     observations = rng.standard_normal((5, 2, O), np.float32)

@@ -14,7 +14,6 @@ import numpy as np
 import numpy_nets as nets
 import probes
 import pytest
-from compiler_flags import QUICK
 from numpy_nets import directions, dot, double, slope
 
 from algorithms import cal_ql, wsrl
@@ -285,7 +284,7 @@ def test_an_online_update_is_that_of_sac_with_idle_steps_of_adam():
     _, _, grads = temperature_loss(here.temperature.params, here, rows, key_temperature, cfg_here)
     step(actor=actor_grads, temperature=grads)
 
-    program = jax.jit(wsrl.online_update, static_argnums=4, compiler_options=QUICK)
+    program = jax.jit(wsrl.online_update, static_argnums=4)
     after, _ = program(state, 6, jax.random.clone(key), data, cfg)
     for name in ("actor", "critic", "temperature", "multiplier"):
         nets.check_close(getattr(after, name).params, getattr(here, name).params)
