@@ -31,12 +31,14 @@ def test_every_algorithm_is_known_to_the_tests():
     )
 
 
-# Their loops are those of a parent. With ATOLL_SLOW=1 their runs are resumed, too, and their seeds
-# trained beside others: 15 CPU seconds each.
+# Their loops are those of a parent. With ATOLL_SLOW=1 their runs are resumed, too.
 LIKE_A_PARENT = ("algaedice", "awac", "bcq", "cal_ql", "combo", "diffusion_dice")
 LIKE_A_PARENT += ("diffusion_ql", "edac", "fisher_brc", "gfp", "idql", "ivr", "lb_sac", "mobile")
 LIKE_A_PARENT += ("morel", "rlpd", "sac_n", "spot", "wsrl", "xql")
 LOOPS = [name for name in [*NAMES, "bc, discrete"] if name not in LIKE_A_PARENT]
+# One file for each way in which seeds could depend on each other: plain and ensembled networks, a
+# flow, windows of episodes, sampled actions, a second phase, dynamics. Others with ATOLL_SLOW=1.
+SEEDS_COMPARED = ("bc", "cql", "dt", "fql", "iql", "mopo", "rebrac", "sac", "spot")
 
 
 # --- Golden values and invariance ---------------------------------------------------------------
@@ -47,7 +49,7 @@ def name(request):
 
 def beside_others(name):
     """Whether its seeds are trained beside others, and compared bit for bit."""
-    return name in LOOPS or "ATOLL_SLOW" in os.environ
+    return name in SEEDS_COMPARED or "ATOLL_SLOW" in os.environ
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +143,7 @@ def test_a_seed_among_4_in_one_chunk_equals_that_seed_alone_in_ten(name, alone):
     those of the one chunk are the means of the ten, but for rounding.
     """
     if not beside_others(name):
-        pytest.skip("the loop of a parent: ATOLL_SLOW=1 runs it")
+        pytest.skip("minutes: ATOLL_SLOW=1 runs it")
     found, arrays = golden.measure(name, (3, 0, 7, 1), chunk=100, lane=1)
     values_alone, arrays_alone, means_alone = alone
     for key, value in found["100"].items():
@@ -237,19 +239,28 @@ EACH = """
 import runpy, sys
 for line in sys.stdin:
     sys.argv = line.split()
-    runpy.run_path(sys.argv[0], run_name="__main__")
+    try:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    except SystemExit as end:
+        if end.code:
+            raise
 """
 
 
 @pytest.mark.parametrize("names", [NAMES[i::3] for i in range(3)], ids=" ".join)
 def test_smoke_the_files_and_common_are_enough(tmp_path, compilation_cache, names):
-    """Several files per process, whose imports take longer than the runs."""
+    """Every file is imported and shows its settings, and those that no other test runs train.
+
+    Several files per process, whose imports take longer than the runs.
+    """
     shutil.copytree(ROOT / "common", tmp_path / "common", ignore=lambda *_: ["__pycache__"])
     with (tmp_path / "common" / "__init__.py").open("a") as file:
         file.write('\nprint("this is the copy")\n')
-    commands = []
-    for name in names:  # the programs are those of the resumed runs, in the cache perhaps
+    commands = [f"{name}.py --show-config" for name in names]
+    for name in names:
         shutil.copy(ROOT / "algorithms" / f"{name}.py", tmp_path)
+    trained = [name for name in names if name in LIKE_A_PARENT or "ATOLL_SLOW" in os.environ]
+    for name in trained:
         write = runs.write_cartpole if name in runs.DISCRETE else runs.write_hdf5
         write(tmp_path / f"{name}.hdf5")
         words = [f"{name}.py", "--dataset", f"{name}.hdf5", *runs.tiny(name), "--seeds", "0", "1"]
@@ -267,7 +278,8 @@ def test_smoke_the_files_and_common_are_enough(tmp_path, compilation_cache, name
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "this is the copy" in done.stdout  # not the installed one
-    for name in names:
+    assert done.stdout.count("\nnum_updates: ") == len(names)  # of --show-config
+    for name in trained:
         folder = tmp_path / "made" / name / name / "smoke"
         result = json.loads((folder / "result.json").read_text())
         assert result["algorithm"] == name and result["num_updates"] == 8
