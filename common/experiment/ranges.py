@@ -91,6 +91,8 @@ def _least(name, cfg):
     """The least value of a whole number."""
     if name in ("model_updates", "online_updates", "random_steps", "warm_up_steps"):
         return 0
+    if name == "num_bins":
+        return 2
     return 0 if name == "num_updates" and getattr(cfg, "online_updates", 0) else 1
 
 

@@ -466,6 +466,7 @@ BAD = [
     ("mopo", {"model_decays": (-1e-4, 1e-4, 0.0, 0.0, 0.0)}, "0 or more"),
     ("mopo", {"model_hidden": ()}, "at least one hidden layer"),
     ("mobile", {"num_models": 0}, "at least 1"),
+    ("trajectory_transformer", {"num_bins": 1}, "at least 2"),
 ]
 
 
