@@ -336,6 +336,7 @@ def policy_fn(state, cfg):
 # --- Training -----------------------------------------------------------------------------------
 def train(cfg, options):
     """Train every seed of `cfg` and return its final normalised scores, [S]."""
+    experiment.check(cfg, options)
     if cfg.exponent <= 1:
         fail(f"--exponent {cfg.exponent}: must be above 1, for a derivative that grows")
     if cfg.discount == 1:

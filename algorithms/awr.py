@@ -292,6 +292,7 @@ def policy_fn(state, cfg):
 # --- Training -----------------------------------------------------------------------------------
 def train(cfg, options):
     """Train every seed of `cfg` and return its final normalised scores, [S]."""
+    experiment.check(cfg, options)
     if cfg.discount == 1:
         fail("--discount 1.0: must be below 1, since the network learns (1 - discount) V")
     if options.data == "host" or options.devices > 1:

@@ -200,6 +200,7 @@ def policy_fn(state, cfg, num_actions=None):
 # --- Training -----------------------------------------------------------------------------------
 def train(cfg, options):
     """Train every seed of `cfg` and return its final normalised scores, [S]."""
+    experiment.check(cfg, options)
     dataset = datasets.load(cfg.dataset, options.env, options.env_steps, actions="any")
     kept = datasets.filter_by_return(dataset, cfg.fraction, cfg.fraction_of)
     if cfg.fraction < 1:

@@ -732,6 +732,7 @@ def policy_fn(state, cfg):
 # --- Training -----------------------------------------------------------------------------------
 def train(cfg, options):
     """Train every seed of `cfg` and return its final normalised scores, [S]."""
+    experiment.check(cfg, options)
     check_model(cfg, options)
     num_real = int(cfg.real_ratio * cfg.batch_size)
     if not 0 < num_real < cfg.batch_size:

@@ -395,6 +395,7 @@ def online_rows(rows, statistics, cfg):
 
 def train(cfg, options):
     """Train every seed of `cfg` and return its final normalised scores, [S]."""
+    experiment.check(cfg, options)
     dataset = datasets.load(cfg.dataset, options.env, options.env_steps)
     reward = cfg.reward_scale * dataset.transitions.reward + cfg.reward_shift
     data = dataset.transitions._replace(reward=reward)

@@ -170,6 +170,7 @@ def policy_fn(state, cfg):
 # --- Training -----------------------------------------------------------------------------------
 def train(cfg, options):
     """Train every seed of `cfg` and return its final normalised scores, [S]."""
+    experiment.check(cfg, options)
     dataset = datasets.load(cfg.dataset, options.env, options.env_steps, actions="discrete")
     data = experiment.place(dataset.transitions, options)
     example = jax.tree.map(lambda x: x[:1], data)  # one row, for its shapes

@@ -526,6 +526,7 @@ def policy_fn(state, cfg):
 # --- Training -----------------------------------------------------------------------------------
 def train(cfg, options):
     """Train every seed of `cfg` and return its final normalised scores, [S]."""
+    experiment.check(cfg, options)
     if cfg.alpha == 0:
         fail("--alpha 0.0: must be above 0, since the advantages are divided by it")
     dataset = datasets.load(cfg.dataset, options.env, options.env_steps)

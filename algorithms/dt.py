@@ -352,6 +352,7 @@ def initial_memory(count, batch, cfg, target_return):
 # --- Training -----------------------------------------------------------------------------------
 def train(cfg, options):
     """Train every seed of `cfg` and return its final normalised scores, [S]."""
+    experiment.check(cfg, options)
     dataset = datasets.load(cfg.dataset, options.env, options.env_steps)
     data, statistics = normalise(dataset.transitions)
     data = experiment.place(episode_steps(dataset, data), options)

@@ -296,6 +296,7 @@ def policy_fn(state, cfg):
 # --- Training -----------------------------------------------------------------------------------
 def train(cfg, options):
     """Train every seed of `cfg` and return its final normalised scores, [S]."""
+    experiment.check(cfg, options)
     if cfg.num_critics < 2:
         fail(f"--num-critics {cfg.num_critics}: must be at least 2, since EDAC compares critics")
     dataset = datasets.load(cfg.dataset, options.env, options.env_steps)

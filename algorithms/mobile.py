@@ -732,6 +732,7 @@ def policy_fn(state, cfg):
 # --- Training -----------------------------------------------------------------------------------
 def train(cfg, options):
     """Train every seed of `cfg` and return its final normalised scores, [S]."""
+    experiment.check(cfg, options)
     check_model(cfg, options)
     if cfg.num_elites < 2:
         fail(f"--num-elites {cfg.num_elites}: at least 2, the penalty is their disagreement")

@@ -471,6 +471,7 @@ def online_rows(rows, dataset, statistics):
 
 def train(cfg, options):
     """Train every seed of `cfg` and return its final normalised scores, [S]."""
+    experiment.check(cfg, options)
     dataset = datasets.load(cfg.dataset, options.env, options.env_steps)
     data, statistics = normalise(dataset.transitions)
     steps = episode_steps(dataset, data)

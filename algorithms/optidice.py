@@ -510,6 +510,7 @@ def policy_fn(state, cfg):
 # --- Training -----------------------------------------------------------------------------------
 def train(cfg, options):
     """Train every seed of `cfg` and return its final normalised scores, [S]."""
+    experiment.check(cfg, options)
     if cfg.alpha == 0:
         fail("--alpha 0.0: must be above 0, since the residuals are divided by it")
     if cfg.discount == 1:

@@ -411,6 +411,7 @@ def online_rows(rows, dataset, cfg):
 
 def train(cfg, options):
     """Train every seed of `cfg` and return its final normalised scores, [S]."""
+    experiment.check(cfg, options)
     dataset = datasets.load(cfg.dataset, options.env, options.env_steps)
     rows = prepared(dataset.transitions, cfg)
     data = chunked(replace(dataset, transitions=rows), cfg)

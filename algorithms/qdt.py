@@ -638,6 +638,7 @@ def initial_memory(count, batch, cfg, target_return):
 # --- Training -----------------------------------------------------------------------------------
 def train(cfg, options):
     """Train every seed of `cfg` and return its final normalised scores, [S]."""
+    experiment.check(cfg, options)
     if options.data == "host" or options.devices > 1:
         fail("--data host, --devices: QDT supports neither, since it needs V of all rows")
     dataset = datasets.load(cfg.dataset, options.env, options.env_steps)

@@ -324,6 +324,7 @@ def online_rows(rows, dataset, cfg):
 
 def train(cfg, options):
     """Train every seed of `cfg` and return its final normalised scores, [S]."""
+    experiment.check(cfg, options)
     dataset = datasets.load(cfg.dataset, options.env, options.env_steps)
     data = dataset.transitions
     if cfg.n_step > 1:

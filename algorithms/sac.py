@@ -282,6 +282,7 @@ def policy_fn(state, cfg):
 # --- Training -----------------------------------------------------------------------------------
 def train(cfg, options):
     """Train every seed of `cfg` and return its final normalised scores, [S]."""
+    experiment.check(cfg, options)
     dataset = datasets.load(cfg.dataset, options.env, options.env_steps)
     data = dataset.transitions
     data = experiment.place(data, options)

@@ -276,6 +276,7 @@ def online_rows(rows, statistics):
 
 def train(cfg, options):
     """Train every seed of `cfg` and return its final normalised scores, [S]."""
+    experiment.check(cfg, options)
     dataset = datasets.load(cfg.dataset, options.env, options.env_steps)
     data, statistics = normalise(dataset.transitions)
     data = experiment.place(data, options)

@@ -588,6 +588,7 @@ def say_cost(rollouts, params, dataset, cfg):
 
 def train(cfg, options):
     """Train every seed of `cfg` and return its final normalised scores, [S]."""
+    experiment.check(cfg, options)
     check_plans(cfg)
     dataset = datasets.load(cfg.dataset, options.env, options.env_steps)
     data, bins = tokenised(dataset, cfg)

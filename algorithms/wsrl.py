@@ -566,6 +566,7 @@ def online_rows(rows, statistics, cfg):
 
 def train(cfg, options):
     """Train every seed of `cfg` and return its final normalised scores, [S]."""
+    experiment.check(cfg, options)
     if cfg.last_reward_goes_on and cfg.discount == 1.0:
         fail("--discount 1.0: must be below 1 with --last-reward-goes-on, whose sum is infinite")
     dataset = datasets.load(cfg.dataset, options.env, options.env_steps)

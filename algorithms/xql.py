@@ -296,6 +296,7 @@ def policy_fn(state, cfg):
 # --- Training -----------------------------------------------------------------------------------
 def train(cfg, options):
     """Train every seed of `cfg` and return its final normalised scores, [S]."""
+    experiment.check(cfg, options)
     dataset = datasets.load(cfg.dataset, options.env, options.env_steps)
     action = dataset.transitions.action.clip(-1 + 1e-5, 1 - 1e-5)
     reward = dataset.transitions.reward + cfg.reward_shift

@@ -263,7 +263,7 @@ class Interaction:
         observation, reward, termination, truncation, info = envs.step(env, action)
         envs.check_shape(env, observation, self.observation[i])
         self._check(i, reward, "a step's reward is")
-        self._check(i, observation, "a step's observation has in it")
+        self._check(i, observation, "a step's observation contains")
         self.lengths[i] += 1
         self.returns[i] += reward
         success = envs.success(info)
@@ -288,7 +288,7 @@ class Interaction:
         numbers = np.random.SeedSequence((self.cfg.seeds[i], episode))
         observation = envs.reset(self.envs[i], int(numbers.generate_state(1)[0]))
         envs.check_shape(self.envs[i], observation, self.observation[i])
-        self._check(i, observation, "the observation of a reset has in it")
+        self._check(i, observation, "the observation of a reset contains")
         self.observation[i] = observation
         self.episodes[i], self.lengths[i], self.returns[i] = episode, 0, 0.0
         self.success[i] = False

@@ -90,7 +90,7 @@ def actions(dataset_id, action, env, bounds, recorded=None):
     space = recorded if env is None else envs.action_space(env)
     name = dataset_id if env is None else env.spec.id
     if why := None if space is None else envs.unusable_action(space):
-        fail(f"{dataset_id}: {name} takes actions of a kind that no method here can, {why}")
+        fail(f"{dataset_id}: {name} takes actions that no method here can give: {why}")
     if env is not None and recorded is not None:
         _same_actions(dataset_id, recorded, env)
     discrete = space is not None and not space.shape and space.dtype.kind == "i"

@@ -13,8 +13,8 @@ LARGEST = 3.4e38  # of float32, in which the networks compute
 POSITIVE = "learning_rate$|^fixed_std$|^return_scale$|^beta$|^(sql|eql)_alpha$|^huber_delta$"
 POSITIVE += "|^(initial|fixed)_temperature$|^weight_norm$|^max_(weight|clip|gradient_norm)$"
 POSITIVE += "|^kernel_width$"
-NOT_NEGATIVE = "alpha$|_penalty$|noise|_weight$|_decay$|^inverse_temperature$|^perturbation$|^eta$"
-NOT_NEGATIVE += "|_deviations$"
+NOT_NEGATIVE = "alpha$|_penalty$|noise|_weight$|_decays?$|^inverse_temperature$"
+NOT_NEGATIVE += "|^perturbation$|^eta$|_deviations$"
 
 
 def check(cfg):
@@ -40,9 +40,9 @@ def check(cfg):
             fail(f"{given}: must be a number above 0 and up to 1")
         elif name in ("expectile", "dropout", "action_margin", "action_cdf") and not 0 < value < 1:
             fail(f"{given}: must be between 0 and 1, exclusive")
-        elif re.search(POSITIVE, name) and value <= 0:
+        elif re.search(POSITIVE, name) and min(numbers) <= 0:
             fail(f"{given}: must be above 0")
-        elif re.search(NOT_NEGATIVE, name) and value < 0:
+        elif re.search(NOT_NEGATIVE, name) and min(numbers, default=0) < 0:
             fail(f"{given}: must be 0 or more")
     for whole, part in (
         ("eval_every", "log_every"),
@@ -91,6 +91,8 @@ def _least(name, cfg):
     """The least value of a whole number."""
     if name in ("model_updates", "online_updates", "random_steps", "warm_up_steps"):
         return 0
+    if name == "num_bins":
+        return 2
     return 0 if name == "num_updates" and getattr(cfg, "online_updates", 0) else 1
 
 

@@ -3,11 +3,12 @@
 
 import os
 import signal
+import sys
 
 import jax
 
-from common import command_line, fail, threads
-from common.experiment import config, meshes, platforms, processes, signals
+from common import command_line, fail, one_line, threads
+from common.experiment import config, meshes, platforms, processes, signals, unreadable
 
 
 def parse(config_class, argv=None):
@@ -20,10 +21,27 @@ def parse(config_class, argv=None):
         threads.handle(signal.SIGINT, signals.interrupted)
         command_line.use_plain_letters()
         command_line.outlive_the_reader()
+        explain_memory()
     cfg, options = config.parse(config_class, argv)
     options = processes.join(options)
     _set_up(cfg, options)
     return cfg, options
+
+
+def explain_memory():
+    """From now on, memory that is not enough ends this program with one line and exit code 2."""
+    before = sys.excepthook
+
+    def hook(kind, error, trace):
+        if not unreadable.is_out_of_memory(error):
+            before(kind, error, trace)
+            return
+        fail(
+            f"there is not enough memory ({one_line(error)}); smaller networks and batches and "
+            "fewer --seeds take less, and --data host keeps the data out of a GPU's memory"
+        )
+
+    sys.excepthook = hook
 
 
 def _set_up(cfg, options):

@@ -43,12 +43,17 @@ def _outside(error):
     """What else than damage kept a checkpoint from being read, with its remedy; else None."""
     if isinstance(error, ImportError):
         return f"a package is missing or broken ({one_line(error)}): install it"
-    if isinstance(error, MemoryError) or "out of memory" in str(error).lower():
+    if is_out_of_memory(error):
         return f"there is not enough memory ({one_line(error)})"
     number = disk_errors.number(error)
     if number in disk_errors.DISK_ERRORS | LIMITS:
         return f"{os.strerror(number)}: that is no fault of its bytes"
     return None
+
+
+def is_out_of_memory(error):
+    """Whether memory of the host or of a device was not enough."""
+    return isinstance(error, MemoryError) or "out of memory" in str(error).lower()
 
 
 def is_damage(error):

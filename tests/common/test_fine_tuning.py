@@ -355,7 +355,7 @@ def test_a_number_that_is_not_finite_is_one_line(data, tmp_path, monkeypatch, ca
 
     monkeypatch.setattr(interaction.Interaction, "chunk", broken)
     line = refused(capsys, "rebrac", argv)
-    assert "env Slide-v0: a step's observation has in it nan at env step 3 of seed 0" in line
+    assert "env Slide-v0: a step's observation contains nan at env step 3 of seed 0" in line
     assert not (tmp_path / "rebrac" / "data" / "run" / "result.json").exists()
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from common import command_line, evaluation
-from common.experiment import checkpoints, progress, records, timing, unreadable
+from common.experiment import checkpoints, progress, records, start, timing, unreadable
 
 COMMON = runs.ROOT / "common"
 
@@ -300,6 +300,32 @@ def test_the_untrained_policy_is_no_best(tmp_path, monkeypatch):
     result = json.loads((runs.only_run("runs") / "result.json").read_text())
     assert result["score"] == {"0": 76.0} and result["best_score"] == {"0": 92.0}
     assert (result["score_mean"], result["score_std"]) == (76.0, 0.0)
+
+
+# --- Memory -------------------------------------------------------------------------------------
+OUT_OF_MEMORY = [
+    RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 25769803776 bytes."),
+    MemoryError("Unable to allocate 9.00 TiB for an array"),
+]
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=lambda error: type(error).__name__)
+def test_memory_that_is_not_enough_is_one_line(error, monkeypatch, capsys):
+    others = []
+    monkeypatch.setattr(sys, "excepthook", lambda *what: others.append(what))
+    start.explain_memory()
+    with pytest.raises(SystemExit) as leave:
+        sys.excepthook(type(error), error, None)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert leave.value.code == 2 and line.startswith("error: there is not enough memory (")
+    another = ValueError("of another kind")
+    sys.excepthook(ValueError, another, None)
+    assert others == [(ValueError, another, None)]
+
+
+def test_a_program_ends_with_the_code_of_its_hook():
+    code = "import sys; sys.excepthook = lambda *_: sys.exit(2); raise ValueError"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 2
 
 
 # --- Why a checkpoint was not read --------------------------------------------------------------

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import sys
+import typing
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -462,6 +463,10 @@ BAD = [
     ("rebrac", {"dataset": None}, "text"),
     ("iql", {"extraction": "sometimes"}, "one of"),
     ("iql", {"cosine": 1}, "True or False"),
+    ("mopo", {"model_decays": (-1e-4, 1e-4, 0.0, 0.0, 0.0)}, "0 or more"),
+    ("mopo", {"model_hidden": ()}, "at least one hidden layer"),
+    ("mobile", {"num_models": 0}, "at least 1"),
+    ("trajectory_transformer", {"num_bins": 1}, "at least 2"),
 ]
 
 
@@ -498,14 +503,31 @@ def test_options_made_in_python_are_checked(capsys, values, says, tmp_path, monk
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(
-    "values", [{"seeds": ()}, {"seeds": (-1,)}, {"hidden": ()}, {"batch_size": 0}], ids=str
-)
-def test_train_called_from_python_refuses_in_one_line(rows, capsys, values):
-    """The checks come before anything in `train` that such a value would break."""
-    algorithm = runs.module("rebrac")
-    cfg = dataclasses.replace(algorithm.Config(dataset="data.hdf5"), **values)
-    refused(capsys, algorithm.train, cfg, config.Options(wandb="disabled"))
+def impossible(kind):
+    """Values of no run for a field of this type: of another type, and of its own."""
+    parts = [part for part in (*typing.get_args(kind), kind) if part is not type(None)]
+    own = {int: [-1, 2**32], float: [float("nan"), 1e39], str: [], bool: []}
+    for part in (int, float, str, bool):
+        if part is parts[0]:
+            several = typing.get_origin(kind) is tuple
+            return [b"", *((x,) if several else x for x in own[part])]
+    return [b"", "?"]  # a choice
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_train_called_from_python_refuses_in_one_line(name, capsys, tmp_path, monkeypatch):
+    """Of every field, before anything else in `train`, which such a value would break."""
+    monkeypatch.chdir(tmp_path)
+    algorithm, options = runs.module(name), config.Options(wandb="disabled")
+    default = algorithm.Config(dataset="there-is-none.hdf5")
+    for field in dataclasses.fields(default):
+        for value in impossible(field.type):
+            cfg = dataclasses.replace(default, **{field.name: value})
+            line = refused(capsys, algorithm.train, cfg, options)
+            assert line.startswith(f"error: --{field.name.replace('_', '-')} "), (value, line)
+    bad = dataclasses.replace(options, save_seconds=-1.0)
+    assert "--save-seconds" in refused(capsys, algorithm.train, default, bad)
+    assert "no such file" in refused(capsys, algorithm.train, default, options)
 
 
 @pytest.mark.parametrize("kind", ["two seeds", "no env"])

@@ -373,6 +373,7 @@ CHANGES = {  # what changes something of the process -> modules that may, since 
     r"signal\.signal\(": ("experiment/signals.py", "recipes/ogbench.py"),  # in the main thread only
     r"os\.dup2": ("command_line.py",),  # where nothing takes the output any more
     r"sys\.(stdout|stderr|stdin) = ": ("experiment/processes.py",),  # for good, by --distributed
+    r"sys\.excepthook = ": ("experiment/start.py",),  # for good, by a run that is a program
     r"np\.random\.seed\(": ("envs/playing.py", "recipes/ogbench.py"),  # alone; own processes
     r"ast\.(parse|literal_eval)|inspect\.getsource": ("experiment/provenance.py",),  # alone
     r"pyplot|matplotlib\.use": (),
