@@ -737,6 +737,8 @@ def train(cfg, options):
     if cfg.num_elites < 2:
         fail(f"--num-elites {cfg.num_elites}: at least 2, the penalty is their disagreement")
     dataset = datasets.load(cfg.dataset, options.env, options.env_steps)
+    if len(dataset.transitions.reward) < 2:
+        fail(f"{cfg.dataset}: one row is too few, since the fit of the dynamics holds one out")
     data = experiment.place(dataset.transitions, options)
     example = jax.tree.map(lambda x: x[:1], data)  # one row, for its shapes
     healthy = envs.healthy_range(dataset.make_env, example.observation.shape[-1])

@@ -4,7 +4,7 @@
 Paper       https://arxiv.org/abs/2005.13239
 Reference   https://github.com/yihaosun1124/OfflineRL-Kit
 Run         python algorithms/mopo.py --config configs/mopo/mujoco.yaml
-Parent      sac.py (498 lines)
+Parent      sac.py (500 lines)
 Results     docs/results.md
 Deviations  The fit of the dynamics has a fixed number of updates. It keeps each member's best
             parameters and stops by the reference's rule: from then on its updates change nothing.
@@ -714,6 +714,8 @@ def train(cfg, options):
     experiment.check(cfg, options)
     check_model(cfg, options)
     dataset = datasets.load(cfg.dataset, options.env, options.env_steps)
+    if len(dataset.transitions.reward) < 2:
+        fail(f"{cfg.dataset}: one row is too few, since the fit of the dynamics holds one out")
     data = experiment.place(dataset.transitions, options)
     example = jax.tree.map(lambda x: x[:1], data)  # one row, for its shapes
     healthy = envs.healthy_range(dataset.make_env, example.observation.shape[-1])

@@ -761,6 +761,8 @@ def train(cfg, options):
     experiment.check(cfg, options)
     check_model(cfg, options)
     dataset = datasets.load(cfg.dataset, options.env, options.env_steps)
+    if len(dataset.transitions.reward) < 2:
+        fail(f"{cfg.dataset}: one row is too few, since the fit of the dynamics holds one out")
     data = experiment.place(dataset.transitions, options)
     example = jax.tree.map(lambda x: x[:1], data)  # one row, for its shapes
     healthy = envs.healthy_range(dataset.make_env, example.observation.shape[-1])

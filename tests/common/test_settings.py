@@ -627,3 +627,17 @@ def test_a_file_of_that_name_is_taken(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("hopper-medium").touch()
     datasets.refuse_missing_version("hopper-medium")
+
+
+@pytest.mark.parametrize("name", ["mopo", "combo", "morel", "mobile"])
+def test_dynamics_are_not_fitted_to_one_row(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    known = {"next_observations": np.zeros((1, 3))}
+    argv = ["--dataset", runs.write_hdf5("data.hdf5", rows=1, **known), *runs.tiny(name)]
+    with pytest.raises(SystemExit) as leave:
+        runs.start(name, argv)
+    said = capsys.readouterr().err
+    assert leave.value.code == 2
+    assert said == (
+        "error: data.hdf5: one row is too few, since the fit of the dynamics holds one out\n"
+    )
