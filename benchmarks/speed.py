@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Speed pages, one per machine, and README's table of speed, from the records of throughput.py.
+"""Speed pages, one per machine, their index, and README's table, from throughput.py's records.
 
     python benchmarks/speed.py
 
-reads benchmarks/runs/speed/*.json and writes benchmarks/results/speed_*.md and the part of
-README.md between `<!-- speed -->` and `<!-- /speed -->`. Where two records of one machine measured
-the same file with the same number of seeds, the page shows the newer one.
+reads benchmarks/runs/speed/*.json and writes benchmarks/results/speed_*.md, the index speed.md, and
+the part of README.md between `<!-- speed -->` and `<!-- /speed -->`. Where two records of one
+machine measured the same file with the same number of seeds, the pages show the newer one.
 
 To add a measurement:
 
@@ -45,6 +45,13 @@ REST = """
   1 / 0.7 of that program's time.
 - The shares and GFLOP per update are those of the smallest number of seeds.
 - `benchmarks/throughput.py` explains the columns under "All figures".
+"""
+INDEX = """
+Written by `python benchmarks/speed.py`. Updates/s are critic updates per second, added over the
+seeds that one process trains in parallel, on synthetic data and without evaluation; batches of 256
+and the networks of the files' defaults. The pages of the machines have what an update costs, how
+close it is to its matrix products alone, the records and their commands. An empty cell was not
+measured. On CPUs more seeds share the same cores, so their updates/s barely grow.
 """
 
 
@@ -196,6 +203,40 @@ def joined(words):
     return ", ".join(dict.fromkeys(words))
 
 
+# --- Index --------------------------------------------------------------------------------------
+def index(found):
+    """The text of speed.md: the newest figures of every machine side by side."""
+    found = {machine: records for machine, records in found.items() if records}
+    lines, newest_of = [], {}
+    for machine, records in found.items():
+        rows = newest_of[machine] = newest(records)
+        used = {record["name"]: record for _, record in rows.values()}.values()
+        lines.append(
+            [
+                f"[{machine.title}]({machine.stem}.md)",
+                machine.hardware,
+                len({algorithm for algorithm, _ in rows}),
+                joined(record["date"] for record in used),
+                joined(record["versions"].split(", ")[0] for record in used),
+                joined(record["beside"] for record in used if "beside" in record),
+            ]
+        )
+    parts = ["# Speed", INDEX.strip()]
+    parts += [table(["page", "hardware", "files", "measured on", "version", "beside"], lines)]
+    head, columns = ["algorithm"], []
+    for machine, rows in newest_of.items():
+        counts = sorted({seeds for _, seeds in rows})
+        for seeds in dict.fromkeys((counts[0], counts[-1])):
+            head.append(f"{machine.hardware}, {seeds} seed{'s' * (seeds > 1)}")
+            columns.append((rows, seeds))
+    lines = []
+    for name in sorted({name for rows in newest_of.values() for name, _ in rows}):
+        cells = [rows.get((name, seeds)) for rows, seeds in columns]
+        lines.append([name, *(f"{x[0]['updates/s']:,.1f}" if x else "" for x in cells)])
+    parts += ["## Updates/s", table(head, lines)]
+    return "\n\n".join(parts) + "\n"
+
+
 # --- README -------------------------------------------------------------------------------------
 def readme(found):
     """README's table: a few rows of the pages, with their hardware."""
@@ -214,10 +255,11 @@ def main():
         path = ROOT / "benchmarks" / "results" / f"{machine.stem}.md"
         path.write_text(page(machine, records))
         print(f"written: {path.relative_to(ROOT)}")
+    (ROOT / "benchmarks" / "results" / "speed.md").write_text(index(found))
     path = ROOT / "README.md"
     before, after = around(path, "speed")
     path.write_text(before + readme(found) + after)
-    print("written: README.md")
+    print("written: benchmarks/results/speed.md README.md")
 
 
 if __name__ == "__main__":
