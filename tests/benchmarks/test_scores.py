@@ -61,9 +61,9 @@ def test_the_picture_in_the_readme_is_of_these_scores(rows):
 def test_a_new_record_is_on_the_page(tmp_path, monkeypatch):
     shutil.copytree(scores.RUNS / "core" / "iql", tmp_path / "core")
     before = made(tmp_path, monkeypatch)
-    write_run(tmp_path / "new", [12.3, 12.3], "edac", dataset="hopper-medium-v4.hdf5")
+    write_run(tmp_path / "new", [12.3, 12.3], "edac", dataset="hopper-expert-v4.hdf5")
     after = made(tmp_path, monkeypatch)
-    line = "| edac | hopper-medium-v4 | 12.3 ± 0.0 |  | 2 | 20 | 3 | [new](../runs/new) |"
+    line = "| edac | hopper-expert-v4 | 12.3 ± 0.0 |  | 2 | 20 | 3 | [new](../runs/new) |"
     assert line not in before and line in after
     missing = [
         text.split("\n## v4 files\n")[1].split("No record here: ")[1] for text in (before, after)
