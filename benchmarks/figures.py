@@ -149,6 +149,25 @@ def _improvement(axis, names, table):
 
 
 @contextlib.contextmanager
+def pulls(found):
+    """A panel per data set: the score after k episodes of a bandit, with its interval.
+
+    Args:
+        found: data set -> method -> ([pulls] mean, [pulls] half of the interval).
+    """
+    labels = sorted({method for methods in found.values() for method in methods})
+    with panels(len(found)) as (figure, axes):
+        for axis, (name, methods) in zip(axes, found.items(), strict=True):
+            for method, (mean, half) in methods.items():
+                style, k = look(labels, method) | {"marker": ""}, np.arange(1, len(mean) + 1)
+                axis.plot(k, mean, label=method, linewidth=1.8, **style)
+                axis.fill_between(k, mean - half, mean + half, color=style["color"], alpha=0.2)
+            axis.set(title=_broken(name), xlabel="episodes played", ylabel="score", xscale="log")
+        legend(figure, axes)
+        yield figure
+
+
+@contextlib.contextmanager
 def means(suites):
     """A panel per suite: the mean over its data sets, an interval, a dot per data set.
 
