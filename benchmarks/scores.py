@@ -28,11 +28,11 @@ from pages import Folded, Heading, Table, Text, markdown
 
 ROOT = Path(__file__).resolve().parents[1]
 RUNS, RESULTS = ROOT / "benchmarks" / "runs", ROOT / "benchmarks" / "results"
-LEFT_OUT = ("circle", "selection", "variants")  # experiments with single settings
+LEFT_OUT = ("bandit", "circle", "selection", "variants")  # experiments with single settings
 TOP = """
 Written by `python benchmarks/scores.py` from the records in [benchmarks/runs](../runs). Left out
-are the folders {left_out}, which vary single settings on purpose, and runs
-that went on in an env.
+are the folders {left_out}, which vary single settings on purpose, and
+runs that went on in an env.
 
 The score is that of the last policy, mean ± std over seeds (ddof 0). It is normalised so that 0
 and 100 are the data set's reference scores; OGBench's is the success rate in percent. Where a

@@ -46,7 +46,7 @@ def made_again(page, folder, monkeypatch):
     (folder / "docs" / "results.md").write_text(INDEX)
     monkeypatch.chdir(folder)
     monkeypatch.setattr(figures, "png", lambda figure, path: None)
-    for name in ("curves", "aggregates"):
+    for name in ("curves", "aggregates", "pulls"):
         monkeypatch.setattr(figures, name, lambda *_: contextlib.nullcontext())
     report.main(tyro.cli(report.Arguments, args=shlex.split(command)[2:]))
     return folder / "benchmarks" / "results" / page.name
