@@ -165,8 +165,8 @@ def test_a_speed_page_shows_every_number_of_the_newest_rows(stem):
 
 
 def test_the_index_of_speed_is_what_its_records_give():
-    text = (RESULTS / "speed.md").read_text()
-    assert text == speed.index(RECORDS)
+    text, starts = (RESULTS / "speed.md").read_text(), speed.starts()
+    assert text == speed.index(RECORDS, starts)
     for machine in speed.MACHINES:
         rows = speed.newest(RECORDS[machine])
         counts = sorted({seeds for _, seeds in rows})
@@ -174,7 +174,25 @@ def test_the_index_of_speed_is_what_its_records_give():
             if seeds in (counts[0], counts[-1]):
                 spoilt = copy.deepcopy(RECORDS)
                 speed.newest(spoilt[machine])[algorithm, seeds][0]["updates/s"] += 10
-                assert speed.index(spoilt) != text
+                assert speed.index(spoilt, starts) != text
+
+
+def test_the_index_of_speed_shows_every_number_of_start_up_and_of_other_code_bases():
+    parts, peer = {"data": "file", "warm, CPU s": 12.5, "cold, CPU s": 30.25}, {}
+    facts = {"date": "2026-01-01", "hardware": "one", "load": "2", "versions": "jax 1"}
+    start = facts | {"command": "x", "name": "s", "algorithm": "rebrac", "rows": [parts]}
+    newer = start | {"date": "2026-01-02", "name": "t", "rows": [parts | {"warm, CPU s": 7.125}]}
+    text = "\n".join(speed.start_up([start, newer]))
+    assert "| rebrac | file | 7.1 | 30.2 |" in text and "12.5" not in text
+    peer = {"algorithm": "fql", "peer": "theirs", "updates/s here": 3.5, "updates/s": 2.25}
+    peer |= {"times the peer": 1.556, "by CPU time": None, "versions": "jax 1", "why not": ""}
+    record = {"name": "r", "date": "2026-01-01", "rows": [], "peers": [peer], "command": "x"}
+    record |= {"data": "rows", "chunks": "2 updates"}
+    text = "\n".join(speed.code_bases({speed.MACHINES[0]: [record]}))
+    assert "| 3.500 | 2.250 | 1.556 |" in text and "jax 1" in text
+    peer |= {"updates/s": None, "times the peer": None, "why not": "ImportError: no"}
+    text = "\n".join(speed.code_bases({speed.MACHINES[0]: [record]}))
+    assert "| 3.500 |  |  |" in text and "ImportError: no" in text
 
 
 NUMBER = re.compile(r"(?<![\w.-])-?\d+(?:,\d{3})*(?:\.\d+)?(?![\w%])")
