@@ -167,8 +167,9 @@ def unifloral(ask):
     fields = module.Transition._fields
     dataset = module.Transition(**{key: jnp.asarray(values[key]) for key in fields})
     moments = dataset.obs.mean(axis=0), jnp.nan_to_num(dataset.obs.std(axis=0), nan=1.0)
-    layer_norms = ((args.actor_ln, args.norm_obs), (args.critic_ln, args.norm_obs))
-    actor_more, critic_more = layer_norms if name == "rebrac" else ((), ())
+    actor_more, critic_more = (), ()
+    if name == "rebrac":
+        actor_more, critic_more = (args.actor_ln, args.norm_obs), (args.critic_ln, args.norm_obs)
     actor = module.DeterministicTanhActor(ask["action"], *moments, *actor_more)
     critic = module.DualQNetwork(*moments, *critic_more)
     key, actor_key, critic_key = jax.random.split(jax.random.PRNGKey(0), 3)
