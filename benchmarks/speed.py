@@ -22,7 +22,7 @@ from report import around
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORDS = ROOT / "benchmarks" / "runs" / "speed"
-STARTS = ROOT / "benchmarks" / "runs" / "startup"  # of startup.py
+STARTS = RECORDS / "startup"  # of startup.py
 PEER = "d3rlpy updates/s"  # column of the rows that were measured beside d3rlpy
 IN_README = (  # file, its name, number of seeds, page
     ("td3_bc", "TD3+BC", 1, "speed_cpu"),

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measure what a run does between its command and its first update, with a warm compilation cache.
 
-    python benchmarks/startup.py --data hopper-medium-v4.hdf5 --output benchmarks/runs/startup/NAME
+    python benchmarks/startup.py --data hopper-medium-v4.hdf5 --output benchmarks/runs/speed/startup/NAME
 
 starts algorithms/rebrac.py twice for the file and twice for a file of a million random rows (D4RL's
 layout, 11 + 3 numbers): the first run fills the compilation cache, the second one is measured. It
