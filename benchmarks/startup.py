@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measure what a run does between its command and its first update, with a warm compilation cache.
 
-    python benchmarks/startup.py --data hopper-medium-v4.hdf5 --output benchmarks/runs/speed/startup/NAME
+    python benchmarks/startup.py --data hopper-medium-v4.hdf5 --output STEM
 
 starts algorithms/rebrac.py twice for the file and twice for a file of a million random rows (D4RL's
 layout, 11 + 3 numbers): the first run fills the compilation cache, the second one is measured. It
-writes NAME.json, which `python benchmarks/speed.py` puts on the page of speed.
+writes STEM.json. Records in benchmarks/runs/speed/startup are on the page of speed, which
+`python benchmarks/speed.py` writes.
 
 CPU s are seconds of processor time of all threads, which other work on the machine changes little.
 Seconds are those on the clock. Parts: Python and the imports; reading the data; the initial
