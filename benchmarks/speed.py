@@ -3,9 +3,10 @@
 
     python benchmarks/speed.py
 
-reads benchmarks/runs/speed/*.json and writes benchmarks/results/speed_*.md, the index speed.md, and
-the part of README.md between `<!-- speed -->` and `<!-- /speed -->`. Where two records of one
-machine measured the same file with the same number of seeds, the pages show the newer one.
+reads benchmarks/runs/speed/*.json, and for the index peers/ and startup/ there. It writes
+benchmarks/results/speed_*.md, the index speed.md, and the part of README.md between
+`<!-- speed -->` and `<!-- /speed -->`. Where two records of one machine measured the same file with
+the same number of seeds, the pages show the newer one.
 
 To add a measurement:
 
@@ -22,6 +23,7 @@ from report import around
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORDS = ROOT / "benchmarks" / "runs" / "speed"
+PEER_RECORDS = RECORDS / "peers"  # of throughput.py --peers: rows of a busy machine are no speeds
 STARTS = RECORDS / "startup"  # of startup.py
 PEER = "d3rlpy updates/s"  # column of the rows that were measured beside d3rlpy
 IN_README = (  # file, its name, number of seeds, page
@@ -57,8 +59,9 @@ measured. On CPUs more seeds share the same cores, so their updates/s barely gro
 PEERS = """
 `throughput.py --peers` measures other code bases right after our row: the same widths, batch size
 and shape of the data, one seed, each as its own main program trains (`benchmarks/peers.py`).
-Updates are critic updates. "here" is ours, "times the peer" the ratio. On a machine that other work
-shares, the ratio by CPU time (of all threads) is the one to read.
+Updates are critic updates; Unifloral makes two of them on every batch. "here" is ours, "times the
+peer" the ratio. On a machine that other work shares, read the ratio by CPU time (of all threads):
+the clock measures mostly the waiting. Differences of some percent are within its noise.
 """
 STARTED = """
 CPU seconds (of all threads) from the command to the end of the first chunk, two updates: `cold`
@@ -223,8 +226,14 @@ def joined(words):
 
 
 # --- Index --------------------------------------------------------------------------------------
-def index(found, started=()):
-    """The text of speed.md: the newest figures of every machine side by side."""
+def index(found, started, compared):
+    """The text of speed.md: the newest figures of every machine side by side.
+
+    Args:
+        found: the records of `read`.
+        started: those of `starts`.
+        compared: those of `read` in PEER_RECORDS.
+    """
     found = {machine: records for machine, records in found.items() if records}
     lines, newest_of = [], {}
     for machine, records in found.items():
@@ -252,7 +261,7 @@ def index(found, started=()):
     for name in sorted({name for rows in newest_of.values() for name, _ in rows}):
         cells = [rows.get((name, seeds)) for rows, seeds in columns]
         lines.append([name, *(f"{x[0]['updates/s']:,.1f}" if x else "" for x in cells)])
-    parts += ["## Updates/s", table(head, lines), *code_bases(found), *start_up(started)]
+    parts += ["## Updates/s", table(head, lines), *code_bases(compared), *start_up(started)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -323,7 +332,9 @@ def main():
         path = ROOT / "benchmarks" / "results" / f"{machine.stem}.md"
         path.write_text(page(machine, records))
         print(f"written: {path.relative_to(ROOT)}")
-    (ROOT / "benchmarks" / "results" / "speed.md").write_text(index(found, starts()))
+    (ROOT / "benchmarks" / "results" / "speed.md").write_text(
+        index(found, starts(), read(PEER_RECORDS))
+    )
     path = ROOT / "README.md"
     before, after = around(path, "speed")
     path.write_text(before + readme(found) + after)
