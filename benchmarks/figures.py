@@ -148,8 +148,50 @@ def _improvement(axis, names, table):
     axis.grid(False)
 
 
-def png(figure, path):
-    figure.savefig(path, dpi=110, facecolor="white", metadata={"Software": None})
+@contextlib.contextmanager
+def pulls(found):
+    """A panel per data set: the score after k episodes of a bandit, with its interval.
+
+    Args:
+        found: data set -> method -> ([pulls] mean, [pulls] half of the interval).
+    """
+    labels = sorted({method for methods in found.values() for method in methods})
+    with panels(len(found)) as (figure, axes):
+        for axis, (name, methods) in zip(axes, found.items(), strict=True):
+            for method, (mean, half) in methods.items():
+                style, k = look(labels, method) | {"marker": ""}, np.arange(1, len(mean) + 1)
+                axis.plot(k, mean, label=method, linewidth=1.8, **style)
+                axis.fill_between(k, mean - half, mean + half, color=style["color"], alpha=0.2)
+            axis.set(title=_broken(name), xlabel="episodes played", ylabel="score", xscale="log")
+        legend(figure, axes)
+        yield figure
+
+
+@contextlib.contextmanager
+def means(suites):
+    """A panel per suite: the mean over its data sets, an interval, a dot per data set.
+
+    Args:
+        suites: suite -> method -> [mean, low, high, [scores of the data sets]]; low and high are
+            None for a single seed.
+    """
+    most = max(map(len, suites.values()))
+    with panels(len(suites), size=(4.0, max(2.2, 0.24 * most + 0.8))) as (figure, axes):
+        for axis, (suite, methods) in zip(axes, suites.items(), strict=True):
+            for i, (mean, low, high, each) in enumerate(methods.values()):
+                axis.plot(each, [i] * len(each), ".", color="0.6", markersize=5)
+                if low is not None:
+                    axis.plot([low, high], [i, i], color=COLOURS[0], linewidth=3, alpha=0.45)
+                axis.plot(mean, i, "o", color=COLOURS[0], markersize=6)
+            axis.set(yticks=range(len(methods)), yticklabels=methods, title=suite)
+            axis.set(ylim=(len(methods) - 0.5, -0.5), xlabel="normalised score")
+        yield figure
+
+
+def png(figure, path, description=None):
+    """Write the figure; the description goes into the file's text."""
+    metadata = {"Software": None, "Description": description}
+    figure.savefig(path, dpi=110, facecolor="white", metadata=metadata)
 
 
 def svg(figure):

@@ -14,6 +14,9 @@ The score is that of the last policy: the mean over the evaluation's episodes, t
 as FQL's authors do on OGBench. The best score during training stands beside it. It was selected on
 the evaluation itself, so it is not a score. Data of different origin are never in one table. Runs
 that are unfinished, damaged or not comparable are named and left out of every mean.
+
+--protocol bandit is Unifloral's evaluation instead, see bandit.py: not one tuned number, but the
+score of a bandit that plays k episodes to find the best of a method's policies.
 """
 
 import collections
@@ -33,6 +36,7 @@ from typing import Literal
 import numpy as np
 import tyro
 
+import bandit
 import figures
 import intervals
 import published
@@ -78,6 +82,7 @@ class Arguments:
     where: tuple[str, ...] = ()  # only these runs: num_updates=100000 name=trial*
     named_by: tuple[str, ...] = ()  # fields that name a method's rows: name, alpha, ...
     score: Literal["last", "mean_last_3"] = "last"  # the last evaluation, or the mean of three
+    protocol: Literal["scores", "bandit"] = "scores"  # bandit: over a method's policies
     output: Path = Path("runs/report")  # stem of the .md and .png to write
     title: str = "Results"  # heading of the page
     note: Path | None = None  # Markdown file put below the title: data, commands, findings
@@ -448,7 +453,7 @@ def own_command(arguments):
         return arguments.command
     words = ["python", "benchmarks/report.py", *map(str, arguments.folders)]
     default = Arguments()
-    for name in ("wandb", "score", "output", "title", "note", "index", "reference"):
+    for name in ("wandb", "score", "protocol", "output", "title", "note", "index", "reference"):
         if (value := getattr(arguments, name)) != getattr(default, name):
             words += [f"--{name}", str(value)]
     for name in ("where", "named_by"):
@@ -496,6 +501,26 @@ def blocks_of(rows, notes, arguments, draw):
         if row.curves:
             title = f"{row.label} on {row.dataset}, score after updates"
             blocks.append(Folded(title, [evaluations(row)]))
+    return [*blocks, *environment(rows)]
+
+
+def bandit_blocks(rows, notes, arguments, draw):
+    """The page of --protocol bandit."""
+
+    def picture(found):
+        with figures.pulls(found) as figure:
+            return draw(figure, "score after k episodes of a bandit", main=True)
+
+    blocks = [Heading(arguments.title, 1)]
+    blocks += [Text(arguments.note.read_text(encoding="utf-8"))] if arguments.note else []
+    found = bandit.blocks(by_family(rows), notes, picture)
+    if not found:
+        fail(
+            "--protocol bandit: no run has episodes.csv; write it with python -m common.experiment "
+            "RUN_FOLDER --evaluate 100 --starts new --keep-episodes"
+        )
+    blocks += [*found, *problems(rows, notes), Heading("Commands"), Text("The runs:")]
+    blocks += [commands(rows), Text("This page:"), Text(f"```\n{own_command(arguments)}\n```")]
     return [*blocks, *environment(rows)]
 
 
@@ -587,6 +612,8 @@ def main(arguments):
     for path in (arguments.note, arguments.reference):
         if path is not None and not path.is_file():
             fail(f"{path}: no such file")
+    if arguments.protocol == "bandit" and (arguments.wandb or arguments.index):
+        fail("--protocol bandit: takes run folders, and has no part of an index page")
     if arguments.index:
         before, after = around(arguments.index, arguments.output.name)
     if arguments.wandb:
@@ -608,7 +635,8 @@ def main(arguments):
         written.append(str(path))
         return Figure(path.name, alt, figures.svg(figure) if arguments.html else "")
 
-    blocks = blocks_of(rows, notes, arguments, draw)
+    make = bandit_blocks if arguments.protocol == "bandit" else blocks_of
+    blocks = make(rows, notes, arguments, draw)
     stem.with_name(f"{stem.name}.md").write_text(markdown(blocks), encoding="utf-8")
     if arguments.html:
         stem.with_name(f"{stem.name}.html").write_text(

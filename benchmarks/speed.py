@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Speed pages, one per machine, and README's table of speed, from the records of throughput.py.
+"""Speed pages, one per machine, their index, and README's table, from throughput.py's records.
 
     python benchmarks/speed.py
 
-reads benchmarks/runs/speed/*.json and writes benchmarks/results/speed_*.md and the part of
-README.md between `<!-- speed -->` and `<!-- /speed -->`. Where two records of one machine measured
-the same file with the same number of seeds, the page shows the newer one.
+reads benchmarks/runs/speed/*.json, and for the index peers/ and startup/ there. It writes
+benchmarks/results/speed_*.md, the index speed.md, and the part of README.md between
+`<!-- speed -->` and `<!-- /speed -->`. Where two records of one machine measured the same file with
+the same number of seeds, the pages show the newer one.
 
 To add a measurement:
 
@@ -22,6 +23,8 @@ from report import around
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORDS = ROOT / "benchmarks" / "runs" / "speed"
+PEER_RECORDS = RECORDS / "peers"  # of throughput.py --peers: rows of a busy machine are no speeds
+STARTS = RECORDS / "startup"  # of startup.py
 PEER = "d3rlpy updates/s"  # column of the rows that were measured beside d3rlpy
 IN_README = (  # file, its name, number of seeds, page
     ("td3_bc", "TD3+BC", 1, "speed_cpu"),
@@ -45,6 +48,26 @@ REST = """
   1 / 0.7 of that program's time.
 - The shares and GFLOP per update are those of the smallest number of seeds.
 - `benchmarks/throughput.py` explains the columns under "All figures".
+"""
+INDEX = """
+Written by `python benchmarks/speed.py`. Updates/s are critic updates per second, added over the
+seeds that one process trains in parallel, on synthetic data and without evaluation; batches of 256
+and the networks of the files' defaults. The pages of the machines have what an update costs, how
+close it is to its matrix products alone, the records and their commands. An empty cell was not
+measured. On CPUs more seeds share the same cores, so their updates/s barely grow.
+"""
+PEERS = """
+`throughput.py --peers` measures other code bases right after our row: the same widths, batch size
+and shape of the data, one seed, each as its own main program trains (`benchmarks/peers.py`).
+Updates are critic updates; Unifloral makes two of them on every batch. "here" is ours, "times the
+peer" the ratio. On a machine that other work shares, read the ratio by CPU time (of all threads):
+the clock measures mostly the waiting. Differences of some percent are within its noise.
+"""
+STARTED = """
+CPU seconds (of all threads) from the command to the end of the first chunk, two updates: `cold`
+has an empty compilation cache, `warm` a filled one. The parts are those of the warm start: Python
+and the imports, reading the data, the initial parameters, envs and the evaluation at update 0,
+fetching or compiling the first chunk and running it, the rest. `seconds` are those on the clock.
 """
 
 
@@ -79,6 +102,12 @@ def read(folder=RECORDS):
     for records in found.values():
         records.sort(key=lambda record: (record["date"], record["name"]))
     return found
+
+
+def starts(folder=STARTS):
+    """The records of startup.py, oldest first."""
+    records = [json.loads(x.read_text()) | {"name": x.stem} for x in sorted(folder.glob("*.json"))]
+    return sorted(records, key=lambda record: (record["date"], record["name"]))
 
 
 def newest(records):
@@ -196,6 +225,95 @@ def joined(words):
     return ", ".join(dict.fromkeys(words))
 
 
+# --- Index --------------------------------------------------------------------------------------
+def index(found, started, compared):
+    """The text of speed.md: the newest figures of every machine side by side.
+
+    Args:
+        found: the records of `read`.
+        started: those of `starts`.
+        compared: those of `read` in PEER_RECORDS.
+    """
+    found = {machine: records for machine, records in found.items() if records}
+    lines, newest_of = [], {}
+    for machine, records in found.items():
+        rows = newest_of[machine] = newest(records)
+        used = {record["name"]: record for _, record in rows.values()}.values()
+        lines.append(
+            [
+                f"[{machine.title}]({machine.stem}.md)",
+                machine.hardware,
+                len({algorithm for algorithm, _ in rows}),
+                joined(record["date"] for record in used),
+                joined(record["versions"].split(", ")[0] for record in used),
+                joined(record["beside"] for record in used if "beside" in record),
+            ]
+        )
+    parts = ["# Speed", INDEX.strip()]
+    parts += [table(["page", "hardware", "files", "measured on", "version", "beside"], lines)]
+    head, columns = ["algorithm"], []
+    for machine, rows in newest_of.items():
+        counts = sorted({seeds for _, seeds in rows})
+        for seeds in dict.fromkeys((counts[0], counts[-1])):
+            head.append(f"{machine.hardware}, {seeds} seed{'s' * (seeds > 1)}")
+            columns.append((rows, seeds))
+    lines = []
+    for name in sorted({name for rows in newest_of.values() for name, _ in rows}):
+        cells = [rows.get((name, seeds)) for rows, seeds in columns]
+        lines.append([name, *(f"{x[0]['updates/s']:,.1f}" if x else "" for x in cells)])
+    parts += ["## Updates/s", table(head, lines), *code_bases(compared), *start_up(started)]
+    return "\n\n".join(parts) + "\n"
+
+
+def code_bases(found):
+    """Parts of the index: the newest rows of throughput.py --peers on every machine."""
+    rows = {}
+    for machine, records in found.items():
+        for record in records:
+            for row in record.get("peers", ()):
+                rows[machine, row["algorithm"], row["peer"]] = (row, record)
+    if not rows:
+        return []
+    figures = ["updates/s here", "updates/s", "times the peer"]
+    figures += ["updates/CPU s here", "updates/CPU s", "by CPU time"]
+    lines, records = [], {}
+    for (machine, algorithm, peer), (row, record) in rows.items():
+        records[record["name"]] = record
+        numbers = [number(row.get(column)) for column in figures]
+        why = row["why not"] or row["versions"]
+        lines.append([algorithm, peer, machine.hardware, *numbers, record["date"], why])
+    head = ["algorithm", "code base", "hardware", *figures, "measured on", "versions, or why not"]
+    commands = [
+        f"{record['name']}.json, {record['data']}, chunks of {record['chunks']}"
+        + (f"; beside it: {record['beside']}" if "beside" in record else "")
+        + f":\n\n```\n{record['command']}\n```"
+        for record in records.values()
+    ]
+    return ["## Beside other code bases", PEERS.strip(), table(head, lines), *commands]
+
+
+def start_up(records):
+    """Parts of the index: what a run does until its first update, the newest record of each."""
+    rows = {}
+    for record in records:
+        for row in record["rows"]:
+            rows[record["hardware"], record["algorithm"], row["data"]] = (row, record)
+    if not rows:
+        return []
+    columns = list(dict.fromkeys(column for row, _ in rows.values() for column in row))
+    lines, shown = [], {}
+    for row, record in rows.values():
+        shown[record["name"]] = record
+        cells = [f"{x:.1f}" if isinstance(x, float) else x for x in map(row.get, columns)]
+        lines.append([record["algorithm"], *cells])
+    parts = ["## Start-up", STARTED.strip(), table(["algorithm", *columns], lines)]
+    kept = ("date", "hardware", "load", "versions")
+    for record in shown.values():
+        facts = "\n".join(f"- {key}: {record[key]}" for key in kept)
+        parts.append(f"{record['name']}.json:\n\n{facts}\n\n```\n{record['command']}\n```")
+    return parts
+
+
 # --- README -------------------------------------------------------------------------------------
 def readme(found):
     """README's table: a few rows of the pages, with their hardware."""
@@ -214,10 +332,13 @@ def main():
         path = ROOT / "benchmarks" / "results" / f"{machine.stem}.md"
         path.write_text(page(machine, records))
         print(f"written: {path.relative_to(ROOT)}")
+    (ROOT / "benchmarks" / "results" / "speed.md").write_text(
+        index(found, starts(), read(PEER_RECORDS))
+    )
     path = ROOT / "README.md"
     before, after = around(path, "speed")
     path.write_text(before + readme(found) + after)
-    print("written: README.md")
+    print("written: benchmarks/results/speed.md README.md")
 
 
 if __name__ == "__main__":

@@ -19,6 +19,13 @@ Peak      The rate of a chain of large square products, in GFLOP/s.
 Peer      With --peer PYTHON, the updates/s of d3rlpy with the same widths, batch size and data
           sizes, measured right after each row of one seed. PYTHON belongs to a virtual environment
           with d3rlpy: python -m venv peer; peer/bin/pip install d3rlpy; --peer peer/bin/python.
+Peers     With --peers NAME=PATH, other code bases with the same sizes and data, each measured right
+          after our row of one seed, by peers.py: fql=FOLDER (seohongpark/fql), jax_corl=FOLDER
+          (nissymori/JAX-CORL), unifloral=FOLDER (EmptyJackson/unifloral), corl=FOLDER
+          (corl-team/CORL) are clones, d3rlpy=PYTHON is the python of an environment. A clone runs
+          in its own environment, FOLDER/.venv, or else in this one. A peer that cannot be measured
+          says why in its row. Peers that share a machine with other work are compared by
+          updates/CPU s, the updates per second of CPU time of all threads.
 Loading   With --loading, seconds to load a million transitions of each layout, see data_table.py.
 Rollouts  With --rollouts ENV, evaluation steps/s in ENV: 10 episodes per seed of ReBRAC's actor.
 
@@ -27,6 +34,7 @@ the matrix products, 2 b m k n each. "compile s" is the extra time of the first 
 chunk (with tracing, without the persistent cache); "dispatch ms" is the time until a call returns.
 """
 
+import contextlib
 import dataclasses
 import datetime
 import importlib
@@ -37,6 +45,7 @@ import platform
 import re
 import runpy
 import subprocess
+import sys
 import tempfile
 import time
 from functools import partial, reduce
@@ -57,6 +66,13 @@ from common import command_line, datasets, evaluation, experiment, fail, interac
 ROWS, OBSERVATION, ACTION = 100_000, 17, 6  # of the synthetic data
 CHAIN = 200  # products in the chain that measures the rate for the floor
 PEERS = ("td3_bc", "rebrac", "iql", "awac", "cql")  # methods that d3rlpy also has
+CODE_BASES = {  # of --peers -> the methods that they have, too
+    "fql": ("fql", "iql", "rebrac"),
+    "jax_corl": ("td3_bc", "iql"),
+    "unifloral": ("td3_bc", "rebrac"),
+    "corl": ("rebrac",),
+    "d3rlpy": PEERS,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +84,7 @@ class Arguments:
     repeats: int = 5  # of every timing; the best counts
     output: str | None = None  # file to write, .md or .json; without a suffix both
     peer: str | None = None  # python of an environment with d3rlpy to compare with
+    peers: tuple[str, ...] = ()  # NAME=FOLDER of other code bases to measure in turn, see above
     loading: bool = False  # also measure how long a million transitions take to load
     rollouts: tuple[str, ...] = ()  # also measure evaluation steps/s in these Gymnasium envs
 
@@ -270,17 +287,21 @@ def measure(name, seeds, arguments):
         seconds(compiled, start)
     times = []
     for _ in range(arguments.repeats):
+        began = time.process_time()
         (state, _), spent, dispatch = seconds(chunk, state, *rest)
+        cpu_time = time.process_time() - began
         others = [seconds(compiled, start)[1] for compiled, start in programs]
-        times.append((spent, dispatch, *others))
-    spent, dispatch, peak, layer, *bound = np.min(times, axis=0).tolist()
+        times.append((spent, cpu_time, dispatch, *others))
+    spent, cpu_time, dispatch, peak, layer, *bound = np.min(times, axis=0).tolist()
     count, gflop = updates * seeds, products.flops / 1e9
-    hidden = () if cpu else ("floor updates/s", "share of floor", "floor GFLOP/s")
+    hidden = ("floor updates/s", "share of floor", "floor GFLOP/s", "updates/CPU s")
+    hidden = () if cpu else hidden
     rate = 2 * CHAIN * arguments.batch_size * width**2 / 1e9 / layer  # GFLOP/s
     row = {
         "algorithm": name,
         "seeds": seeds,
         "updates/s": count / spent,
+        "updates/CPU s": count / cpu_time,
         "floor updates/s": count * rate / gflop,
         "share of floor": gflop / rate / spent,
         "bound updates/s": count / min(bound),
@@ -296,10 +317,10 @@ def measure(name, seeds, arguments):
     return {key: x for key, x in row.items() if key not in hidden}
 
 
-def peer(name, arguments):
-    """Updates/s and versions of d3rlpy, see peer_d3rlpy.py."""
+def sizes_of(name, arguments):
+    """What a peer is asked for: the widths of our file, batch size, data and timing."""
     cfg = importlib.import_module(f"algorithms.{name}").Config()
-    ask = {
+    return {
         "algorithm": name,
         "hidden": cfg.hidden,
         "critic_hidden": getattr(cfg, "critic_hidden", cfg.hidden),
@@ -310,12 +331,68 @@ def peer(name, arguments):
         "observation": OBSERVATION,
         "action": ACTION,
     }
-    script = Path(__file__).with_name("peer_d3rlpy.py")
-    words = [arguments.peer, str(script), json.dumps(ask)]
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
+
+
+def ask(python, script, question):
+    """The finished process of a script beside this one, which was asked in JSON."""
+    words = [str(python), str(Path(__file__).with_name(script)), json.dumps(question)]
+    return subprocess.run(words, capture_output=True, text=True, check=False)
+
+
+def peer(name, arguments):
+    """Updates/s and versions of d3rlpy, see peer_d3rlpy.py."""
+    done = ask(arguments.peer, "peer_d3rlpy.py", sizes_of(name, arguments))
     if done.returncode:
         fail(f"--peer {arguments.peer}: {(done.stderr.strip().splitlines() or ['it failed'])[-1]}")
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def code_bases(arguments):
+    """name -> path of --peers.
+
+    Raises:
+        SystemExit: code 2 after one line, where a name or a path is unknown.
+    """
+    found = {}
+    for words in arguments.peers:
+        name, _, path = words.partition("=")
+        if name not in CODE_BASES or not path:
+            fail(f"--peers {words}: must be NAME=PATH with a NAME of {', '.join(CODE_BASES)}")
+        if not Path(path).exists():
+            what = "python of an environment with d3rlpy" if name == "d3rlpy" else "clone of it"
+            fail(f"--peers {words}: no such path; name a {what}")
+        found[name] = Path(path)
+    return found
+
+
+def beside(row, name, path, arguments):
+    """A row of the table of peers: our row of one seed, and what the code base makes of it."""
+    question = sizes_of(row["algorithm"], arguments)
+    if name == "d3rlpy":
+        done = ask(path, "peer_d3rlpy.py", question)
+    else:
+        own = path / ".venv" / "bin" / "python"
+        python = own if own.exists() else sys.executable
+        done = ask(python, "peers.py", question | {"peer": name, "folder": str(path)})
+    said = {"refused": (done.stderr.strip().splitlines() or ["it failed"])[-1]}
+    with contextlib.suppress(json.JSONDecodeError, IndexError):
+        said = said if done.returncode else json.loads(done.stdout.splitlines()[-1])
+    columns = ("updates/s", "updates/CPU s")
+    found = {"algorithm": row["algorithm"], "peer": name}
+    found |= {f"{column} here": row.get(column) for column in columns}
+    found |= {column: said.get(column) for column in columns}
+    for column, times in zip(columns, ("times the peer", "by CPU time"), strict=True):
+        mine, theirs = found[f"{column} here"], found[column]
+        found[times] = mine / theirs if mine and theirs else None
+    versions = [f"{package} {version}" for package, version in said.get("versions", {}).items()]
+    commit = subprocess.run(
+        ["git", "-C", str(path), "rev-parse", "--short=12", "HEAD"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    versions += [f"commit {commit.stdout.strip()}"] if commit.stdout and path.is_dir() else []
+    return found | {"versions": ", ".join(versions), "why not": said.get("refused", "")}
 
 
 def load():
@@ -412,9 +489,13 @@ def main(arguments):
         fail(
             f"--peer {arguments.peer}: no such file; name the python of an environment with d3rlpy"
         )
-    rows = []
+    others = code_bases(arguments)
+    rows, of_peers = [], []
     for name, seeds in product(arguments.algorithms, arguments.seeds):
         row = measure(name, seeds, arguments)
+        for other, path in others.items():
+            if name in CODE_BASES[other] and seeds == 1:
+                of_peers.append(beside({"algorithm": name} | row, other, path, arguments))
         if arguments.peer is not None:
             row |= {"d3rlpy updates/s": None, "times d3rlpy": None}
             if name in PEERS and seeds == 1:
@@ -423,7 +504,7 @@ def main(arguments):
                 row["times d3rlpy"] = row["updates/s"] / found["updates/s"]
                 facts["peer"] = ", ".join(f"{k} {v}" for k, v in found["versions"].items())
         rows.append(row)
-    tables = {"rows": rows}
+    tables = {"rows": rows} | ({"peers": of_peers} if of_peers else {})
     if arguments.loading:
         tables["loading"] = load()
     if arguments.rollouts:

@@ -124,7 +124,7 @@ class Rollouts:
         episodes with a successful step (None where the env does not report success), `length` is in
         steps, `seconds` is the time taken, and `preparing` that of making the environments, at the
         first evaluation. A seed whose env gave rewards that are no finite numbers has NaN as return
-        and score.
+        and score. `episode_scores` has the score of every episode, [S, E].
         """
         if not self.asked:
             self._make_envs()
@@ -136,13 +136,14 @@ class Rollouts:
         for first in range(0, count, together):
             episodes = np.arange(first, min(first + together, count))
             self._play(episodes, params, update, played)
-        returns = played.returns.reshape(shape).mean(axis=1)
+        by_episode, successes = played.returns.reshape(shape), played.success.reshape(shape)
+        returns = by_episode.mean(axis=1)
         returns[~np.isfinite(returns)] = np.nan
-        success = None
-        if played.reports_success:
-            success = played.success.reshape(shape).mean(axis=1)
+        success = successes.mean(axis=1) if played.reports_success else None
+        each = self.dataset.score(by_episode, successes if played.reports_success else None)
         return {
             "score": self.dataset.score(returns, success),
+            "episode_scores": each,
             "return": returns,
             "success": success,
             "length": played.length.reshape(shape).mean(axis=1),

@@ -6,6 +6,7 @@ It is a program above the rooms of common/: it evaluates, which no module of thi
 
 import contextlib
 import dataclasses
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -60,6 +61,11 @@ def _arguments(argv):
         default="same",
         help="start states of the episodes: those of the evaluations during training, or others",
     )
+    parser.add_argument(
+        "--keep-episodes",
+        action="store_true",
+        help="with --evaluate: write the score of every episode to episodes.csv in the run folder",
+    )
     parser.add_argument("--which", default="last", help="last, best (--keep best) or an update")
     parser.add_argument("--seed", type=int, help="whose policy is filmed and exported")
     parser.add_argument("--export", metavar="FILE.npz", help="write what acting needs for NumPy")
@@ -71,6 +77,8 @@ def _arguments(argv):
         args.which = int(args.which)
     if args.evaluate is not None and args.evaluate < 1:
         fail(f"--evaluate {args.evaluate}: must be at least 1")
+    if args.keep_episodes and args.evaluate is None:
+        fail("--keep-episodes: needs --evaluate N, the number of episodes per seed")
     return args
 
 
@@ -100,6 +108,16 @@ def evaluate(module, args):
     if len(cfg.seeds) > 1:
         mean, std = np.mean(found["score"]), np.std(found["score"])
         print(f"  score {mean:.2f} ± {std:.2f} (mean and std of {len(cfg.seeds)} seeds)")
+    if args.keep_episodes:
+        path = Path(args.folder, "episodes.csv")
+        lines = [
+            f"{seed},{episode},{score:.9g}\n"
+            for seed, scores in zip(cfg.seeds, found["episode_scores"], strict=True)
+            for episode, score in enumerate(scores)
+        ]
+        with _writing("--keep-episodes", path):
+            path.write_text("seed,episode,score\n" + "".join(lines), encoding="utf-8")
+        print(f"written: {path}")
     return found
 
 

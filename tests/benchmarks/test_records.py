@@ -26,6 +26,8 @@ ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 # Loading times; a picture that its script draws anew; what was broken on purpose, in words.
 WITHOUT = {"data.md", "occupancy.md", "reliability.md"}
+OF_ALL = {"scores.md", "speed.md"}  # scores.py and speed.py make them of all records
+IN_WORDS = {"findings.md"}  # says what other pages show
 README, INDEX, DATA = (
     (ROOT / x).read_text() for x in ("README.md", "docs/results.md", "benchmarks/results/data.md")
 )
@@ -44,7 +46,7 @@ def made_again(page, folder, monkeypatch):
     (folder / "docs" / "results.md").write_text(INDEX)
     monkeypatch.chdir(folder)
     monkeypatch.setattr(figures, "png", lambda figure, path: None)
-    for name in ("curves", "aggregates"):
+    for name in ("curves", "aggregates", "pulls"):
         monkeypatch.setattr(figures, name, lambda *_: contextlib.nullcontext())
     report.main(tyro.cli(report.Arguments, args=shlex.split(command)[2:]))
     return folder / "benchmarks" / "results" / page.name
@@ -87,8 +89,9 @@ def test_every_page_has_a_record():
     made = {page.name for page in of_runs()} | {
         f"{name}.md" for name in [*FROM_JSON, *SPEED, "fidelity"]
     }
-    assert {page.name for page in RESULTS.glob("*.md")} <= made | WITHOUT
-    for name in {f"{name}.md" for name in [*FROM_JSON, *SPEED, "fidelity"]} | WITHOUT:
+    made |= OF_ALL
+    assert {page.name for page in RESULTS.glob("*.md")} <= made | WITHOUT | IN_WORDS
+    for name in made | WITHOUT | IN_WORDS:
         page = RESULTS / name
         assert not page.exists() or "python benchmarks/" in page.read_text()  # to measure again
 
@@ -159,6 +162,53 @@ def test_a_speed_page_shows_every_number_of_the_newest_rows(stem):
                     spoilt[i]["rows"][j][column] = 1.1 * number + 1
                     assert speed.page(SPEED[stem], spoilt) != text, (record["name"], j, column)
     assert older < len(shown)
+
+
+def test_the_index_of_speed_is_what_its_records_give():
+    text, more = (
+        (RESULTS / "speed.md").read_text(),
+        (speed.starts(), speed.read(speed.PEER_RECORDS)),
+    )
+    assert text == speed.index(RECORDS, *more)
+    for machine in speed.MACHINES:
+        rows = speed.newest(RECORDS[machine])
+        counts = sorted({seeds for _, seeds in rows})
+        for algorithm, seeds in rows:
+            if seeds in (counts[0], counts[-1]):
+                spoilt = copy.deepcopy(RECORDS)
+                speed.newest(spoilt[machine])[algorithm, seeds][0]["updates/s"] += 10
+                assert speed.index(spoilt, *more) != text
+
+
+def test_the_index_of_speed_shows_every_number_of_start_up_and_of_other_code_bases():
+    parts, peer = {"data": "file", "warm, CPU s": 12.5, "cold, CPU s": 30.25}, {}
+    facts = {"date": "2026-01-01", "hardware": "one", "load": "2", "versions": "jax 1"}
+    start = facts | {"command": "x", "name": "s", "algorithm": "rebrac", "rows": [parts]}
+    newer = start | {"date": "2026-01-02", "name": "t", "rows": [parts | {"warm, CPU s": 7.125}]}
+    text = "\n".join(speed.start_up([start, newer]))
+    assert "| rebrac | file | 7.1 | 30.2 |" in text and "12.5" not in text
+    peer = {"algorithm": "fql", "peer": "theirs", "updates/s here": 3.5, "updates/s": 2.25}
+    peer |= {"times the peer": 1.556, "by CPU time": None, "versions": "jax 1", "why not": ""}
+    record = {"name": "r", "date": "2026-01-01", "rows": [], "peers": [peer], "command": "x"}
+    record |= {"data": "rows", "chunks": "2 updates"}
+    text = "\n".join(speed.code_bases({speed.MACHINES[0]: [record]}))
+    assert "| 3.500 | 2.250 | 1.556 |" in text and "jax 1" in text
+    peer |= {"updates/s": None, "times the peer": None, "why not": "ImportError: no"}
+    text = "\n".join(speed.code_bases({speed.MACHINES[0]: [record]}))
+    assert "| 3.500 |  |  |" in text and "ImportError: no" in text
+
+
+NUMBER = re.compile(r"(?<![\w.-])-?\d+(?:,\d{3})*(?:\.\d+)?(?![\w%])")
+
+
+def test_every_number_of_the_findings_is_on_the_page_that_its_paragraph_links_to():
+    _, *findings = re.split(r"^## ", (RESULTS / "findings.md").read_text(), flags=re.M)
+    assert len(findings) >= 5
+    for finding in findings:
+        pages = re.findall(r"\]\((\w+\.md)\)", finding)
+        there = {x for page in pages for x in NUMBER.findall((RESULTS / page).read_text())}
+        said = set(NUMBER.findall(finding))
+        assert pages and len(said) >= 4 and said <= there, (finding.splitlines()[0], said - there)
 
 
 def test_a_record_of_another_machine_is_refused(tmp_path):

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import pytest
 
 from algorithms import rebrac
-from benchmarks import throughput
+from benchmarks import peers, throughput
 
 
 def products(function, *arguments):
@@ -97,6 +97,73 @@ def test_a_peer_is_asked_for_the_same_sizes(tmp_path, monkeypatch):
     assert asked["batch_size"] == 4 and asked["updates"] == 2 and asked["rows"] == throughput.ROWS
 
 
+DATASETS = """
+class Dataset(dict):
+    create = classmethod(lambda cls, **fields: cls(fields))
+
+    def sample(self, count):
+        return {key: x[:count] for key, x in self.items()}
+"""
+AGENT = """
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+get_config = SimpleNamespace
+
+
+class FQLAgent:
+    network = SimpleNamespace(params=0.0)
+
+    @classmethod
+    def create(cls, seed, observation, action, config):
+        shapes = {"observation": observation.shape, "action": action.shape}
+        Path("asked").write_text(json.dumps(vars(config) | shapes))
+        return cls()
+
+    def update(self, batch):
+        assert batch["rewards"].shape == (4,) and batch["masks"].all()
+        return self, {}
+"""
+
+
+def test_a_code_base_trains_as_its_main_program_does(tmp_path, monkeypatch):
+    """A folder like that of seohongpark/fql, whose agent only says what it was asked for."""
+    for file, text in (("agents/fql.py", AGENT), ("utils/datasets.py", DATASETS)):
+        (tmp_path / file).parent.mkdir()
+        (tmp_path / file).write_text(text)
+    monkeypatch.chdir(tmp_path)
+    ours = {"updates/s": 5.0, "updates/CPU s": 2.0}
+    monkeypatch.setattr(throughput, "measure", lambda name, seeds, _: ours)
+    sizes = {"algorithms": ("fql", "bc"), "seeds": (1, 2), "batch_size": 4, "repeats": 1}
+    options = {"updates": 3, "peers": (f"fql={tmp_path}",), "output": str(tmp_path / "o.json")}
+    throughput.main(throughput.Arguments(**sizes, **options))
+    (row,) = json.loads((tmp_path / "o.json").read_text())["peers"]
+    assert (row["algorithm"], row["peer"], row["why not"]) == ("fql", "fql", "")
+    assert row["updates/s"] > 0 and "jax" in row["versions"]
+    assert row["times the peer"] == pytest.approx(5 / row["updates/s"])
+    assert row["by CPU time"] == pytest.approx(2 / row["updates/CPU s"])
+    asked = json.loads((tmp_path / "asked").read_text())
+    assert asked["batch_size"] == 4 and asked["value_hidden_dims"] == [512] * 4
+    assert (asked["observation"], asked["action"]) == ([1, 17], [1, 6])
+
+
+def test_a_code_base_that_cannot_be_measured_says_why(tmp_path, monkeypatch):
+    monkeypatch.setattr(throughput, "measure", lambda name, seeds, _: {"updates/s": 5.0})
+    options = {"algorithms": ("rebrac",), "seeds": (1,), "peers": (f"corl={tmp_path}",)}
+    throughput.main(throughput.Arguments(**options, output=str(tmp_path / "o.json")))
+    (row,) = json.loads((tmp_path / "o.json").read_text())["peers"]
+    assert row["updates/s"] is None and row["times the peer"] is None
+    assert "ModuleNotFoundError" in row["why not"]
+
+
+def test_other_widths_than_those_in_the_code_of_a_peer_are_refused():
+    ask = {"hidden": [256, 256], "critic_hidden": [256, 256]}
+    peers.demand(ask, "a peer", (256, 256))
+    with pytest.raises(peers.Refused, match="has the widths"):
+        peers.demand(ask, "a peer", (256, 256, 256))
+
+
 def test_a_chunk_is_whole_iterations():
     """AWR's is one iteration: V on all rows three times, 200 steps of V, 1000 of the actor."""
     sizes = {"algorithms": ("awr",), "seeds": (1,), "batch_size": 4, "updates": 5, "repeats": 1}
@@ -119,6 +186,9 @@ def test_a_chunk_is_whole_iterations():
         {"repeats": 0},
         {"output": "table.csv"},
         {"peer": "/absent/python"},
+        {"peers": ("fql=/absent/folder",)},
+        {"peers": ("no_such_peer=/tmp",)},
+        {"peers": ("fql",)},
     ],
 )
 def test_a_wrong_argument_is_one_line_and_exit_code_2(wrong, capsys):

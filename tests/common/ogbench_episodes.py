@@ -3,9 +3,9 @@
 
     python tests/common/ogbench_episodes.py FOLDER
 
-reads NAME.npz of FOLDER, made by OGBench's own scripts: data_gen_scripts/generate_manipspace.py and
-generate_locomaze.py of github.com/seohongpark/ogbench with the options of its commands.sh, but
-`--num_episodes=20` (stitch: 100).
+adds what the NAME.npz of FOLDER are like. OGBench's own scripts made them, generate_manipspace.py
+and generate_locomaze.py in data_gen_scripts of github.com/seohongpark/ogbench, with the options of
+its commands.sh but `--num_episodes=20` (stitch: 100). What the file has of other names is kept.
 """
 
 import json
@@ -44,6 +44,9 @@ def statistics(name, folder):
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
     made_with = {package: metadata.version(package) for package in ("ogbench", "mujoco")}
+    record = json.loads(FILE.read_text())
+    if record["made with"] != made_with:
+        raise SystemExit(f"{FILE} was made with {record['made with']}: make all of it again")
     files = sorted(x for x in Path(sys.argv[1]).glob("*.npz") if not x.stem.endswith("-val"))
-    found = {path.stem: statistics(path.stem, sys.argv[1]) for path in files}
-    FILE.write_text(json.dumps({"made with": made_with, "episodes": found}) + "\n")
+    record["episodes"] |= {path.stem: statistics(path.stem, sys.argv[1]) for path in files}
+    FILE.write_text(json.dumps(record) + "\n")

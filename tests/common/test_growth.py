@@ -596,6 +596,18 @@ def test_new_start_states(made, capsys):
     assert len(lines) == 4 and lines[0] != lines[2]
 
 
+def test_the_score_of_every_episode(made, capsys):
+    program.main([COPY, "--evaluate", "3", "--keep-episodes"])
+    said = capsys.readouterr().out
+    rows = runs.read_csv(Path(COPY, "episodes.csv"))
+    assert [(row["seed"], row["episode"]) for row in rows] == [
+        (str(seed), str(episode)) for seed in (0, 1) for episode in range(3)
+    ]
+    for seed in (0, 1):
+        mean = np.mean([float(row["score"]) for row in rows if row["seed"] == str(seed)])
+        assert f"seed {seed} at update 8: score {mean:.2f}," in said
+
+
 class Drawn(runs.Endless):
     """With pictures, whose first pixel counts the steps."""
 
