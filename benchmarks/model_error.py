@@ -299,9 +299,7 @@ def draw_errors(axis, table):
         size = [row[column] for column in columns]
         if row["predictor"] == "ensemble":
             axis.plot(steps, size, color=colour, linewidth=2, label=f"{row['actions']} actions")
-        elif row["predictor"] == "recording":
-            axis.plot(steps, size, color="0.5", linestyle="--", label="recording")
-        else:
+        elif row["predictor"] != "recording":
             axis.plot(steps, size, color=colour, linewidth=0.6, alpha=0.6)
     axis.set(title=f"{table[0]['data set']}: error", yscale="log", xticks=steps)
     axis.set(xlabel="steps (thick: ensemble, thin: members)", ylabel="std of one-step changes")
