@@ -20,7 +20,17 @@ import pytest
 import tyro
 
 import figures
-from benchmarks import data_table, ensembles, fidelity, host_data, pessimism, report, soak, speed
+from benchmarks import (
+    data_table,
+    ensembles,
+    fidelity,
+    host_data,
+    model_error,
+    pessimism,
+    report,
+    soak,
+    speed,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -77,6 +87,7 @@ def written(name, record):
     if name == "soak":
         return f"# Soak\n\n{soak.markdown(facts, record['rows'])}"
     scripts = {"ensembles": ensembles, "host_data": host_data, "pessimism": pessimism}
+    scripts["model_error"] = model_error
     assert name in scripts, "say here how its page is made"
     return scripts[name].page(record)
 

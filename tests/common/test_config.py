@@ -13,6 +13,7 @@ import own_files
 import pytest
 import yaml
 
+from common import datasets
 from common.experiment import config, ranges
 
 TOY = """
@@ -264,6 +265,18 @@ def cases():
             if new or not row:
                 yield file, config_class, wanted
             seen |= new
+
+
+def test_the_rows_of_every_file_have_names_that_a_data_set_can_have():
+    """The row of `name.hdf5` is `name`: a row with the suffix would never be taken."""
+    found = [
+        (file, row)
+        for file in own_files.YAMLS
+        for row in yaml.safe_load(file.read_text()).get("datasets") or {}
+    ]
+    assert len(found) > 100
+    assert [(file, row) for file, row in found if datasets.config_name(row) != row] == []
+    assert datasets.config_name("hopper-medium-v4.hdf5") == "hopper-medium-v4"
 
 
 def test_every_file_and_value_of_the_repository():
