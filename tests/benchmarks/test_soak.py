@@ -280,9 +280,40 @@ def test_moments_are_within_the_run(fault):
     assert max(seconds for _, seconds in moments) <= WHOLE.startup
 
 
+@pytest.mark.parametrize("fault", soak.CODES)
+def test_with_online_they_are_in_the_online_phase(fault):
+    draw = random.Random(0)
+    moments = [soak.moment(fault, WHOLE, draw, online=True) for _ in range(300)]
+    boundaries = {boundary for boundary, _ in moments}
+    assert min(boundaries) == soak.OFFLINE and max(boundaries) < soak.UPDATES
+
+
+@pytest.mark.parametrize("algorithm", ["rebrac", "cal_ql", "wsrl", "rlpd"])
+def test_a_run_with_an_online_phase_is_one_that_the_file_takes(algorithm, tmp_path, monkeypatch):
+    """Its updates end at the same place, and it takes no first steps of thousands."""
+    from common.experiment import config, phases
+
+    soak.write_data(data := tmp_path / "data.hdf5")
+    words = {}
+    monkeypatch.setattr(soak.subprocess, "Popen", lambda argv, **_: words.update(argv=argv))
+    soak.Run(algorithm, data, tmp_path, online=True).start()
+    cfg, _ = config.parse(runs.module(algorithm).Config, words["argv"][2:])
+    assert phases.last_update(cfg) == soak.UPDATES and cfg.num_updates == soak.OFFLINE
+    assert phases.env_steps(cfg) <= 320
+
+
+def test_rows_of_the_env_are_compared(tmp_path, monkeypatch):
+    run = soak.Run("rebrac", tmp_path / "data.hdf5", tmp_path, online=True)
+    monkeypatch.setattr(run, "finished", lambda: True)
+    monkeypatch.setattr(run, "result", lambda: (b"", {}, [], b"01"))
+    for rows, problems in ((b"01", []), (b"02", ["other rows of the env"])):
+        assert soak.differences(run, soak.Whole((b"", {}, [], rows), 0, 0)) == problems
+
+
 # --- All of it ----------------------------------------------------------------------------------
 def test_unknown_words_are_one_line(capsys):
-    for arguments in (soak.Arguments(("cb",)), soak.Arguments(faults=("fire",))):
+    wrong = [soak.Arguments(("cb",)), soak.Arguments(faults=("fire",))]
+    for arguments in [*wrong, soak.Arguments(("rebrac", "bc"), online=True)]:
         with pytest.raises(SystemExit) as stop:
             soak.main(arguments)
         assert stop.value.code == 2
