@@ -7,7 +7,8 @@ A trial trains on a small synthetic data set until a fault at a random moment. I
 the same command and `--resume`, and compares metrics.csv, scores and final parameters with those of
 an undisturbed run. A third of the trials mirror to wandb offline, the others do not use it. With
 `--online` the runs have an online phase as well, beside Pendulum-v1; the faults come in that phase,
-and the rows that the run keeps of the env are compared too. Faults:
+and the rows that the run keeps of the env are compared too. With `--online --kills 5` every
+algorithm has one run that is killed five times in that phase, one after the other. Faults:
 
     kill       SIGKILL
     term       SIGTERM, in half of the trials to wandb's process too, as SLURM does: the run saves
@@ -76,7 +77,8 @@ SIZES = ["--num-updates", str(UPDATES), "--log-every", str(LOG_EVERY), "--eval-e
 SIZES += ["--eval-episodes", "2", "--batch-size", "32", "--hidden", "32", "32", "--seeds", "0", "1"]
 SIZES += ["--save-seconds", "0"]
 OFFLINE = 1000  # of the updates, with --online
-FIRST_STEPS = {"cal_ql": "--warm-up-steps", "wsrl": "--warm-up-steps", "rlpd": "--random-steps"}
+SMALL = ["--warm-up-steps", "20", "--critic-hidden", "32", "32", "--num-samples", "2"]
+ONLINE = {"cal_ql": SMALL, "wsrl": SMALL, "rlpd": ["--random-steps", "20"]}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +89,7 @@ class Arguments:
     seed: int = 0  # for drawing the moments
     output: Path | None = None  # stem of the record to write, .md and .json
     online: bool = False  # runs with an online phase, which are broken in that phase
+    kills: int = 0  # with --online: one run of each algorithm, which SIGKILL ends so often
 
 
 class Case(NamedTuple):
@@ -145,10 +148,7 @@ class Run:
         if not self.online:
             return []
         words = ["--num-updates", str(OFFLINE), "--online-updates", str(UPDATES - OFFLINE)]
-        words += ["--updates-per-step", "5"]
-        if self.algorithm in FIRST_STEPS:
-            words += [FIRST_STEPS[self.algorithm], "20"]
-        return words
+        return [*words, "--updates-per-step", "5", *ONLINE.get(self.algorithm, [])]
 
     @property
     def said(self):
@@ -469,6 +469,31 @@ def trial(case, data, folder, whole, draw):
     return row | {"tries": number}
 
 
+def killed_often(algorithm, data, folder, kills, draw):
+    """A line on one run that is killed again and again in its online phase. -> whether it held"""
+    whole, run = (Run(algorithm, data, folder / x, online=True) for x in ("whole", "killed"))
+    for each in (whole, run):
+        each.folder.mkdir(parents=True)
+    if end(whole.start()) != 0:
+        fail(f"{algorithm}: the undisturbed run failed: {whole.said[1][-500:]}")
+    at, again, problems = [], [], []
+    for boundary in sorted(draw.sample(range(OFFLINE, UPDATES - LOG_EVERY, LOG_EVERY), kills)):
+        process = run.start("--resume")
+        wait_for(run, process, boundary, draw.uniform(0, 0.2))
+        process.kill()
+        at.append(run.logged())
+        if (code := end(process)) != -signal.SIGKILL:
+            problems.append(f"exit code {code} before kill {len(at)}")
+        again += updates("resuming at update", run.said[0])
+    if (code := end(run.start("--resume"))) != 0:
+        problems.append(f"exit code {code} at the end")
+    again += updates("resuming at update", run.said[0])
+    problems += differences(run, Whole(whole.result(), 0, 0))
+    print(f"{algorithm}: killed after updates {at}, resumed at {again}:", end=" ")
+    print("; ".join(problems) or "as undisturbed", flush=True)
+    return not problems
+
+
 def undisturbed(algorithm, data, folder, online):
     """The second of two runs. As in the trials, its programs are compiled already."""
     run = Run(algorithm, data, folder, online=online)
@@ -524,6 +549,8 @@ def main(arguments):
         without = [x for x in arguments.algorithms if "online_updates" not in source(x)]
         if without:
             fail(f"--online: {without[0]}.py has no online phase; leave it out of --algorithms")
+    if arguments.kills < 0 or (arguments.kills and not arguments.online):
+        fail(f"--kills {arguments.kills}: must be at least 1, with --online")
     if arguments.times < 1:
         fail(f"--times {arguments.times}: must be at least 1")
     faults = [x for x in arguments.faults if x not in MOUNTED or os.geteuid() == 0]
@@ -533,6 +560,10 @@ def main(arguments):
     with tempfile.TemporaryDirectory() as root:
         root = Path(root)
         write_data(data := root / "data.hdf5")
+        if arguments.kills:
+            each = arguments.algorithms
+            good = [killed_often(x, data, root / x, arguments.kills, draw) for x in each]
+            raise SystemExit(not all(good))
         online = arguments.online
         whole = {x: undisturbed(x, data, root / x, online) for x in arguments.algorithms}
         code = sorted((ROOT / "common").rglob("*.py"))

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import subprocess
@@ -313,6 +314,7 @@ def test_rows_of_the_env_are_compared(tmp_path, monkeypatch):
 # --- All of it ----------------------------------------------------------------------------------
 def test_unknown_words_are_one_line(capsys):
     wrong = [soak.Arguments(("cb",)), soak.Arguments(faults=("fire",))]
+    wrong += [soak.Arguments(kills=3), soak.Arguments(online=True, kills=-1)]
     for arguments in [*wrong, soak.Arguments(("rebrac", "bc"), online=True)]:
         with pytest.raises(SystemExit) as stop:
             soak.main(arguments)
@@ -337,3 +339,23 @@ def test_two_trials(tmp_path):
     assert [x["fault"] for x in rows] == ["kill", "damage"]
     assert all(x["took effect"] and x["as undisturbed"] for x in rows)
     assert (tmp_path / "soak.md").read_text().count("| 1 | 1 |") == 2
+
+
+@runs.SLOW
+def test_a_run_that_is_killed_twice_in_its_online_phase():
+    words = [sys.executable, str(runs.ROOT / "benchmarks" / "soak.py"), "--online", "--kills", "2"]
+    done = subprocess.run(
+        [*words, "--algorithms", "rebrac"],
+        capture_output=True,
+        text=True,
+        timeout=runs.HANGS,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    (line,) = done.stdout.splitlines()
+    facts = re.fullmatch(
+        r"rebrac: killed after updates (.*), resumed at (.*): as undisturbed", line
+    )
+    killed, resumed = (json.loads(x) for x in facts.groups())
+    assert len(killed) == len(resumed) == 2 and min(killed) >= soak.OFFLINE
+    assert all(a <= b for a, b in zip(killed, resumed, strict=True))
