@@ -70,7 +70,7 @@ undisturbed run.
 
 """
 DAMAGES = ("a bit flipped", "a bit flipped", "emptied", "overwritten", "deleted")
-HANGS = 600  # seconds after which a process is taken to hang; the machine may be busy
+HANGS = 1800  # seconds after which a process is taken to hang; the machine may be busy
 TRIES = 6  # moments drawn for a trial at most
 UPDATES, LOG_EVERY = 2500, 50
 SIZES = ["--num-updates", str(UPDATES), "--log-every", str(LOG_EVERY), "--eval-every", "250"]
