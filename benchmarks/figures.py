@@ -67,30 +67,39 @@ def legend(figure, axes):
 
 @contextlib.contextmanager
 def curves(rows, labels):
-    """A panel per data set: mean over seeds with a 95 % interval, or every seed; data levels."""
+    """A panel per data set: mean over seeds with a 95 % interval, or every seed; data levels.
+
+    Where all rows of a panel have an online phase, updates are counted from the switch on.
+    """
     names = list(dict.fromkeys((row.family, row.dataset) for row in rows))
     with panels(len(names)) as (figure, axes):
         for axis, (family, name) in zip(axes, names, strict=True):
             group = [row for row in rows if (row.family, row.dataset) == (family, name)]
+            switches = {row.switch for row in group}
+            online = None not in switches
             for row in group:
-                _curve(axis, row, look(labels, row.label))
+                _curve(axis, row, look(labels, row.label), row.switch if online else 0)
             for key, style in (("mean", "--"), ("max", ":")):
                 if not np.isnan(level := group[0].level(key)):
                     axis.axhline(level, color="0.5", linestyle=style, linewidth=1.2)
                     axis.plot([], [], color="0.5", linestyle=style, label=f"data {key}")
             unit = {"normalised": "score", "success": "success, %", "return": "return"}
             axis.set(title=_broken(name), xlabel="updates", ylabel=unit[group[0].scale])
+            if online:
+                axis.set_xlabel("updates since the switch to the env")
+            for switch in {0} if online else switches - {None}:
+                axis.axvline(switch, color=INK, linewidth=1.2)
             axis.xaxis.set_major_formatter(_thousands)
             axis.xaxis.set_major_locator(_ticks())
         legend(figure, axes)
         yield figure
 
 
-def _curve(axis, row, style):
+def _curve(axis, row, style, switch):
     points = collections.defaultdict(list)  # a seed that diverged has fewer of them
     for curve in row.curves.values():
         for update, score in curve.T:
-            points[update].append(score)
+            points[update - switch].append(score)
     updates = sorted(points)
     if not updates:
         return
@@ -103,8 +112,8 @@ def _curve(axis, row, style):
         low, high = intervals.interval(lambda x: x.mean(axis=-2), scores, draws=2000)
         axis.fill_between(full, low, high, color=style["color"], alpha=0.2, linewidth=0)
     elif len(row.curves) > 1:
-        for curve in row.curves.values():
-            axis.plot(*curve, color=style["color"], alpha=0.35, linewidth=0.8)
+        for updates, scores in row.curves.values():
+            axis.plot(updates - switch, scores, color=style["color"], alpha=0.35, linewidth=0.8)
 
 
 @contextlib.contextmanager

@@ -64,8 +64,13 @@ def name_of(run):
 
 
 def beside(run, table):
-    """(list of Beside, list of notes on rows that were published under another protocol)."""
+    """(list of Beside, list of notes on rows that were published under another protocol).
+
+    The table has scores of offline training only, so runs with an online phase have none.
+    """
     name, groups, words = name_of(run), {}, []
+    if run.switch is not None:
+        return [], []
     for row in table:
         wanted = [x.split("=") for x in row["config"].split(";") if x]
         known = row["algorithm"] == run.algorithm and row["dataset"] == name

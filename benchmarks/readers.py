@@ -26,8 +26,9 @@ from common.datasets.names import OGBENCH_ID
 from common.experiment.config import current_names
 
 PER_SEED = ("score", "best_score", "return", "success", "length", "diverged")
+PER_SEED += ("offline_score", "regret", "online_success")  # of runs with an online phase
 # Named only if nothing else tells rows apart, or if one name has several of them.
-BUDGET = ("num_updates", "log_every", "eval_every", "eval_episodes")
+BUDGET = ("num_updates", "online_updates", "log_every", "eval_every", "eval_episodes")
 NO_CONFIG = ("record", "seeds", "dataset")  # keys that do not distinguish rows
 
 
@@ -69,6 +70,16 @@ class Result:
         precision = self.result.get("matmul_precision", "")
         precision += " with 64 bits" if self.result.get("x64") else ""
         return {"common": common, "precision": precision}
+
+    @property
+    def updates(self):
+        """Updates of both phases."""
+        return updates_of(self.result)
+
+    @property
+    def switch(self):
+        """The update after which the online phase began; None if the run has none."""
+        return self.result["num_updates"] if self.result.get("online_updates") else None
 
     @property
     def results(self):
@@ -142,6 +153,11 @@ class Result:
             return math.nan
         low, high = self.reference
         return value if low is None else 100 * (value - low) / (high - low)
+
+
+def updates_of(result):
+    """Updates of both phases by a run's result.json."""
+    return result["num_updates"] + result.get("online_updates", 0)
 
 
 def numbers(each):
@@ -286,15 +302,17 @@ def read(folder, notes):
 
 def check(run):
     """Raises ValueError or KeyError if the three files of a run do not fit together."""
-    result, updates = run.result, run.result["num_updates"]
+    result, updates = run.result, updates_of(run.result)
     record = run.config["record"]
     if len(record["reference"]) != 2 or {"mean", "max"} - {*record["data_return"]}:
         raise ValueError("config.yaml without the data's returns and reference scores")
     seeds = [str(seed) for seed in run.config["seeds"]]
     if seeds != [*result["score"]] or seeds != [*result["best_score"]]:
         raise ValueError(f"config.yaml has seeds {seeds}, result.json {[*result['score']]}")
-    if run.config.get("num_updates", updates) != updates:
-        raise ValueError(f"ended after {updates} updates, not {run.config['num_updates']}")
+    for name in ("num_updates", "online_updates"):
+        have = result.get(name, 0)
+        if run.config.get(name, have) != have:
+            raise ValueError(f"ended after {have} {name}, not {run.config[name]}")
     for seed, score in result["score"].items():
         curve = run.curves.get(int(seed), np.zeros((2, 0)))
         last = dict(zip(*curve, strict=True)).get(updates)
@@ -343,7 +361,8 @@ def _of_wandb(entry):
     config = {key: x for key, x in entry.config.items() if not key.startswith("_")}
     config = current_names(config)
     seed, algorithm = config.pop("seed"), config.pop("algorithm")
-    code, updates = config.pop("code", {}), config["num_updates"]
+    lengths = {name: config.get(name, 0) for name in ("num_updates", "online_updates")}
+    code, updates = config.pop("code", {}), updates_of(lengths)
     points, values, last = [], {}, None
     for row in entry.scan_history():
         score = row.get("score")
@@ -355,7 +374,7 @@ def _of_wandb(entry):
         raise ValueError(f"{entry.state} at update {last} of {updates}")
     over = not points or points[-1][0] != updates  # diverged or never evaluated
     best = max((score for step, score in points if step > 0), default=None)
-    result = {"algorithm": algorithm, "num_updates": updates, "code": code}
+    result = {"algorithm": algorithm, **lengths, "code": code}
     result |= {"eval_episodes": config["eval_episodes"], "best_score": {str(seed): best}}
     result |= {name: {str(seed): None if over else x} for name, x in values.items()}
     result |= {"diverged": {str(seed): updates} if over and points else {}}

@@ -65,6 +65,11 @@ data without reference scores. Best: the highest evaluation during training, sel
 fact. Data mean, data best: returns of the recorded episodes on the same scale. Updates/s:
 all seeds of a process together. Wall-clock: training and evaluation.
 """
+ONLINE = """
+Online phase: updates after the switch are made beside an env. Before, after: the score of the
+policy at the switch and at the end; without offline updates there is none before. Regret: 1 - the
+mean normalised score / 100 of all episodes that ended in the phase, with exploration's actions.
+"""
 INTERVALS = """
 IQM is the interquartile mean over seeds and data sets. Brackets hold 95 % intervals of a bootstrap
 stratified by data set. "Row beats column" is the probability that a seed of the row scores higher
@@ -93,12 +98,13 @@ class Arguments:
 
 
 # --- Cells --------------------------------------------------------------------------------------
-def spread(x):
+def spread(x, digits=1):
     """Mean ± std (ddof 0) over the seeds that have the number; empty if none has it."""
     x = x[~np.isnan(x)]
     if not len(x):
         return ""
-    return f"{x.mean():.1f} ± {x.std():.1f}" if len(x) > 1 else f"{x.mean():.1f}"
+    mean = f"{x.mean():.{digits}f}"
+    return f"{mean} ± {x.std():.{digits}f}" if len(x) > 1 else mean
 
 
 def lost(row):
@@ -132,6 +138,23 @@ def table(rows):
     return Table(head, [_cells(row) for row in rows])
 
 
+def online(rows):
+    """Of the rows with an online phase: the score before and after it, and the regret."""
+    head = ["algorithm", "data set", "offline updates", "online updates", "env steps per seed"]
+    head += ["score before", "score after", "best", "regret"]
+    lines = []
+    for row in rows:
+        if row.switch is None:
+            continue
+        result = row.result
+        before, regret = (readers.numbers(result.get(x, {})) for x in ("offline_score", "regret"))
+        sizes = [result["num_updates"], result["online_updates"], result.get("env_steps")]
+        cells = [row.label, row.dataset, *("" if x is None else f"{x:,}" for x in sizes)]
+        cells += [spread(before), spread(row.scores), spread(row.best)]
+        lines.append([*cells, spread(regret, digits=2)])
+    return Table(head, lines)
+
+
 def explained(rows):
     """What the columns of the table are."""
     return EXPLAINED.format(score=SCORES[rows[0].selection])
@@ -150,7 +173,7 @@ def _cells(row):
         spread(row.best),
         spread(readers.numbers(result.get("return", {}))),
         " ".join(result["score"]) + lost(row),
-        f"{result['num_updates']:,}",
+        f"{row.updates:,}",
         result["eval_episodes"],
         "" if speed is None else round(speed, 1),
         "" if None in seconds else clock(sum(seconds)),
@@ -240,7 +263,7 @@ def usual_sizes(rows):
 
 
 def _size(row):
-    return row.result["num_updates"], len(row.scores), row.result["eval_episodes"]
+    return row.updates, len(row.scores), row.result["eval_episodes"]
 
 
 def matrix(rows, best=False):
@@ -258,8 +281,8 @@ def matrix(rows, best=False):
             each = row and (row.best if best else row.scores)
             gone = row and len(row.result["diverged"])
             words, (updates, seeds, episodes) = [f"{gone} diverged"] if gone else [], usual[name]
-            if row and row.result["num_updates"] != updates:
-                words.append(f"{row.result['num_updates']:,} updates")
+            if row and row.updates != updates:
+                words.append(f"{row.updates:,} updates")
             if row and len(row.scores) != seeds:
                 words.append(f"{len(row.scores)} seed" + "s" * (len(row.scores) != 1))
             if row and row.result["eval_episodes"] != episodes:
@@ -350,7 +373,7 @@ def statistics(rows, summary):
         return []
     methods, lines = by_method(rows), []
     for label, scores in summary.scores.items():
-        updates = sorted({row.result["num_updates"] for row in methods[label].values()})
+        updates = sorted({row.updates for row in methods[label].values()})
         low, high = estimate(intervals.mean, scores)[1:]
         line = [label, within(*summary.iqm[label]), within(scores.mean(), low, high)]
         lines.append([*line, len(scores), scores.shape[1], joined(f"{x:,}" for x in updates)])
@@ -395,7 +418,7 @@ def beside(rows, reference):
         for row, group in lines:
             at = {x["column"]: f"{x['mean']} ± {x['std']} ({x['seeds']})" for x in group.rows}
             ours = f"{spread(group.ours)} ({len(group.ours)})"
-            cells = [row.label, row.dataset, group.selection, f"{row.result['num_updates']:,}"]
+            cells = [row.label, row.dataset, group.selection, f"{row.updates:,}"]
             table.append([*cells, ours, *(at.get(column, "") for column in columns)])
         blocks.append(Table(head, table, PUBLISHED))
     for column, entries in used.items():
@@ -474,6 +497,8 @@ def blocks_of(rows, notes, arguments, draw):
         summary = summarise(group)
         blocks += [Heading(family)] if len(families) > 1 else []
         blocks.append(table(group))
+        if (phases := online(group)).rows:
+            blocks += [Text(ONLINE), phases]
         if len({row.dataset for row in group}) > 1 and len(group) > 1:
             scale = joined(WORDS[row.scale] for row in group)
             which = "Last score" if arguments.score == "last" else f"Score, {arguments.score},"
@@ -491,6 +516,8 @@ def blocks_of(rows, notes, arguments, draw):
         blocks.append(draw(figure, "learning curves", main=True))
     words = f"Line: mean over seeds. With {figures.BAND_SEEDS} or more seeds the band is a 95 % "
     words += f"bootstrap interval (too narrow with fewer than {FEW}). Thin lines are single seeds."
+    if any(row.switch is not None for row in rows):
+        words += " The vertical line is the switch: updates on its right are made beside an env."
     blocks.append(Text(words))
     blocks += [Text(explained(rows))] if len(families) == 1 else []
     blocks += problems(rows, notes)
@@ -500,6 +527,7 @@ def blocks_of(rows, notes, arguments, draw):
     for row in rows:
         if row.curves:
             title = f"{row.label} on {row.dataset}, score after updates"
+            title += "" if row.switch is None else f" (beside an env from {row.switch:,} on)"
             blocks.append(Folded(title, [evaluations(row)]))
     return [*blocks, *environment(rows)]
 

@@ -5,7 +5,10 @@
 
 A trial trains on a small synthetic data set until a fault at a random moment. It then resumes with
 the same command and `--resume`, and compares metrics.csv, scores and final parameters with those of
-an undisturbed run. A third of the trials mirror to wandb offline, the others do not use it. Faults:
+an undisturbed run. A third of the trials mirror to wandb offline, the others do not use it. With
+`--online` the runs have an online phase as well, beside Pendulum-v1; the faults come in that phase,
+and the rows that the run keeps of the env are compared too. With `--online --kills 5` every
+algorithm has one run that is killed five times in that phase, one after the other. Faults:
 
     kill       SIGKILL
     term       SIGTERM, in half of the trials to wandb's process too, as SLURM does: the run saves
@@ -67,11 +70,15 @@ undisturbed run.
 
 """
 DAMAGES = ("a bit flipped", "a bit flipped", "emptied", "overwritten", "deleted")
+HANGS = 1800  # seconds after which a process is taken to hang; the machine may be busy
 TRIES = 6  # moments drawn for a trial at most
 UPDATES, LOG_EVERY = 2500, 50
 SIZES = ["--num-updates", str(UPDATES), "--log-every", str(LOG_EVERY), "--eval-every", "250"]
 SIZES += ["--eval-episodes", "2", "--batch-size", "32", "--hidden", "32", "32", "--seeds", "0", "1"]
 SIZES += ["--save-seconds", "0"]
+OFFLINE = 1000  # of the updates, with --online
+SMALL = ["--warm-up-steps", "20", "--critic-hidden", "32", "32", "--num-samples", "2"]
+ONLINE = {"cal_ql": SMALL, "wsrl": SMALL, "rlpd": ["--random-steps", "20"]}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +88,8 @@ class Arguments:
     times: int = 50  # trials, spread over algorithms and faults in turn
     seed: int = 0  # for drawing the moments
     output: Path | None = None  # stem of the record to write, .md and .json
+    online: bool = False  # runs with an online phase, which are broken in that phase
+    kills: int = 0  # with --online: one run of each algorithm, which SIGKILL ends so often
 
 
 class Case(NamedTuple):
@@ -88,6 +97,7 @@ class Case(NamedTuple):
     algorithm: str
     wandb: str = "disabled"
     every: bool = False  # the signal goes to all processes of the run
+    online: bool = False  # the fault comes in the online phase
 
 
 class Whole(NamedTuple):
@@ -115,14 +125,16 @@ def write_data(path, rows=2000):
 class Run:
     """A run of one algorithm in its own runs folder and process, which can be broken."""
 
-    def __init__(self, algorithm, data, folder, wandb="disabled", log="log"):
+    def __init__(self, algorithm, data, folder, wandb="disabled", log="log", online=False):
         self.algorithm, self.data, self.folder, self.wandb = algorithm, data, folder, wandb
+        self.online = online
         self.place = folder / algorithm / data.stem / "run"
         self.files = [folder.with_name(f"{folder.name}.{log}.{x}") for x in ("out", "err")]
 
     def start(self, *more):
         script = str(ROOT / "algorithms" / f"{self.algorithm}.py")
         words = [sys.executable, script, "--dataset", str(self.data), *SIZES, "--name", "run"]
+        words += self.phases()
         words += ["--runs-dir", str(self.folder), "--wandb", self.wandb, *more]
         keep = {key: value for key, value in os.environ.items() if not key.startswith("WANDB")}
         keep |= {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
@@ -130,6 +142,13 @@ class Run:
         none = subprocess.DEVNULL
         with self.files[0].open("w") as out, self.files[1].open("w") as err:
             return subprocess.Popen(words, env=keep, stdin=none, stdout=out, stderr=err)
+
+    def phases(self):
+        """The flags of both phases, later than SIZES and so instead of them."""
+        if not self.online:
+            return []
+        words = ["--num-updates", str(OFFLINE), "--online-updates", str(UPDATES - OFFLINE)]
+        return [*words, "--updates-per-step", "5", *ONLINE.get(self.algorithm, [])]
 
     @property
     def said(self):
@@ -152,18 +171,20 @@ class Run:
         return (self.place / "result.json").exists()
 
     def result(self):
-        """What must not depend on faults: metrics.csv, scores, parameters."""
+        """What must not depend on faults: metrics.csv, scores, parameters, rows of the env."""
         os.environ["JAX_PLATFORMS"] = "cpu"
         import jax
         import orbax.checkpoint as ocp
 
         numbers = json.loads((self.place / "result.json").read_text())
-        scores = {name: numbers[name] for name in ("score", "best_score", "return", "length")}
+        names = ("score", "best_score", "return", "length", "offline_score", "regret")
+        scores = {name: numbers.get(name) for name in names}
         newest = (self.place / "checkpoints" / str(UPDATES) / "state").resolve()
         with ocp.StandardCheckpointer() as checkpointer:
             leaves = jax.tree.leaves_with_path(checkpointer.restore(newest))
         arrays = [(jax.tree_util.keystr(name), np.asarray(x).tobytes()) for name, x in leaves]
-        return (self.place / "metrics.csv").read_bytes(), scores, arrays
+        rows = (self.place / "online.rows").read_bytes() if self.online else b""
+        return (self.place / "metrics.csv").read_bytes(), scores, arrays, rows
 
 
 # --- Processes and disks ------------------------------------------------------------------------
@@ -171,7 +192,7 @@ def updates(words, text):
     return [int(x.replace(",", "")) for x in re.findall(rf"^{words} ([\d,]+)", text, re.M)]
 
 
-def end(process, seconds=120):
+def end(process, seconds=HANGS):
     """Wait for the process. -> its exit code"""
     try:
         return process.wait(seconds)
@@ -233,7 +254,7 @@ class Disk:
 
     def fill(self, process):
         """Keep the disk full until the process ends. -> its exit code"""
-        filler, until = self.folder / "filler", time.monotonic() + 120
+        filler, until = self.folder / "filler", time.monotonic() + HANGS
         while process.poll() is None and time.monotonic() < until:
             with filler.open("ab", buffering=0) as file:
                 for size in (1 << 20, 1 << 12, 1):
@@ -263,18 +284,20 @@ class Disk:
 
 
 # --- Faults -------------------------------------------------------------------------------------
-def moment(fault, whole, draw):
+def moment(fault, whole, draw, online=False):
     """(chunk boundary, seconds after it); None stands for the start of the process."""
     needs = fault in ("damage", "second")
-    if not needs and draw.random() < 1 / 6:
+    if not needs and not online and draw.random() < 1 / 6:
         return None, draw.uniform(0, whole.startup)
-    last = UPDATES // 5 if fault == "second" else UPDATES  # a second one takes seconds to start
-    boundary = draw.choice(range(LOG_EVERY if needs else 0, last, LOG_EVERY))
+    first = OFFLINE if online else LOG_EVERY if needs else 0
+    # A second one takes seconds to start.
+    last = first + UPDATES // 5 if fault == "second" else UPDATES
+    boundary = draw.choice(range(first, last, LOG_EVERY))
     return boundary, draw.uniform(0, 2 * whole.chunk)
 
 
 def wait_for(run, process, boundary, seconds):
-    until = time.monotonic() + 120
+    until = time.monotonic() + HANGS
     while boundary is not None and process.poll() is None and time.monotonic() < until:
         if (logged := run.logged()) is not None and logged >= boundary:
             break
@@ -292,7 +315,7 @@ def strike(case, run, process, disk, draw):
     if case.fault == "read-only":
         return seen | {"exit code": disk.give_up(process)}
     if case.fault == "second":
-        other = Run(run.algorithm, run.data, run.folder, run.wandb, log="second")
+        other = Run(run.algorithm, run.data, run.folder, run.wandb, "second", run.online)
         seen |= {"second": end(other.start("--resume")), "second stderr": other.said[1]}
         seen["when"] = "in time" if process.poll() is None else "late"
     elif case.fault == "limit":
@@ -376,8 +399,9 @@ def lost_updates(seen):
 def differences(run, whole):
     if not run.finished():
         return ["not finished"]
+    names = ("metrics.csv", "scores", "parameters", "rows of the env")
     try:
-        both = zip(("metrics.csv", "scores", "parameters"), run.result(), whole.result, strict=True)
+        both = zip(names, run.result(), whole.result, strict=True)
         return [f"other {name}" for name, one, two in both if one != two]
     except (OSError, ValueError, KeyError) as error:
         return [f"the result cannot be read: {str(error)[:200]}"]
@@ -402,9 +426,9 @@ def resume(run, seen):
 def attempt(case, data, folder, whole, draw):
     """One row of the record: break a run; if that took effect, resume and compare."""
     folder.mkdir()
-    run = Run(case.algorithm, data, folder, case.wandb)
+    run = Run(case.algorithm, data, folder, case.wandb, online=case.online)
     with Disk(folder) if case.fault in MOUNTED else contextlib.nullcontext() as disk:
-        boundary, seconds = moment(case.fault, whole, draw)
+        boundary, seconds = moment(case.fault, whole, draw, case.online)
         after = f"{'start' if boundary is None else boundary} + {seconds:.2f} s"
         seen, process = case._asdict() | {"after": after}, run.start()
         try:
@@ -445,9 +469,34 @@ def trial(case, data, folder, whole, draw):
     return row | {"tries": number}
 
 
-def undisturbed(algorithm, data, folder):
+def killed_often(algorithm, data, folder, kills, draw):
+    """A line on one run that is killed again and again in its online phase. -> whether it held"""
+    whole, run = (Run(algorithm, data, folder / x, online=True) for x in ("whole", "killed"))
+    for each in (whole, run):
+        each.folder.mkdir(parents=True)
+    if end(whole.start()) != 0:
+        fail(f"{algorithm}: the undisturbed run failed: {whole.said[1][-500:]}")
+    at, again, problems = [], [], []
+    for boundary in sorted(draw.sample(range(OFFLINE, UPDATES - LOG_EVERY, LOG_EVERY), kills)):
+        process = run.start("--resume")
+        wait_for(run, process, boundary, draw.uniform(0, 0.2))
+        process.kill()
+        at.append(run.logged())
+        if (code := end(process)) != -signal.SIGKILL:
+            problems.append(f"exit code {code} before kill {len(at)}")
+        again += updates("resuming at update", run.said[0])
+    if (code := end(run.start("--resume"))) != 0:
+        problems.append(f"exit code {code} at the end")
+    again += updates("resuming at update", run.said[0])
+    problems += differences(run, Whole(whole.result(), 0, 0))
+    print(f"{algorithm}: killed after updates {at}, resumed at {again}:", end=" ")
+    print("; ".join(problems) or "as undisturbed", flush=True)
+    return not problems
+
+
+def undisturbed(algorithm, data, folder, online):
     """The second of two runs. As in the trials, its programs are compiled already."""
-    run = Run(algorithm, data, folder)
+    run = Run(algorithm, data, folder, online=online)
     for _ in range(2):
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
@@ -487,11 +536,21 @@ def write(output, facts, rows):
         part.replace(output.with_suffix(suffix))
 
 
+def source(algorithm):
+    return (ROOT / "algorithms" / f"{algorithm}.py").read_text()
+
+
 def main(arguments):
     files = sorted(x.stem for x in (ROOT / "algorithms").glob("*.py"))
     for flag, known in (("algorithms", files), ("faults", list(CODES))):
         if unknown := sorted({*getattr(arguments, flag)} - {*known}):
             fail(f"--{flag} {unknown[0]}: choose from {', '.join(known)}")
+    if arguments.online:
+        without = [x for x in arguments.algorithms if "online_updates" not in source(x)]
+        if without:
+            fail(f"--online: {without[0]}.py has no online phase; leave it out of --algorithms")
+    if arguments.kills < 0 or (arguments.kills and not arguments.online):
+        fail(f"--kills {arguments.kills}: must be at least 1, with --online")
     if arguments.times < 1:
         fail(f"--times {arguments.times}: must be at least 1")
     faults = [x for x in arguments.faults if x not in MOUNTED or os.geteuid() == 0]
@@ -501,17 +560,23 @@ def main(arguments):
     with tempfile.TemporaryDirectory() as root:
         root = Path(root)
         write_data(data := root / "data.hdf5")
-        whole = {x: undisturbed(x, data, root / x) for x in arguments.algorithms}
+        if arguments.kills:
+            each = arguments.algorithms
+            good = [killed_often(x, data, root / x, arguments.kills, draw) for x in each]
+            raise SystemExit(not all(good))
+        online = arguments.online
+        whole = {x: undisturbed(x, data, root / x, online) for x in arguments.algorithms}
         code = sorted((ROOT / "common").rglob("*.py"))
         code += [ROOT / "algorithms" / f"{x}.py" for x in arguments.algorithms]
         seconds = (f"{name} {x.startup:.1f} s and {x.chunk:.2f} s" for name, x in whole.items())
+        beside = f", the last {UPDATES - OFFLINE:,} beside Pendulum-v1" if online else ""
         facts = {
             "command": f"python benchmarks/soak.py {shlex.join(sys.argv[1:])}",
             "date": time.strftime("%Y-%m-%d"),
             "hardware": machine.processor(),
             "versions": ", ".join(f"{name} {x}" for name, x in provenance.versions()),
             "code of common/ and the algorithms": provenance.code(code),
-            "run": f"{UPDATES:,} updates, two seeds, a checkpoint every {LOG_EVERY}",
+            "run": f"{UPDATES:,} updates{beside}, two seeds, a checkpoint every {LOG_EVERY}",
             STARTUP: ", ".join(seconds),
             "left out": ", ".join(sorted({*arguments.faults} - {*faults})) or "nothing",
         }
@@ -521,7 +586,7 @@ def main(arguments):
             fault, turn = faults[number % len(faults)], number // len(faults)
             every = fault == "term" and turn % 2 == 0
             mode = "offline" if every or number in offline else "disabled"
-            case = Case(fault, algorithm, mode, every)
+            case = Case(fault, algorithm, mode, every, online)
             rows.append(trial(case, data, root / f"trial-{number}", whole[algorithm], draw))
             print(f"{number + 1}/{arguments.times}", json.dumps(rows[-1]), flush=True)
             if arguments.output is not None:

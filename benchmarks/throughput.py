@@ -28,6 +28,10 @@ Peers     With --peers NAME=PATH, other code bases with the same sizes and data,
           updates/CPU s, the updates per second of CPU time of all threads.
 Loading   With --loading, seconds to load a million transitions of each layout, see data_table.py.
 Rollouts  With --rollouts ENV, evaluation steps/s in ENV: 10 episodes per seed of ReBRAC's actor.
+Online    With --online ENV, env steps/s and updates/s of the online phase beside ENV, for every
+          --steps-per-refresh, summed over seeds. The rows of the data set are synthetic. The share
+          of the env is that of env.step in all time. That of env and acting has also the policy's
+          actions and copying the rows into the buffer: all that is no update.
 
 Every figure is the best of `repeats`; chunk, floor and bound alternate in one process. GFLOP count
 the matrix products, 2 b m k n each. "compile s" is the extra time of the first two calls of the
@@ -87,14 +91,23 @@ class Arguments:
     peers: tuple[str, ...] = ()  # NAME=FOLDER of other code bases to measure in turn, see above
     loading: bool = False  # also measure how long a million transitions take to load
     rollouts: tuple[str, ...] = ()  # also measure evaluation steps/s in these Gymnasium envs
+    online: tuple[str, ...] = ()  # only measure the online phase, beside these Gymnasium envs
+    steps_per_refresh: tuple[int, ...] = (1, 50)  # env steps between two policies, with --online
 
 
 # --- Chunk --------------------------------------------------------------------------------------
-def synthetic(dataset_id, env=None, env_steps=None, actions="continuous"):
+def synthetic(
+    dataset_id,
+    env=None,
+    env_steps=None,
+    actions="continuous",
+    observation_dim=OBSERVATION,
+    action_dim=ACTION,
+):
     """`datasets.load` with random transitions of 100 episodes, the same on every machine."""
     generator, length = np.random.default_rng(0), ROWS // 100
-    observation, next_observation = generator.normal(size=(2, ROWS, OBSERVATION))
-    action, next_action = generator.uniform(-1, 1, (2, ROWS, ACTION))
+    observation, next_observation = generator.normal(size=(2, ROWS, observation_dim))
+    action, next_action = generator.uniform(-1, 1, (2, ROWS, action_dim))
     if actions == "discrete":
         action, next_action = generator.integers(ACTION, size=(2, ROWS))
     reward, termination, truncation = generator.normal(size=ROWS), np.zeros(ROWS), np.zeros(ROWS)
@@ -136,6 +149,111 @@ def first_chunk(module, cfg):
         except Reached as reached:
             return reached.args
     raise RuntimeError(f"{module.__name__}.train did not call what over_seeds returned")
+
+
+# --- Online phase -------------------------------------------------------------------------------
+class Timed(interaction.Interaction):
+    """It measures env.step, and hands itself over in place of its first chunk."""
+
+    class Reached(Exception):
+        pass
+
+    def chunk(self, state, keys, start):
+        raise Timed.Reached(self, state, keys, start)
+
+    def _env_step(self, i, action):
+        began = time.perf_counter()
+        step = super()._env_step(i, action)
+        self.env_seconds += time.perf_counter() - began
+        return step
+
+
+def first_online_chunk(module, cfg, dataset, folder):
+    """The `Interaction` of `module.train` and the arguments of its first chunk."""
+    run = mock.MagicMock(cfg=cfg, dataset=dataset, folder=Path(folder))
+    run.__enter__.return_value = run
+    run.restore = lambda state: (state, None, cfg.num_updates)
+    run.boundaries = lambda start: [start]
+    run.last_update = cfg.num_updates + cfg.online_updates
+    run.evaluates.return_value = False
+    with (
+        mock.patch.object(datasets, "load", lambda *_, **__: dataset),
+        mock.patch.object(experiment, "Run", lambda *_: run),
+        mock.patch.object(evaluation, "Rollouts", mock.MagicMock()),
+        mock.patch.object(interaction, "Interaction", Timed),
+    ):
+        try:
+            module.train(cfg, mock.MagicMock(data="device", devices=1))
+        except Timed.Reached as reached:
+            return reached.args
+    raise RuntimeError(f"{module.__name__}.train has no online phase")
+
+
+def measure_online(name, env_id, seeds, steps_per_refresh, arguments):
+    """One row of the record: the online phase of an algorithm beside an env."""
+    module, updates = importlib.import_module(f"algorithms.{name}"), arguments.updates
+    known = {field.name for field in dataclasses.fields(module.Config)}
+    if not {"online_updates", "updates_per_step"} <= known:
+        fail(f"--algorithms {name}: has no online phase of one update or more for an env step")
+    # An actor that changes at every second update has no newer version after one step.
+    steps_per_refresh = max(steps_per_refresh, getattr(module.Config, "policy_delay", 1))
+    refresh = steps_per_refresh * module.Config.updates_per_step
+    if updates % refresh:
+        fail(f"--updates {updates}: not a multiple of the {refresh} between two policies of {name}")
+    first = {x: 200 for x in ("random_steps", "warm_up_steps") if x in known}
+    cfg = module.Config(
+        seeds=tuple(range(seeds)),
+        batch_size=arguments.batch_size,
+        num_updates=updates,
+        log_every=updates,
+        online_updates=updates * (arguments.repeats + 1),
+        steps_per_refresh=steps_per_refresh,
+        **first,
+    )
+    env = make_env("--online", env_id)
+    sizes = (int(np.prod(space.shape)) for space in (env.observation_space, env.action_space))
+    dataset = synthetic(env_id, None, None, "continuous", *sizes)
+    dataset = dataclasses.replace(
+        dataset,
+        make_env=partial(make_env, "--online", env_id),
+        horizon=env.spec.max_episode_steps,
+    )
+    times = []
+    with tempfile.TemporaryDirectory() as folder:
+        online, state, keys, start = first_online_chunk(module, cfg, dataset, folder)
+        for i in range(arguments.repeats + 1):  # the first one compiles
+            online.env_seconds, acted, steps = 0.0, online.seconds, online.count
+            (state, _), spent, _ = seconds(
+                interaction.Interaction.chunk, online, state, keys, start + i * updates
+            )
+            shares = online.env_seconds / spent, (online.seconds - acted) / spent
+            times.append((spent, online.count - steps, *shares))
+        online.__exit__()
+    spent, steps, env_share, acting_share = min(times[1:])
+    return {
+        "algorithm": name,
+        "env": env_id,
+        "seeds": seeds,
+        "steps per refresh": steps_per_refresh,
+        "updates per env step": cfg.updates_per_step,
+        "env steps/s": steps * seeds / spent,
+        "updates/s": updates * seeds / spent,
+        "share of env": env_share,
+        "share of env and acting": acting_share,
+    }
+
+
+def make_env(flag, env_id):
+    """The Gymnasium env, or one line and exit code 2."""
+    import gymnasium
+
+    from common.envs import pointmaze
+
+    pointmaze.register()
+    try:
+        return gymnasium.make(env_id)
+    except gymnasium.error.Error as error:
+        fail(f"{flag} {env_id}: {' '.join(str(error).split())}")
 
 
 # --- Floor --------------------------------------------------------------------------------------
@@ -404,15 +522,10 @@ def load():
 
 def roll_out(env_id, seeds):
     """One row of the rollout table: 10 episodes per seed with an untrained actor."""
-    import gymnasium
-
     from algorithms import rebrac
 
     cfg = rebrac.Config(seeds=tuple(range(seeds)), eval_episodes=10)
-    try:
-        env = gymnasium.make(env_id)
-    except gymnasium.error.Error as error:
-        fail(f"--rollouts {env_id}: {' '.join(str(error).split())}")
+    env = make_env("--rollouts", env_id)
     observation = np.zeros((1, *env.observation_space.shape), np.float32)
     action = np.zeros((1, *env.action_space.shape), np.float32)
     batch = datasets.Transitions(
@@ -421,7 +534,7 @@ def roll_out(env_id, seeds):
     init_keys, policy_keys = experiment.streams(cfg.seeds, 2)
     state = jax.vmap(lambda key: rebrac.create_state(key, batch, cfg))(init_keys)
     made = mock.MagicMock(
-        make_env=partial(gymnasium.make, env_id), horizon=env.spec.max_episode_steps
+        make_env=partial(make_env, "--rollouts", env_id), horizon=env.spec.max_episode_steps
     )
     act = partial(rebrac.policy, state.actor.apply_fn)
     with evaluation.Rollouts(made, act, policy_keys, cfg) as rollouts:
@@ -478,7 +591,7 @@ def main(arguments):
     unknown = sorted(set(arguments.algorithms) - files)
     if unknown or not arguments.algorithms:
         fail(f"--algorithms {' '.join(unknown)}: choose from {', '.join(sorted(files))}")
-    for flag in ("seeds", "batch_size", "updates", "repeats"):
+    for flag in ("seeds", "batch_size", "updates", "repeats", "steps_per_refresh"):
         if np.min(getattr(arguments, flag) or 0) < 1:
             fail(f"--{flag.replace('_', '-')} {getattr(arguments, flag)}: must be at least 1")
     output = Path(arguments.output or "")
@@ -491,7 +604,11 @@ def main(arguments):
         )
     others = code_bases(arguments)
     rows, of_peers = [], []
-    for name, seeds in product(arguments.algorithms, arguments.seeds):
+    for case in product(
+        arguments.algorithms, arguments.online, arguments.seeds, arguments.steps_per_refresh
+    ):
+        rows.append(measure_online(*case, arguments))
+    for name, seeds in product(arguments.algorithms, arguments.seeds) if not rows else ():
         row = measure(name, seeds, arguments)
         for other, path in others.items():
             if name in CODE_BASES[other] and seeds == 1:

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import yaml
 
+import figures
 import published
 import readers
 from benchmarks import report
@@ -507,6 +508,84 @@ def test_the_reference_file():
         assert entry["selection"] == "last" or entry["selection"].startswith("mean of the last 3")
         origin = SimpleNamespace(config={"dataset": entry["dataset"]}, copy="")
         assert published.name_of(origin) == entry["dataset"]  # D4RL's or OGBench's own
+
+
+# --- An online phase ----------------------------------------------------------------------------
+def write_online(folder, scores, before, regret, offline=12, online=8, **more):
+    """A run whose last updates were made beside an env."""
+    write_run(folder, scores, updates=offline + online, num_updates=offline, **more)
+    file = folder / "result.json"
+    result = json.loads(file.read_text()) | {"num_updates": offline, "online_updates": online}
+    result |= {"env_steps": online // 2}
+    for name, each in (("offline_score", before), ("regret", regret)):
+        result[name] = {str(seed): x for seed, x in enumerate(each)}
+    file.write_text(json.dumps(result))
+
+
+def test_an_online_phase_by_hand(tmp_path):
+    write_online(tmp_path / "runs" / "a", [60.0, 80.0], [10.0, 20.0], [0.5, 0.7], fraction=1.0)
+    write_online(tmp_path / "runs" / "b", [9.0], [4.0], [0.9], algorithm="iql")
+    write_run(tmp_path / "runs" / "c", [1.0], "cql")
+    found, notes = readers.find((tmp_path / "runs",))
+    assert notes == [] and [row.updates for row in found] == [20, 20, 20]
+    head, *lines = [report.online(found).head, *cells(report.online(found))]
+    first = ["bc", "made", "12", "8", "4", "15.0 ± 5.0", "70.0 ± 10.0", "70.0 ± 10.0"]
+    assert lines[0] == [*first, "0.60 ± 0.10"] and head[-2:] == ["best", "regret"]
+    assert lines[1] == ["iql", "made", "12", "8", "4", "4.0", "9.0", "9.0", "0.90"]
+    assert len(lines) == 2  # cql has no such phase
+    text = page(tmp_path)
+    assert "| iql | made | 12 | 8 | 4 | 4.0 | 9.0 | 9.0 | 0.90 |" in text
+    assert "iql on made, score after updates (beside an env from 12 on)" in text
+    assert "cql on made, score after updates<" in text
+
+
+def test_without_an_online_phase_the_page_says_nothing_of_one(tmp_path):
+    write_run(tmp_path / "runs" / "a", [1.0])
+    text = page(tmp_path)
+    assert "regret" not in text and "env from" not in text and "switch" not in text
+
+
+def test_an_online_run_that_breaks_off_is_left_out(tmp_path):
+    write_online(tmp_path / "one", [9.0], [4.0], [0.9])
+    metrics = tmp_path / "one" / "metrics.csv"
+    metrics.write_text(metrics.read_text().replace("20,0,0.1,9.0\n", ""))
+    write_online(tmp_path / "two", [9.0], [4.0], [0.9], online_updates=16)
+    write_run(tmp_path / "three", [1.0], "cql")
+    found, notes = readers.find((tmp_path,))
+    assert [row.algorithm for row in found] == ["cql"]
+    assert "metrics.csv None" in notes[0] and "ended after 8 online_updates, not 16" in notes[1]
+
+
+@pytest.mark.parametrize("offline", [False, True])
+def test_curves_show_the_switch(tmp_path, offline):
+    """Updates are counted from it on, unless a row of the panel has none."""
+    write_online(tmp_path / "a", [60.0], [10.0], [0.5])
+    write_online(tmp_path / "b", [60.0, 3.0], [10.0, 3.0], [0.5, 0.9], 4, 16, algorithm="iql")
+    if offline:
+        write_run(tmp_path / "c", [1.0], "cql")
+    found, _ = readers.find((tmp_path,))
+    with figures.curves(found, [row.label for row in found]) as figure:
+        axis, lines = figure.axes[0], figure.axes[0].lines
+        drawn = {line.get_label(): line.get_xdata() for line in lines}
+        upright = {line.get_xdata()[0] for line in lines if [*line.get_ydata()] == [0, 1]}
+        assert axis.get_xlabel() == "updates" + " since the switch to the env" * (not offline)
+    assert [*drawn["bc"]] == ([10, 20] if offline else [-2, 8])
+    assert [*drawn["iql"]] == ([10, 20] if offline else [6, 16])
+    assert upright == ({12, 4} if offline else {0})
+    thin = [[*line.get_xdata()] for line in lines if line.get_linewidth() == 0.8]
+    assert thin == [[*drawn["iql"]]] * 2
+
+
+def test_an_online_score_has_no_published_one_beside_it(tmp_path):
+    table = published.load(published.FILE)
+    entry = next(x for x in table if x["selection"] == "last" and not x["config"])
+    run = {"dataset": entry["dataset"], "code": CODE}
+    run |= {"algorithm": entry["algorithm"], "episodes": int(entry["episodes"] or 3)}
+    half = int(entry["updates"]) // 2
+    write_run(tmp_path / "a", [1.0], updates=2 * half, **run)
+    write_online(tmp_path / "b", [1.0], [1.0], [0.5], half, half, **run)
+    before, after = (readers.find((tmp_path / x,))[0][0] for x in "ab")
+    assert published.beside(before, table)[0] and published.beside(after, table) == ([], [])
 
 
 # --- Page ---------------------------------------------------------------------------------------

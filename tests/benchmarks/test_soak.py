@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import subprocess
@@ -280,9 +281,41 @@ def test_moments_are_within_the_run(fault):
     assert max(seconds for _, seconds in moments) <= WHOLE.startup
 
 
+@pytest.mark.parametrize("fault", soak.CODES)
+def test_with_online_they_are_in_the_online_phase(fault):
+    draw = random.Random(0)
+    moments = [soak.moment(fault, WHOLE, draw, online=True) for _ in range(300)]
+    boundaries = {boundary for boundary, _ in moments}
+    assert min(boundaries) == soak.OFFLINE and max(boundaries) < soak.UPDATES
+
+
+@pytest.mark.parametrize("algorithm", ["rebrac", "cal_ql", "wsrl", "rlpd"])
+def test_a_run_with_an_online_phase_is_one_that_the_file_takes(algorithm, tmp_path, monkeypatch):
+    """Its updates end at the same place, and it takes no first steps of thousands."""
+    from common.experiment import config, phases
+
+    soak.write_data(data := tmp_path / "data.hdf5")
+    words = {}
+    monkeypatch.setattr(soak.subprocess, "Popen", lambda argv, **_: words.update(argv=argv))
+    soak.Run(algorithm, data, tmp_path, online=True).start()
+    cfg, _ = config.parse(runs.module(algorithm).Config, words["argv"][2:])
+    assert phases.last_update(cfg) == soak.UPDATES and cfg.num_updates == soak.OFFLINE
+    assert phases.env_steps(cfg) <= 320
+
+
+def test_rows_of_the_env_are_compared(tmp_path, monkeypatch):
+    run = soak.Run("rebrac", tmp_path / "data.hdf5", tmp_path, online=True)
+    monkeypatch.setattr(run, "finished", lambda: True)
+    monkeypatch.setattr(run, "result", lambda: (b"", {}, [], b"01"))
+    for rows, problems in ((b"01", []), (b"02", ["other rows of the env"])):
+        assert soak.differences(run, soak.Whole((b"", {}, [], rows), 0, 0)) == problems
+
+
 # --- All of it ----------------------------------------------------------------------------------
 def test_unknown_words_are_one_line(capsys):
-    for arguments in (soak.Arguments(("cb",)), soak.Arguments(faults=("fire",))):
+    wrong = [soak.Arguments(("cb",)), soak.Arguments(faults=("fire",))]
+    wrong += [soak.Arguments(kills=3), soak.Arguments(online=True, kills=-1)]
+    for arguments in [*wrong, soak.Arguments(("rebrac", "bc"), online=True)]:
         with pytest.raises(SystemExit) as stop:
             soak.main(arguments)
         assert stop.value.code == 2
@@ -306,3 +339,23 @@ def test_two_trials(tmp_path):
     assert [x["fault"] for x in rows] == ["kill", "damage"]
     assert all(x["took effect"] and x["as undisturbed"] for x in rows)
     assert (tmp_path / "soak.md").read_text().count("| 1 | 1 |") == 2
+
+
+@runs.SLOW
+def test_a_run_that_is_killed_twice_in_its_online_phase():
+    words = [sys.executable, str(runs.ROOT / "benchmarks" / "soak.py"), "--online", "--kills", "2"]
+    done = subprocess.run(
+        [*words, "--algorithms", "rebrac"],
+        capture_output=True,
+        text=True,
+        timeout=runs.HANGS,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    (line,) = done.stdout.splitlines()
+    facts = re.fullmatch(
+        r"rebrac: killed after updates (.*), resumed at (.*): as undisturbed", line
+    )
+    killed, resumed = (json.loads(x) for x in facts.groups())
+    assert len(killed) == len(resumed) == 2 and min(killed) >= soak.OFFLINE
+    assert all(a <= b for a, b in zip(killed, resumed, strict=True))

@@ -2,6 +2,7 @@
 """benchmarks/throughput.py counts what it should and runs. How fast anything is, is not tested."""
 
 import json
+import time
 from functools import partial
 from itertools import pairwise
 
@@ -189,6 +190,10 @@ def test_a_chunk_is_whole_iterations():
         {"peers": ("fql=/absent/folder",)},
         {"peers": ("no_such_peer=/tmp",)},
         {"peers": ("fql",)},
+        {"online": ("NoSuchEnv-v0",), "algorithms": ("iql",), "updates": 50},
+        {"online": ("Pendulum-v1",), "algorithms": ("bc",), "updates": 50},
+        {"online": ("Pendulum-v1",), "updates": 51},
+        {"steps_per_refresh": (0,)},
     ],
 )
 def test_a_wrong_argument_is_one_line_and_exit_code_2(wrong, capsys):
@@ -204,6 +209,41 @@ def test_rollouts_are_counted_in_env_steps(capsys):
     with pytest.raises(SystemExit):
         throughput.roll_out("NoSuchEnv-v0", seeds=1)
     assert capsys.readouterr().err.startswith("error: --rollouts NoSuchEnv-v0: ")
+
+
+def test_env_steps_of_the_online_phase_are_counted(tmp_path, capsys):
+    """By the clock of the test as well: an env that sleeps has nearly all of the time."""
+    import gymnasium
+    from gymnasium.envs.classic_control import PendulumEnv
+
+    class Slow(PendulumEnv):
+        def step(self, action):
+            time.sleep(0.01)
+            return super().step(action)
+
+    gymnasium.register("Slow-v0", Slow, max_episode_steps=20, disable_env_checker=True)
+    sizes = {"algorithms": ("rlpd",), "seeds": (2,), "batch_size": 4, "updates": 40, "repeats": 2}
+    try:
+        arguments = throughput.Arguments(**sizes, online=("Slow-v0",), steps_per_refresh=(1, 2))
+        rows = throughput.main(arguments)
+    finally:
+        del gymnasium.registry["Slow-v0"]
+    assert [row["steps per refresh"] for row in rows] == [1, 2]
+    for row in rows:
+        assert row["updates per env step"] == 20
+        assert row["updates/s"] == pytest.approx(20 * row["env steps/s"])
+        # A step of both seeds sleeps 0.02 s, in which they make two env steps.
+        slept = 0.01 * row["env steps/s"]
+        assert slept <= row["share of env"] <= row["share of env and acting"] < 1
+        assert row["share of env"] < slept + 0.1
+    assert "| rlpd | Slow-v0 | 2 | 1 | 20 |" in capsys.readouterr().out
+
+
+def test_an_actor_that_is_updated_every_second_time_is_newer_after_two_steps():
+    sizes = {"batch_size": 4, "updates": 4, "repeats": 1}
+    arguments = throughput.Arguments(**sizes)
+    row = throughput.measure_online("rebrac", "Pendulum-v1", 1, 1, arguments)
+    assert row["steps per refresh"] == 2
 
 
 def test_a_record_shows_every_table():

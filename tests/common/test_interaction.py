@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import probes
 import pytest
-from own_files import NAMES
+from own_files import FILES, NAMES
 
 from algorithms import sac
 from common import datasets, experiment, interaction
@@ -717,10 +717,17 @@ def test_the_remedy_for_an_env_without_rows_fits_the_file(name, tmp_path, monkey
     assert "--online-updates" not in said[0] or hasattr(config_class, "online_updates")
 
 
-def test_an_online_phase_without_an_env_is_one_line(tmp_path, monkeypatch, capsys):
+ONLINE = [file.stem for file in FILES if "\n    online_updates: int" in file.read_text()]
+
+
+@pytest.mark.parametrize("name", ONLINE)
+def test_an_online_phase_without_an_env_is_one_line(name, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     data = runs.write_hdf5(tmp_path / "data.hdf5", attributes={}, actions=np.zeros((60, 1)))
-    line = refused(capsys, ["--dataset", data, *TINY, "--online-updates", "8"])
+    sizes = ["--num-updates", "200", "--log-every", "100", "--eval-every", "100"]
+    sizes += ["--clone-updates", "100"] if name == "spot" else []
+    argv = ["--dataset", data, *runs.tiny(name), *sizes, "--online-updates", "200"]
+    line = refused(capsys, argv, name)
     assert "no env is known for" in line and "name one with --env" in line
     assert not (tmp_path / "runs").exists()
 
