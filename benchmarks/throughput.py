@@ -66,6 +66,7 @@ import tyro
 from jax.interpreters import partial_eval
 
 from common import command_line, datasets, evaluation, experiment, fail, interaction
+from common.experiment.config import Options
 
 ROWS, OBSERVATION, ACTION = 100_000, 17, 6  # of the synthetic data
 CHAIN = 200  # products in the chain that measures the rate for the floor
@@ -145,7 +146,7 @@ def first_chunk(module, cfg):
         mock.patch.object(interaction, "Interaction", mock.MagicMock()),
     ):
         try:
-            module.train(cfg, mock.MagicMock(data="device", devices=1))
+            module.train(cfg, Options(wandb="disabled"))
         except Reached as reached:
             return reached.args
     raise RuntimeError(f"{module.__name__}.train did not call what over_seeds returned")
@@ -183,7 +184,7 @@ def first_online_chunk(module, cfg, dataset, folder):
         mock.patch.object(interaction, "Interaction", Timed),
     ):
         try:
-            module.train(cfg, mock.MagicMock(data="device", devices=1))
+            module.train(cfg, Options(wandb="disabled"))
         except Timed.Reached as reached:
             return reached.args
     raise RuntimeError(f"{module.__name__}.train has no online phase")
