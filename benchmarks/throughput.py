@@ -525,6 +525,8 @@ def main(arguments):
         fail(
             f"--peer {arguments.peer}: no such file; name the python of an environment with d3rlpy"
         )
+    if arguments.online:
+        facts["data"] = f"{ROWS:,} synthetic rows of the sizes of the env"
     rows = []
     for case in product(
         arguments.algorithms, arguments.online, arguments.seeds, arguments.steps_per_refresh
