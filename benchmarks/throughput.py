@@ -604,6 +604,8 @@ def main(arguments):
             f"--peer {arguments.peer}: no such file; name the python of an environment with d3rlpy"
         )
     others = code_bases(arguments)
+    if arguments.online:
+        facts["data"] = f"{ROWS:,} synthetic rows of the sizes of the env"
     rows, of_peers = [], []
     for case in product(
         arguments.algorithms, arguments.online, arguments.seeds, arguments.steps_per_refresh
