@@ -17,6 +17,7 @@ import pytest
 from numpy_nets import directions, dot, double, slope
 
 from algorithms import algaedice
+from common.experiment import config
 
 setup = functools.partial(nets.setup, algaedice)
 critic_loss = nets.compiled(algaedice.critic_loss)
@@ -247,6 +248,6 @@ def test_training_sees_the_rows_and_the_episodes_starts(monkeypatch, tmp_path):
 @pytest.mark.parametrize("overrides", [{"exponent": 1.0}, {"discount": 1.0}])
 def test_settings_that_cannot_work_are_refused(overrides, capsys):
     with pytest.raises(SystemExit) as leave:
-        algaedice.train(algaedice.Config(**overrides), None)
+        algaedice.train(algaedice.Config(**overrides), config.Options())
     line = capsys.readouterr().err
     assert leave.value.code == 2 and line.count("\n") == 1 and "must be" in line

@@ -35,10 +35,12 @@ def test_every_algorithm_is_known_to_the_tests():
 LIKE_A_PARENT = ("algaedice", "awac", "bcq", "cal_ql", "combo", "diffusion_dice")
 LIKE_A_PARENT += ("diffusion_ql", "edac", "fisher_brc", "gfp", "idql", "ivr", "lb_sac", "mobile")
 LIKE_A_PARENT += ("morel", "rlpd", "sac_n", "spot", "wsrl", "xql")
-LOOPS = [name for name in [*NAMES, "bc, discrete"] if name not in LIKE_A_PARENT]
+# These have a loop of their own, which takes 5 to 25 seconds.
+LONG = ("atac", "fql", "odice", "online_dt", "optidice", "trajectory_transformer")
+LOOPS = [name for name in [*NAMES, "bc, discrete"] if name not in (*LIKE_A_PARENT, *LONG)]
 # One file for each way in which seeds could depend on each other: plain and ensembled networks, a
 # flow, windows of episodes, sampled actions, a second phase, dynamics. Others with ATOLL_SLOW=1.
-SEEDS_COMPARED = ("bc", "cql", "dt", "fql", "iql", "mopo", "rebrac", "sac", "spot")
+SEEDS_COMPARED = ("bc", "cql", "dt", "gfp", "iql", "mopo", "rebrac", "sac", "spot")
 
 
 # --- Golden values and invariance ---------------------------------------------------------------
@@ -238,6 +240,8 @@ def test_a_resumed_run_equals_an_undisturbed_one(name, tmp_path, monkeypatch, ca
 
 
 # --- The file alone -----------------------------------------------------------------------------
+# Files that no other test runs from the start to the end: one for each loop. All with ATOLL_SLOW=1.
+TRAINED_ALONE = ("cal_ql", "combo", "diffusion_dice", "edac", "fisher_brc", "spot", "wsrl", *LONG)
 EACH = """
 import runpy, sys
 for line in sys.stdin:
@@ -252,7 +256,7 @@ for line in sys.stdin:
 
 @pytest.mark.parametrize("names", [NAMES[i::3] for i in range(3)], ids=" ".join)
 def test_smoke_the_files_and_common_are_enough(tmp_path, compilation_cache, names):
-    """Every file is imported and shows its settings, and those that no other test runs train.
+    """Every file is imported and shows its settings; TRAINED_ALONE train.
 
     Several files per process, whose imports take longer than the runs.
     """
@@ -262,7 +266,7 @@ def test_smoke_the_files_and_common_are_enough(tmp_path, compilation_cache, name
     commands = [f"{name}.py --show-config" for name in names]
     for name in names:
         shutil.copy(ROOT / "algorithms" / f"{name}.py", tmp_path)
-    trained = [name for name in names if name in LIKE_A_PARENT or "ATOLL_SLOW" in os.environ]
+    trained = [name for name in names if name in TRAINED_ALONE or "ATOLL_SLOW" in os.environ]
     for name in trained:
         write = runs.write_cartpole if name in runs.DISCRETE else runs.write_hdf5
         write(tmp_path / f"{name}.hdf5")

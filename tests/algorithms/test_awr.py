@@ -414,7 +414,7 @@ def test_a_chunk_is_whole_iterations(capsys):
 def test_discount_1_is_refused(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as leave:
-        awr.train(awr.Config(discount=1.0), None)
+        awr.train(awr.Config(discount=1.0), config.Options())
     assert leave.value.code == 2 and not list(tmp_path.iterdir())
     assert "--discount 1.0: must be below 1" in capsys.readouterr().err
 

@@ -18,7 +18,7 @@ from numpy_nets import directions, dot, double, slope
 
 from algorithms import cal_ql, cql
 from common import datasets
-from common.experiment import buffers
+from common.experiment import buffers, config
 
 critic_loss = nets.compiled(cal_ql.critic_loss)
 setup = functools.partial(nets.setup, cal_ql, critic_hidden=(16, 16), num_samples=4)
@@ -230,7 +230,7 @@ def test_training_sees_scaled_rewards_and_their_returns(monkeypatch, tmp_path):
 
 def test_an_endless_sum_needs_a_discount():
     with pytest.raises(SystemExit):
-        cal_ql.train(cal_ql.Config(discount=1.0), None)
+        cal_ql.train(cal_ql.Config(discount=1.0), config.Options())
 
 
 # --- The online phase ---------------------------------------------------------------------------

@@ -59,6 +59,7 @@ STITCHING = {
 }
 
 
+LIKE_IQL = ("awac", "ivr", "xql")
 SAMPLING = (
     "bcq",
     "brac",
@@ -112,7 +113,9 @@ def test_td3_overestimates_unseen_actions():
 
 
 @pytest.mark.parametrize("seed", [0])
-@pytest.mark.parametrize("name", runs.slow_but(CAUTIOUS, {*CAUTIOUS} - {*SAMPLING}))
+@pytest.mark.parametrize(
+    "name", runs.slow_but(CAUTIOUS, {*CAUTIOUS} - {*SAMPLING, "awac", "ivr", "xql"})
+)
 def test_no_overestimation(name, seed):
     module = importlib.import_module(f"algorithms.{name}")
     action, q = after_overestimation(module, seed, **CAUTIOUS[name])

@@ -14,6 +14,7 @@ import test_sac_n as sac_n_tests
 from numpy_nets import directions, dot, double, slope
 
 from algorithms import edac, sac_n
+from common.experiment import config
 
 setup = functools.partial(nets.setup, edac)
 critic_loss = nets.compiled(edac.critic_loss)
@@ -234,6 +235,6 @@ def test_updates_lower_the_alignment():
 def test_a_single_critic_is_refused(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as leave:
-        edac.train(edac.Config(num_critics=1), None)
+        edac.train(edac.Config(num_critics=1), config.Options())
     assert leave.value.code == 2 and not list(tmp_path.iterdir())
     assert "--num-critics 1: must be at least 2" in capsys.readouterr().err

@@ -17,6 +17,7 @@ from numpy_nets import directions, dot, double, slope
 
 from algorithms import optidice
 from common import datasets
+from common.experiment import config
 
 setup = functools.partial(nets.setup, optidice, absorbing_state="none", components=2)
 
@@ -342,7 +343,7 @@ def test_training_sees_standardised_rows(monkeypatch, tmp_path):
 @pytest.mark.parametrize("overrides", [{"alpha": 0.0}, {"discount": 1.0}, {"num_updates": 1000}])
 def test_settings_that_cannot_work_are_refused(overrides, capsys):
     with pytest.raises(SystemExit) as leave:
-        optidice.train(optidice.Config(**overrides), None)
+        optidice.train(optidice.Config(**overrides), config.Options())
     line = capsys.readouterr().err
     assert leave.value.code == 2 and line.count("\n") == 1 and "must be" in line
 

@@ -46,12 +46,15 @@ TIED = {  # a strong one
 # The others run with ATOLL_SLOW=1: these parts of their updates are those of a parent, or they take
 # half a minute each.
 SLOWER = (
+    "bcq",
+    "brac",
     "cal_ql",
     "combo",
     "diffusion_dice",
     "diffusion_ql",
     "edac",
     "gfp",
+    "idql",
     "lb_sac",
     "mobile",
     "morel",

@@ -293,7 +293,7 @@ def test_simulated_devices(name, tiny, base, tmp_path, fused_as_users):
     assert result["hardware"].startswith("8 x cpu, then 4 x cpu; ")
 
 
-BATCHES = [("rebrac", 2, 2), ("rebrac", 4, 4), ("rebrac", 4, 1)]
+BATCHES = [("rebrac", 2, 2), ("rebrac", 4, 1), pytest.param("rebrac", 4, 4, marks=runs.SLOW)]
 BATCHES += [pytest.param(name, 2, 2, marks=runs.SLOW) for name in ("dt", "qc", "cql")]
 
 
