@@ -600,7 +600,7 @@ ALSO_KEPT = {
     "trajectory_transformer": ("context", "plan_context"),  # the second is at most the first
 }
 TO_ONE = (*ranges.SHARES, "expectile", "dropout", "action_margin", "fraction")
-DRAWS = 6 if MANY else 2
+DRAWS = 6  # with ATOLL_SLOW=1
 
 
 def drawn(name, draw):
@@ -682,7 +682,7 @@ def test_configurations_drawn_at_random(empty, monkeypatch, capsys, name):
     """Networks, losses, data and files of each; many draws and the numbers with ATOLL_SLOW=1."""
     if not MANY:
         only_traced(monkeypatch, name)
-        assert any(trains(empty, capsys, name, draw) for draw in range(DRAWS))
+        assert trains(empty, capsys, name, 0)
         return
     trained = [trains(empty, capsys, name, draw) for draw in range(DRAWS)]
     assert sum(trained) > DRAWS / 2
