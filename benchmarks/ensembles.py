@@ -56,7 +56,7 @@ def chunk_of(name, critics, updates):
     module = importlib.import_module(f"algorithms.{name}")
     sizes = dict.fromkeys(("num_updates", "log_every", "eval_every"), updates)
     cfg = module.Config(num_critics=critics, batch_size=256, **sizes)
-    chunk, (state, *rest) = throughput.first_chunk(module, cfg)
+    chunk, (state, *rest) = throughput.last_chunk(module, cfg)
     state, _ = jax.block_until_ready(chunk(state, *rest))
     products = throughput.Loop(throughput.matmuls(jax.make_jaxpr(chunk)(state, *rest).jaxpr))
     return chunk, state, rest, products.flops / 1e9 / updates

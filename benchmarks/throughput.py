@@ -69,6 +69,7 @@ from common import command_line, datasets, evaluation, experiment, fail, interac
 from common.experiment.config import Options
 
 ROWS, OBSERVATION, ACTION = 100_000, 17, 6  # of the synthetic data
+FIRST_PHASES = ("clone_updates", "model_updates", "q_updates", "warm_start")  # Config fields
 CHAIN = 200  # products in the chain that measures the rate for the floor
 PEERS = ("td3_bc", "rebrac", "iql", "awac", "cql")  # methods that d3rlpy also has
 CODE_BASES = {  # of --peers -> the methods that they have, too
@@ -121,8 +122,11 @@ def synthetic(
     return datasets.Dataset("synthetic", rows, ends, returns, num_actions=number)
 
 
-def first_chunk(module, cfg):
-    """The function that `module.train` gets from `over_seeds`, and its first arguments."""
+def last_chunk(module, cfg):
+    """What `module.train` calls for its last updates on fixed data, and the arguments.
+
+    By then the phases that come first are over, for example the cloning of a behaviour policy.
+    """
 
     class Reached(Exception):
         pass
@@ -135,7 +139,7 @@ def first_chunk(module, cfg):
 
     run = mock.MagicMock()
     run.__enter__.return_value = run
-    run.restore = lambda state: (state, None, 0)
+    run.restore = lambda state: (state, None, cfg.num_updates - cfg.log_every)
     run.boundaries = lambda start: [start]
     run.evaluates.return_value = False
     with (
@@ -378,18 +382,34 @@ def seconds(function, *arguments):
     return result, time.perf_counter() - start, returned
 
 
+def config(module, seeds, arguments, **changes):
+    """The file's defaults, with the batch size and with short phases before the last updates."""
+    fields, updates = {x.name for x in dataclasses.fields(module.Config)}, arguments.updates
+    for part in fields & {"actor_updates", "updates_per_step"}:  # of which a chunk is made
+        size = getattr(module.Config, part)
+        updates = math.ceil(updates / size) * size
+    first = dict.fromkeys(fields.intersection(FIRST_PHASES), updates)
+    if "online_updates" in fields:
+        changes["online_updates"] = 0
+    return module.Config(
+        seeds=tuple(range(seeds)),
+        batch_size=arguments.batch_size,
+        num_updates=(len(first) + 2) * updates,
+        log_every=updates,
+        eval_every=updates,
+        **first,
+        **changes,
+    )
+
+
 def measure(name, seeds, arguments):
     """One row of the record: an algorithm that trains `seeds` seeds in parallel."""
-    module, updates = importlib.import_module(f"algorithms.{name}"), arguments.updates
-    sizes = dict.fromkeys(("num_updates", "log_every", "eval_every"), updates)
-    fields = {field.name for field in dataclasses.fields(module.Config)}
-    if "actor_updates" in fields:  # a chunk consists of whole iterations
-        updates = math.ceil(updates / module.Config.actor_updates) * module.Config.actor_updates
-        sizes = dict.fromkeys(sizes, updates)
-    cfg = module.Config(seeds=tuple(range(seeds)), batch_size=arguments.batch_size, **sizes)
+    module = importlib.import_module(f"algorithms.{name}")
+    cfg = config(module, seeds, arguments)
+    updates = cfg.log_every
     if updates % getattr(cfg, "policy_delay", 1):
         fail(f"--updates {updates}: not a multiple of {name}'s policy delay {cfg.policy_delay}")
-    chunk, (state, *rest) = first_chunk(module, cfg)
+    chunk, (state, *rest) = last_chunk(module, cfg)
     calls = []
     for _ in range(2):  # with several devices the second call compiles too
         (state, _), call, _ = seconds(chunk, state, *rest)

@@ -1,17 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """benchmarks/throughput.py counts what it should and runs. How fast anything is, is not tested."""
 
+import importlib
 import json
 import time
 from functools import partial
 from itertools import pairwise
 
+import helpers_runs
 import jax
 import jax.numpy as jnp
 import pytest
+from own_files import NAMES
 
 from algorithms import rebrac
 from benchmarks import peers, throughput
+from common import experiment
+from common.experiment.config import Options
 
 
 def products(function, *arguments):
@@ -163,6 +168,30 @@ def test_other_widths_than_those_in_the_code_of_a_peer_are_refused():
     peers.demand(ask, "a peer", (256, 256))
     with pytest.raises(peers.Refused, match="has the widths"):
         peers.demand(ask, "a peer", (256, 256, 256))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_file_can_be_measured(name):
+    module = importlib.import_module(f"algorithms.{name}")
+    arguments = throughput.Arguments(updates=12, batch_size=4)
+    cfg = throughput.config(module, 1, arguments)
+    experiment.check(cfg, Options(wandb="disabled"))
+    assert cfg.batch_size == 4 and cfg.num_updates % cfg.log_every == 0
+
+
+@pytest.mark.parametrize("name", ["brac", "mopo", "qdt", "rlpd"])
+def test_the_phase_after_the_first_ones_is_measured(name, monkeypatch):
+    monkeypatch.setattr(experiment, "over_seeds", lambda chunk, update=None: chunk)
+    module = importlib.import_module(f"algorithms.{name}")
+    words = [*helpers_runs.tiny(name), "--dataset", "-"]
+    small, _ = experiment.parse(module.Config, words)
+    given = ("batch_size", "num_updates", "log_every", "eval_every", "seeds", "online_updates")
+    given += throughput.FIRST_PHASES
+    small = {key: value for key, value in vars(small).items() if key not in given}
+    cfg = throughput.config(module, 2, throughput.Arguments(updates=4, batch_size=4), **small)
+    chunk, (_, _, start, _) = throughput.last_chunk(module, cfg)
+    assert chunk.func is module.train_chunk
+    assert start == cfg.num_updates - cfg.log_every
 
 
 def test_a_chunk_is_whole_iterations():
