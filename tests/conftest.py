@@ -22,6 +22,7 @@ import pytest
 jax.config.update("jax_numpy_rank_promotion", "raise")  # [B] against [B, 1]
 jax.config.update("jax_debug_nans", True)
 jax.config.update("jax_debug_key_reuse", True)
+jax.config.update("jax_traceback_in_locations_limit", 0)  # programs without lines of the source
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -31,16 +31,13 @@ def test_every_algorithm_is_known_to_the_tests():
     )
 
 
-# Their loops are those of a parent. With ATOLL_SLOW=1 their runs are resumed, too.
-LIKE_A_PARENT = ("algaedice", "awac", "bcq", "cal_ql", "combo", "diffusion_dice")
-LIKE_A_PARENT += ("diffusion_ql", "edac", "fisher_brc", "gfp", "idql", "ivr", "lb_sac", "mobile")
-LIKE_A_PARENT += ("morel", "rlpd", "sac_n", "spot", "wsrl", "xql")
-# These have a loop of their own, which takes 5 to 25 seconds.
-LONG = ("atac", "fql", "odice", "online_dt", "optidice", "trajectory_transformer")
-LOOPS = [name for name in [*NAMES, "bc, discrete"] if name not in (*LIKE_A_PARENT, *LONG)]
-# One file for each way in which seeds could depend on each other: plain and ensembled networks, a
-# flow, windows of episodes, sampled actions, a second phase, dynamics. Others with ATOLL_SLOW=1.
-SEEDS_COMPARED = ("bc", "cql", "dt", "gfp", "iql", "mopo", "rebrac", "sac", "spot")
+# Files whose loop in `train` no other file of this list has: plain, with a cosine that ends with the
+# run, in iterations, over windows, with a behaviour policy, with dynamics. The runs of all others
+# are resumed with ATOLL_SLOW=1.
+LOOPS = ["awr", "bc", "bc, discrete", "brac", "iql", "mopo", "qc", "qdt", "rebrac"]
+# One file for each way in which seeds could depend on each other: plain and ensembled networks,
+# windows of episodes, a second phase, dynamics. Others with ATOLL_SLOW=1.
+SEEDS_COMPARED = ("bc", "dt", "iql", "mopo", "rebrac", "spot")
 
 
 # --- Golden values and invariance ---------------------------------------------------------------
@@ -240,8 +237,8 @@ def test_a_resumed_run_equals_an_undisturbed_one(name, tmp_path, monkeypatch, ca
 
 
 # --- The file alone -----------------------------------------------------------------------------
-# Files that no other test runs from the start to the end: one for each loop. All with ATOLL_SLOW=1.
-TRAINED_ALONE = ("cal_ql", "combo", "diffusion_dice", "edac", "fisher_brc", "spot", "wsrl", *LONG)
+# With one phase, with two, over windows. Others with ATOLL_SLOW=1: test_fuzz.py trains them all.
+TRAINED_ALONE = ("dt", "rebrac", "spot")
 EACH = """
 import runpy, sys
 for line in sys.stdin:

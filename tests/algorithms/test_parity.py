@@ -8,6 +8,7 @@ The fixtures and how they were made are in tests/fixtures/parity, the comparison
 
 import importlib
 
+import helpers_runs as runs
 import numpy as np
 import own_files
 import parity
@@ -640,7 +641,13 @@ def test_every_file_and_every_case_of_a_fixture_is_compared():
         assert sorted(names) == sorted(parity.fixture(algorithm)), algorithm
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.algorithm}-{case.name}")
+FIRST = [next(case for case in CASES if case.algorithm == name) for name in own_files.NAMES]
+
+
+# One case of every file; other settings of the same update with ATOLL_SLOW=1.
+@pytest.mark.parametrize(
+    "case", runs.slow_but(CASES, FIRST), ids=lambda case: f"{case.algorithm}-{case.name}"
+)
 def test_the_update_rule_is_that_of_the_reference(case):
     module = importlib.import_module(f"algorithms.{case.algorithm}")
     found = parity.compare(module, case)

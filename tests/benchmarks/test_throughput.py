@@ -179,7 +179,7 @@ def test_every_file_can_be_measured(name):
     assert cfg.batch_size == 4 and cfg.num_updates % cfg.log_every == 0
 
 
-@pytest.mark.parametrize("name", ["brac", "mopo", "qdt", "rlpd"])
+@pytest.mark.parametrize("name", ["brac", "qdt"])
 def test_the_phase_after_the_first_ones_is_measured(name, monkeypatch):
     monkeypatch.setattr(experiment, "over_seeds", lambda chunk, update=None: chunk)
     module = importlib.import_module(f"algorithms.{name}")
