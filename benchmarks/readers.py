@@ -165,13 +165,14 @@ def numbers(each):
 
 
 # --- Run folders --------------------------------------------------------------------------------
-def find(folders, where=(), named_by=()):
+def find(folders, where=(), named_by=(), same_code=False):
     """(rows, notes) of all runs below the folders, in order of algorithm and data set.
 
     Args:
         folders: run folders, or folders above them.
         where: "key=value" each: only runs with these values, see `choose`.
         named_by: fields that name the rows, see `name_by`.
+        same_code: whether runs of several versions of a file count as runs of one.
 
     Raises:
         SystemExit: code 2 after one line, if there is no finished run.
@@ -189,7 +190,29 @@ def find(folders, where=(), named_by=()):
         there = " ".join(map(str, folders))
         fail(f"{there}: no finished run (a folder with result.json) in there{words}")
     runs = choose(runs, where)
+    if same_code:
+        join_versions(runs, notes)
     return name_by(tell_apart(runs, notes), named_by), notes
+
+
+def join_versions(runs, notes):
+    """Give the runs of an algorithm one version of its code, named after all of theirs."""
+    by_algorithm = collections.defaultdict(list)
+    for run in runs:
+        if run.code:  # older runs record none, and stay apart
+            by_algorithm[run.algorithm].append(run)
+    shared = sorted({run.made["common"] for group in by_algorithm.values() for run in group})
+    for algorithm, group in sorted(by_algorithm.items()):
+        codes = sorted({run.code for run in group})
+        if len(codes) > 1:
+            notes.append(
+                f"{algorithm} ran in {len(codes)} versions of its code ({', '.join(codes)}); "
+                "--same-code joined their rows, so they must not differ in what they compute"
+            )
+        for run in group:
+            run.result["code"] = {"algorithm": ", ".join(codes), "common": ", ".join(shared)}
+    if len(shared) > 1:
+        notes.append(f"common/ was there in {len(shared)} versions: {', '.join(shared)}")
 
 
 def choose(runs, where):
@@ -330,7 +353,7 @@ def check(run):
 
 
 # --- wandb --------------------------------------------------------------------------------------
-def from_wandb(project, api=None, where=(), named_by=()):
+def from_wandb(project, api=None, where=(), named_by=(), same_code=False):
     """(rows, notes) of the finished runs of a project ("entity/project"), one wandb run per seed.
 
     Raises:
@@ -353,6 +376,8 @@ def from_wandb(project, api=None, where=(), named_by=()):
     if not runs:
         fail(f"wandb project {project}: no finished run of these algorithms in it")
     runs = choose(runs, where)
+    if same_code:
+        join_versions(runs, notes)
     return name_by(tell_apart(runs, notes), named_by), notes
 
 

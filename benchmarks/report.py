@@ -7,7 +7,9 @@ writes mine.md, mine.png (learning curves) and, if there are methods to compare,
 (intervals). --html adds mine.html, one file with everything in it. --index docs/results.md rewrites
 the part of that page between `<!-- mine -->` and `<!-- /mine -->`: the scores by data set. `--where
 num_updates=100000` takes only some of the runs. `--named-by alpha` names the rows of a method by
-that field alone, not by everything in which its runs differ; `name` is the run folder's name.
+that field alone, not by everything in which its runs differ; `name` is the run folder's name. Seeds
+of two versions of an algorithm's file are rows of their own. `--same-code` joins them: it is for
+versions that compute the same, as the golden values show. The page names both.
 
 The score is that of the last policy: the mean over the evaluation's episodes, then mean ± std
 (ddof 0) over seeds. --score mean_last_3 takes the mean of a seed's last three evaluations instead,
@@ -86,6 +88,7 @@ class Arguments:
     wandb: str | None = None  # "entity/project" to read instead of folders
     where: tuple[str, ...] = ()  # only these runs: num_updates=100000 name=trial*
     named_by: tuple[str, ...] = ()  # fields that name a method's rows: name, alpha, ...
+    same_code: bool = False  # join runs of versions of a file that compute the same
     score: Literal["last", "mean_last_3"] = "last"  # the last evaluation, or the mean of three
     protocol: Literal["scores", "bandit"] = "scores"  # bandit: over a method's policies
     output: Path = Path("runs/report")  # stem of the .md and .png to write
@@ -482,7 +485,10 @@ def own_command(arguments):
     for name in ("where", "named_by"):
         if value := getattr(arguments, name):
             words += [f"--{name.replace('_', '-')}", *value]
-    return shlex.join([*words, *(["--html"] if arguments.html else [])])
+    words += [
+        f"--{name.replace('_', '-')}" for name in ("same_code", "html") if vars(arguments)[name]
+    ]
+    return shlex.join(words)
 
 
 # --- Page ---------------------------------------------------------------------------------------
@@ -644,10 +650,11 @@ def main(arguments):
         fail("--protocol bandit: takes run folders, and has no part of an index page")
     if arguments.index:
         before, after = around(arguments.index, arguments.output.name)
+    chosen = (arguments.where, arguments.named_by, arguments.same_code)
     if arguments.wandb:
-        rows, notes = readers.from_wandb(arguments.wandb, None, arguments.where, arguments.named_by)
+        rows, notes = readers.from_wandb(arguments.wandb, None, *chosen)
     else:
-        rows, notes = readers.find(arguments.folders, arguments.where, arguments.named_by)
+        rows, notes = readers.find(arguments.folders, *chosen)
     rows = readers.select(rows, arguments.score, notes)
     if not arguments.named_by:
         name_choices(rows)

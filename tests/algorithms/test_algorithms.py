@@ -31,8 +31,8 @@ def test_every_algorithm_is_known_to_the_tests():
     )
 
 
-# Files whose loop in `train` no other file of this list has: plain, with a cosine that ends with the
-# run, in iterations, over windows, with a behaviour policy, with dynamics. The runs of all others
+# Files whose loop in `train` no other file of this list has: plain, with a cosine that ends with
+# the run, in iterations, over windows, with a behaviour policy, with dynamics. The runs of others
 # are resumed with ATOLL_SLOW=1.
 LOOPS = ["awr", "bc", "bc, discrete", "brac", "iql", "mopo", "qc", "qdt", "rebrac"]
 # One file for each way in which seeds could depend on each other: plain and ensembled networks,

@@ -174,6 +174,19 @@ def test_versions_that_differ_between_data_sets_only_share_no_mean_either(tmp_pa
     assert {row[-1] for row in cells(report.matrix(found))} == {"none: 1 of 2 data sets"}
 
 
+def test_versions_that_compute_the_same_are_joined_when_asked(tmp_path):
+    write_run(tmp_path / "a", {0: 10.0}, dataset="x.hdf5")
+    other = {"algorithm": "bbb", "common": "ddd"}
+    write_run(tmp_path / "b", {1: 20.0}, dataset="x.hdf5", code=other)
+    write_run(tmp_path / "old", {2: 30.0}, dataset="x.hdf5", code=None)
+    found, notes = readers.find((tmp_path,), same_code=True)
+    scores = {row.code: sorted(row.result["score"].values()) for row in found}
+    assert scores == {"aaa, bbb": [10.0, 20.0], "": [30.0]}
+    assert "bc ran in 2 versions of its code (aaa, bbb); --same-code joined" in notes[0]
+    assert "common/ was there in 2 versions: " in notes[1]
+    assert len(readers.find((tmp_path,))[0]) == 3
+
+
 def test_code_that_is_not_recorded_is_said_and_never_joined(tmp_path):
     write_run(tmp_path / "runs" / "a", {0: 1.0}, code=None)
     write_run(tmp_path / "runs" / "b", {1: 2.0}, code=None)
@@ -865,8 +878,8 @@ def test_folders_or_wandb(capsys):
 def test_the_committed_runs_can_be_read():
     folders = {*(ROOT / "benchmarks" / "runs").iterdir()}
     for folder in sorted(folders - {ROOT / "benchmarks" / "runs" / "speed"}):  # records of speed.py
-        found, notes = readers.find((folder,))
-        assert found and notes == []
+        found, notes = readers.find((folder,), same_code=True)
+        assert found and all("in 2 versions" in note for note in notes), notes
 
 
 # --- A choice of runs -----------------------------------------------------------------------------
