@@ -879,7 +879,7 @@ def test_the_committed_runs_can_be_read():
     folders = {*(ROOT / "benchmarks" / "runs").iterdir()}
     for folder in sorted(folders - {ROOT / "benchmarks" / "runs" / "speed"}):  # records of speed.py
         found, notes = readers.find((folder,), same_code=True)
-        assert found and all("in 2 versions" in note for note in notes), notes
+        assert found and all(" versions" in note for note in notes), notes
 
 
 # --- A choice of runs -----------------------------------------------------------------------------
