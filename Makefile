@@ -10,7 +10,7 @@ lint:
 test:
 	pytest
 
-smoke:  # every algorithm file alone, a few updates each
+smoke:  # every algorithm file alone beside common/
 	pytest tests -k smoke
 
 sync:  # helpers that should be identical in every algorithm file but are not; nothing if all are
