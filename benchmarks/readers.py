@@ -199,15 +199,15 @@ def join_versions(runs, notes):
     """Give the runs of an algorithm one version of its code, named after all of theirs."""
     by_algorithm = collections.defaultdict(list)
     for run in runs:
-        if run.code:  # older runs record none, and stay apart
+        if run.code and run.made["common"]:  # older runs record neither, and stay apart
             by_algorithm[run.algorithm].append(run)
     shared = sorted({run.made["common"] for group in by_algorithm.values() for run in group})
     for algorithm, group in sorted(by_algorithm.items()):
         codes = sorted({run.code for run in group})
         if len(codes) > 1:
             notes.append(
-                f"{algorithm} ran in {len(codes)} versions of its code ({', '.join(codes)}); "
-                "--same-code joined their rows, so they must not differ in what they compute"
+                f"{algorithm} ran in {len(codes)} versions of its code ({', '.join(codes)}), which "
+                "--same-code takes for one: they must not differ in what they compute"
             )
         for run in group:
             run.result["code"] = {"algorithm": ", ".join(codes), "common": ", ".join(shared)}
@@ -501,6 +501,8 @@ def _join(runs, notes):
             rows.append(_union(kept))
         else:
             why = "share a seed" if kept[0].code else "do not record the version of their code"
+            if ", " in kept[0].code:  # see `join_versions`
+                why += ", whose scores differ: do all versions of the code compute the same?"
             names = ", ".join(str(run.folder) for run in kept)
             notes.append(f"not joined, because they {why}: {names}")
             for run in kept:
@@ -520,6 +522,7 @@ def _equal(one, other):
 
 def _union(runs):
     """All seeds in one result. Seconds are summed; the speed is the mean over the processes."""
+    runs = sorted(runs, key=lambda run: run.config["seeds"])
     first, result = runs[0], dict(runs[0].result)
     for name in PER_SEED:
         if any(name in run.result for run in runs):

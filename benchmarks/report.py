@@ -8,8 +8,8 @@ writes mine.md, mine.png (learning curves) and, if there are methods to compare,
 the part of that page between `<!-- mine -->` and `<!-- /mine -->`: the scores by data set. `--where
 num_updates=100000` takes only some of the runs. `--named-by alpha` names the rows of a method by
 that field alone, not by everything in which its runs differ; `name` is the run folder's name. Seeds
-of two versions of an algorithm's file are rows of their own. `--same-code` joins them: it is for
-versions that compute the same, as the golden values show. The page names both.
+of two versions of an algorithm's file, or of common/, are rows of their own. `--same-code` joins
+them: it is for versions that compute the same scores. The page names them.
 
 The score is that of the last policy: the mean over the evaluation's episodes, then mean ± std
 (ddof 0) over seeds. --score mean_last_3 takes the mean of a seed's last three evaluations instead,
@@ -88,7 +88,7 @@ class Arguments:
     wandb: str | None = None  # "entity/project" to read instead of folders
     where: tuple[str, ...] = ()  # only these runs: num_updates=100000 name=trial*
     named_by: tuple[str, ...] = ()  # fields that name a method's rows: name, alpha, ...
-    same_code: bool = False  # join runs of versions of a file that compute the same
+    same_code: bool = False  # join runs of versions of the code that compute the same scores
     score: Literal["last", "mean_last_3"] = "last"  # the last evaluation, or the mean of three
     protocol: Literal["scores", "bandit"] = "scores"  # bandit: over a method's policies
     output: Path = Path("runs/report")  # stem of the .md and .png to write

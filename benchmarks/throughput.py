@@ -86,7 +86,7 @@ class Arguments:
     algorithms: tuple[str, ...] = ("rebrac",)  # files of algorithms/, without .py
     seeds: tuple[int, ...] = (1, 2)  # numbers of seeds to train in parallel, one row each
     batch_size: int = 256  # transitions per update
-    updates: int = 500  # per timed chunk
+    updates: int = 500  # per timed chunk; of awr, rlpd and wsrl more, up to whole iterations
     repeats: int = 5  # of every timing; the best counts
     output: str | None = None  # file to write, .md or .json; without a suffix both
     peer: str | None = None  # python of an environment with d3rlpy to compare with

@@ -3,9 +3,11 @@
 
 import importlib
 import json
+import re
 import time
 from functools import partial
 from itertools import pairwise
+from pathlib import Path
 
 import helpers_runs
 import jax
@@ -17,6 +19,8 @@ from algorithms import rebrac
 from benchmarks import peers, throughput
 from common import experiment
 from common.experiment.config import Options
+
+FILES = Path(__file__).resolve().parents[2] / "algorithms"
 
 
 def products(function, *arguments):
@@ -170,8 +174,19 @@ def test_other_widths_than_those_in_the_code_of_a_peer_are_refused():
         peers.demand(ask, "a peer", (256, 256, 256))
 
 
+# Files with a Config field whose comment begins with "first updates", and that field.
+FIRST_UPDATES = re.compile(r"^    (\w+): int = .*# first updates[:,]", re.MULTILINE)
+FIRST = {name: FIRST_UPDATES.findall((FILES / f"{name}.py").read_text()) for name in NAMES}
+WITH_A_FIRST_PHASE = [name for name, fields in FIRST.items() if fields]
+
+
+def test_all_first_phases_are_known():
+    assert len(WITH_A_FIRST_PHASE) >= 11
+    assert {x for fields in FIRST.values() for x in fields} <= {*throughput.FIRST_PHASES}
+
+
 @pytest.mark.parametrize("name", NAMES)
-def test_every_file_can_be_measured(name):
+def test_every_file_takes_the_sizes(name):
     module = importlib.import_module(f"algorithms.{name}")
     arguments = throughput.Arguments(updates=12, batch_size=4)
     cfg = throughput.config(module, 1, arguments)
@@ -179,7 +194,9 @@ def test_every_file_can_be_measured(name):
     assert cfg.batch_size == 4 and cfg.num_updates % cfg.log_every == 0
 
 
-@pytest.mark.parametrize("name", ["brac", "qdt"])
+@pytest.mark.parametrize(
+    "name", helpers_runs.slow_but([*WITH_A_FIRST_PHASE, "rlpd", "wsrl"], ["brac", "qdt"])
+)
 def test_the_phase_after_the_first_ones_is_measured(name, monkeypatch):
     monkeypatch.setattr(experiment, "over_seeds", lambda chunk, update=None: chunk)
     module = importlib.import_module(f"algorithms.{name}")
