@@ -201,18 +201,21 @@ def join_versions(runs, notes):
     for run in runs:
         if run.code and run.made["common"]:  # older runs record neither, and stay apart
             by_algorithm[run.algorithm].append(run)
+    versions = []
     shared = sorted({run.made["common"] for group in by_algorithm.values() for run in group})
     for algorithm, group in sorted(by_algorithm.items()):
         codes = sorted({run.code for run in group})
         if len(codes) > 1:
-            notes.append(
-                f"{algorithm} ran in {len(codes)} versions of its code ({', '.join(codes)}), which "
-                "--same-code takes for one: they must not differ in what they compute"
-            )
+            versions.append(f"{algorithm} {', '.join(codes)}")
         for run in group:
             run.result["code"] = {"algorithm": ", ".join(codes), "common": ", ".join(shared)}
     if len(shared) > 1:
-        notes.append(f"common/ was there in {len(shared)} versions: {', '.join(shared)}")
+        versions.append(f"common/ {', '.join(shared)}")
+    if versions:
+        notes.append(
+            "seeds from several versions of the code are joined (--same-code), which must compute "
+            f"the same: {'; '.join(versions)}"
+        )
 
 
 def choose(runs, where):
