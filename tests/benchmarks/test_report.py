@@ -891,7 +891,7 @@ def test_folders_or_wandb(capsys):
 def test_the_committed_runs_can_be_read():
     folders = {*(ROOT / "benchmarks" / "runs").iterdir()}
     for folder in sorted(folders - {ROOT / "benchmarks" / "runs" / "speed"}):  # records of speed.py
-        joined = folder.name == "constraints"  # see notes/constraints.md
+        joined = folder.name in ("constraints", "variants")  # see notes/constraints.md
         found, notes = readers.find((folder,), same_code=joined)
         if joined:
             assert notes.pop(0).startswith("seeds from several versions of the code are joined")
