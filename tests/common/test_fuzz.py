@@ -333,6 +333,7 @@ ENVS += ["helpers_runs:Endless-v0"]  # without a step limit
 @pytest.mark.parametrize("env", ENVS, ids=lambda x: ascii(x[:20]))
 def test_envs_of_any_name(start, monkeypatch, env):
     monkeypatch.syspath_prepend("")
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)  # of raises.py, by Python itself
     own = yaml.safe_dump({"env": env})
     for word in (f"--env={env}", "--config=own.yaml"):
         assert not start(DATA, word, files={"raises.py": "1 / 0", "own.yaml": own})

@@ -48,6 +48,7 @@ def start(base, tmp_path):
         files, both = [tmp_path / "out0", tmp_path / "out1"], []
         for index, file in enumerate(files):
             environment = runs.environment(base / "cache", TMPDIR=str(tmp_path / "tmp"))
+            environment["PYTHONUNBUFFERED"] = "1"  # both streams go to one file, in order
             environment |= variables(index, port)
             command = words(index, f"localhost:{port}/2/{index}")
             with file.open("w") as out:
