@@ -8,7 +8,6 @@ The fixtures and how they were made are in tests/fixtures/parity, the comparison
 
 import importlib
 
-import helpers_runs as runs
 import numpy as np
 import own_files
 import parity
@@ -641,16 +640,7 @@ def test_every_file_and_every_case_of_a_fixture_is_compared():
         assert sorted(names) == sorted(parity.fixture(algorithm)), algorithm
 
 
-ANOTHER_LOSS = (("brac", "bear"), ("lb_sac", "layer_norm"))  # than in the first case of that file
-# One case of every file and phase, and these two. The others are further settings of the same
-# update: ATOLL_SLOW=1.
-FIRST = [*{(case.algorithm, case.update): case for case in reversed(CASES)}.values()]
-FIRST += [case for case in CASES if (case.algorithm, case.name) in ANOTHER_LOSS]
-
-
-@pytest.mark.parametrize(
-    "case", runs.slow_but(CASES, FIRST), ids=lambda case: f"{case.algorithm}-{case.name}"
-)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.algorithm}-{case.name}")
 def test_the_update_rule_is_that_of_the_reference(case):
     module = importlib.import_module(f"algorithms.{case.algorithm}")
     found = parity.compare(module, case)

@@ -277,20 +277,20 @@ def simulated(count):
 
 
 def test_simulated_devices(name, tiny, base, tmp_path, fused_as_users):
-    """Four devices give the metrics of one, also when two go on after the run's death."""
-    seeds = ["--seeds", *map(str, range(4))]
+    """Eight devices give the metrics of one, also when four go on after the run's death."""
+    seeds = ["--seeds", *map(str, range(8))]
     one = run(name, [*tiny, *seeds, "--runs-dir", "one"])
     argv = [*tiny, *seeds, "--resume", "--runs-dir", "many"]
-    starts = [(argv, "after save 16", simulated(4)), (argv, None, simulated(2))]
+    starts = [(argv, "after save 16", simulated(8)), (argv, None, simulated(4))]
     killed, resumed = runs.calls(name, starts, tmp_path, runs.environment(base / "cache"))
     assert killed[0] == -signal.SIGKILL, killed
     code, out, error = resumed
     assert code == 0, error
     assert "resuming at update 16" in out
-    assert "begun on 4 x cpu, resumed on 2 x cpu" in error
+    assert "begun on 8 x cpu, resumed on 4 x cpu" in error
     assert metrics(runs.only_run("many")) == metrics(one)
     result = json.loads((runs.only_run("many") / "result.json").read_text())
-    assert result["hardware"].startswith("4 x cpu, then 2 x cpu; ")
+    assert result["hardware"].startswith("8 x cpu, then 4 x cpu; ")
 
 
 BATCHES = [("rebrac", 4, 1), pytest.param("rebrac", 4, 4, marks=runs.SLOW)]
