@@ -31,7 +31,7 @@ import jax.numpy as jnp
 import optax
 from flax.training import train_state
 
-from common import datasets, evaluation, experiment
+from common import datasets, evaluation, experiment, fail
 
 
 # --- Config -------------------------------------------------------------------------------------
@@ -417,6 +417,8 @@ def policy_fn(state, cfg):
 def train(cfg, options):
     """Train every seed of `cfg` and return its final normalised scores, [S]."""
     experiment.check(cfg, options)
+    if cfg.alpha_training == "log" and not 0.007 <= cfg.alpha <= 22_000:
+        fail(f"--alpha {cfg.alpha}: from 0.007 to 22000, since log alpha stays between -5 and 10")
     dataset = datasets.load(cfg.dataset, options.env, options.env_steps)
     data = experiment.place(dataset.transitions, options)
     example = jax.tree.map(lambda x: x[:1], data)  # one row, for its shapes

@@ -16,6 +16,7 @@ from numpy_nets import directions, dot, double, slope
 
 from algorithms import brac
 from common import experiment
+from common.experiment import config
 
 critic_loss = nets.compiled(brac.critic_loss)
 clone_loss = nets.compiled(brac.clone_loss)
@@ -380,3 +381,11 @@ def test_a_phase_that_leaves_no_update_is_refused(capsys):
     line = nets.refused(capsys, brac.Config, "--clone-updates 1500 --log-every 1000")
     assert "--clone-updates 1500 is no multiple of --log-every 1000" in line
     assert "--kernel-width" in nets.refused(capsys, brac.Config, "--kernel-width 0")
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.0069, 22_001.0])
+def test_an_alpha_that_its_logarithm_cannot_hold_is_refused(alpha, capsys):
+    with pytest.raises(SystemExit) as leave:
+        brac.train(brac.Config(alpha=alpha, alpha_training="log"), config.Options())
+    line = capsys.readouterr().err
+    assert leave.value.code == 2 and line.count("\n") == 1 and f"--alpha {alpha}" in line
