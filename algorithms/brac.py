@@ -4,7 +4,7 @@
 Paper       https://arxiv.org/abs/1911.11361, BEAR https://arxiv.org/abs/1906.00949
 Reference   https://github.com/google-research/google-research (behavior_regularized_offline_rl)
 Run         python algorithms/brac.py --config configs/brac/mujoco.yaml
-Parent      sac.py (334 lines)
+Parent      sac.py (343 lines)
 Results     docs/results.md
 Deviations  An alpha that is learned takes the divergence of the actor before its step, where the
             authors estimate it anew after it; so does the temperature of the cloning. The steps of
@@ -419,6 +419,13 @@ def train(cfg, options):
     experiment.check(cfg, options)
     if cfg.alpha_training == "log" and not 0.007 <= cfg.alpha <= 22_000:
         fail(f"--alpha {cfg.alpha}: from 0.007 to 22000, since log alpha stays between -5 and 10")
+    if cfg.alpha_training == "linear" and cfg.alpha > 500:
+        fail(f"--alpha {cfg.alpha}: at most 500, the limit of an alpha that is learned")
+    updates = cfg.num_updates - cfg.clone_updates
+    if cfg.warm_start >= updates:
+        fail(
+            f"--warm-start {cfg.warm_start}: must be below {updates}, the updates after the cloning"
+        )
     dataset = datasets.load(cfg.dataset, options.env, options.env_steps)
     data = experiment.place(dataset.transitions, options)
     example = jax.tree.map(lambda x: x[:1], data)  # one row, for its shapes
@@ -438,7 +445,7 @@ def train(cfg, options):
         for step in run.boundaries(start):  # start, start + log_every, ..., num_updates
             run.save(step, state, metrics)
             scores = None
-            if run.evaluates(step) and step >= cfg.clone_updates:  # the actor, once it is trained
+            if run.evaluates(step) and step >= cfg.clone_updates:  # from the actor's phase on
                 scores = rollouts.start(policy_params(state), step)
             last_metrics = metrics  # of the chunk that ended at this step
             # An accelerator trains while the CPU evaluates.

@@ -551,7 +551,7 @@ def train(cfg, options):
         for step in run.boundaries(start):  # start, start + log_every, ..., num_updates
             run.save(step, state, metrics)
             scores = None
-            if run.evaluates(step) and step >= cfg.clone_updates:  # an actor that is trained
+            if run.evaluates(step) and step >= cfg.clone_updates:  # from the second phase on
                 scores = rollouts.start(policy_params(state), step)
             last_metrics = metrics  # of the chunk that ended at this step
             # An accelerator trains while the CPU evaluates.

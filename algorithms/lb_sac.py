@@ -6,8 +6,10 @@ Reference   https://github.com/corl-team/CORL (algorithms/offline/lb_sac.py)
 Run         python algorithms/lb_sac.py --config configs/lb_sac/mujoco.yaml
 Parent      sac_n.py (42 lines)
 Results     docs/results.md
-Deviations  those of sac_n.py. Every critic has a layer norm of its own; in the reference all
-            critics share the scale and shift of a layer.
+Deviations  those of sac_n.py, and here they reach the output layer: kernel and bias are uniform in
+            ±1 / sqrt(inputs), in the reference in ±1. So its critics start further apart: 25 of 3 x
+            256 by a std of 0.57 on random inputs, here 0.05 (7.0 and 0.43 with layer norm). Every
+            critic has a layer norm of its own; the reference shares scale and shift of a layer.
 
 Shapes: S seeds, K critics (the paper's N), B batch, O observation, A action. Arrays are float32.
 """

@@ -735,7 +735,7 @@ def train(cfg, options):
         for step in run.boundaries(start):  # start, start + log_every, ..., num_updates
             run.save(step, state, metrics)
             scores = None
-            if run.evaluates(step) and step >= cfg.model_updates:  # the actor, once it is trained
+            if run.evaluates(step) and step >= cfg.model_updates:  # from the actor's phase on
                 scores = rollouts.start(policy_params(state), step)
             last_metrics = metrics  # of the chunk that ended at this step
             # An accelerator trains while the CPU evaluates.

@@ -56,7 +56,11 @@ def read(runs=RUNS):
     """(rows, notes): one row per method and data set, chosen as the docstring says."""
     folders = sorted(x for x in runs.iterdir() if x.is_dir() and x.name not in LEFT_OUT)
     folders = [folder for folder in folders if any(folder.rglob("result.json"))]
-    every, notes = readers.find(folders)
+    joined = [folder for folder in folders if folder.name in joins_versions()]
+    every, notes = readers.find([folder for folder in folders if folder not in joined])
+    if joined:
+        more, of_more = readers.find(joined, same_code=True)
+        every, notes = every + more, notes + of_more
     every = [row for row in every if (ROOT / "algorithms" / f"{row.algorithm}.py").is_file()]
     for row in every:
         row.variant = ""  # what tells records apart; only choices name a method
@@ -91,6 +95,13 @@ def pages():
         for name in re.findall(r"^python benchmarks/report.py benchmarks/runs/(\w+) ", text, re.M):
             found[name] = f"[{page.stem}]({page.name})"
     return found
+
+
+def joins_versions():
+    """Folders of benchmarks/runs whose page joins seeds of several versions (--same-code)."""
+    command = r"^python benchmarks/report.py benchmarks/runs/(\w+) .*--same-code"
+    texts = [page.read_text(encoding="utf-8") for page in sorted(RESULTS.glob("*.md"))]
+    return {name for text in texts for name in re.findall(command, text, re.M)}
 
 
 # --- Page ---------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ import psutil
 from common import envs
 
 EVAL_SEED = 10_000
+FIRST_PHASES = ("clone_updates", "model_updates", "q_updates")  # Config fields
 
 
 class _Played:
@@ -224,6 +225,8 @@ class Rollouts:
         speed = steps / (time.perf_counter() - began)
         horizon = self.dataset.horizon or 1000
         updates = cfg.num_updates + getattr(cfg, "online_updates", 0)
+        # None in a first phase, which trains no actor.
+        updates -= sum(getattr(cfg, name, 0) for name in FIRST_PHASES)
         evaluations = 1 + -(-updates // cfg.eval_every)
         count = len(self.keys) * cfg.eval_episodes
         seconds = count * horizon * evaluations / speed

@@ -14,6 +14,7 @@ os.environ["PYTHONUTF8"] = "1"
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = compiler_flags.beside(os.environ.get("XLA_FLAGS", ""))
 
+import flax_parameters
 import helpers_runs
 import jax
 import probes
@@ -25,6 +26,7 @@ jax.config.update("jax_debug_key_reuse", True)
 jax.config.update("jax_traceback_in_locations_limit", 0)  # programs without lines of the source
 
 ROOT = Path(__file__).resolve().parents[1]
+flax_parameters.compare_shapes_alone()
 
 # The garbage collector leaves out what the imports made, and looks less often at the rest: JAX's
 # tracing allocates much, and this takes a fifth off the time of a run of a test.

@@ -14,7 +14,7 @@ POSITIVE = "learning_rate$|^fixed_std$|^return_scale$|^beta$|^(sql|eql)_alpha$|^
 POSITIVE += "|^(initial|fixed)_temperature$|^weight_norm$|^max_(weight|clip|gradient_norm)$"
 POSITIVE += "|^kernel_width$"
 NOT_NEGATIVE = "alpha$|_penalty$|noise|_weight$|_decays?$|^inverse_temperature$"
-NOT_NEGATIVE += "|^perturbation$|^eta$|_deviations$"
+NOT_NEGATIVE += "|^perturbation$|^eta$|_deviations$|^target_divergence$"
 
 
 def check(cfg):
@@ -40,6 +40,8 @@ def check(cfg):
             fail(f"{given}: must be a number above 0 and up to 1")
         elif name in ("expectile", "dropout", "action_margin", "action_cdf") and not 0 < value < 1:
             fail(f"{given}: must be between 0 and 1, exclusive")
+        elif name == "action_margin" and value < 1e-6:
+            fail(f"{given}: must be at least 1e-06, since 1 minus less is 1 in float32")
         elif re.search(POSITIVE, name) and min(numbers) <= 0:
             fail(f"{given}: must be above 0")
         elif re.search(NOT_NEGATIVE, name) and min(numbers, default=0) < 0:

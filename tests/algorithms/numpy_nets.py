@@ -417,6 +417,13 @@ def handed_over(module, monkeypatch, tmp_path, transitions, returns, ends=None, 
 
         return stop
 
+    create_state = module.create_state
+
+    def create(key, batch, cfg, **facts):
+        """As one program: `train` runs `create_state` operation by operation."""
+        return jax.jit(functools.partial(create_state, cfg=cfg, **facts))(key, batch)
+
+    monkeypatch.setattr(module, "create_state", create)
     monkeypatch.setattr(experiment, "over_seeds", over_seeds)
     monkeypatch.setattr(datasets, "load", lambda *args, **kwargs: dataset)
     cfg = probes.config(module, dataset="toy.hdf5", hidden=(4,), **overrides)

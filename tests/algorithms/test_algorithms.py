@@ -237,8 +237,8 @@ def test_a_resumed_run_equals_an_undisturbed_one(name, tmp_path, monkeypatch, ca
 
 
 # --- The file alone -----------------------------------------------------------------------------
-# With one phase, with two, over windows. Others with ATOLL_SLOW=1: test_fuzz.py trains them all.
-TRAINED_ALONE = ("dt", "rebrac", "spot")
+# A file with two phases. Others with ATOLL_SLOW=1: test_fuzz.py trains them all, in their folder.
+TRAINED_ALONE = ("spot",)
 EACH = """
 import runpy, sys
 for line in sys.stdin:
@@ -251,12 +251,12 @@ for line in sys.stdin:
 """
 
 
-@pytest.mark.parametrize("names", [NAMES[i::3] for i in range(3)], ids=" ".join)
-def test_smoke_the_files_and_common_are_enough(tmp_path, compilation_cache, names):
+def test_smoke_the_files_and_common_are_enough(tmp_path, compilation_cache):
     """Every file is imported and shows its settings; TRAINED_ALONE train.
 
-    Several files per process, whose imports take longer than the runs.
+    All in one process, since the imports of the libraries take longer than such a run.
     """
+    names = NAMES
     shutil.copytree(ROOT / "common", tmp_path / "common", ignore=lambda *_: ["__pycache__"])
     with (tmp_path / "common" / "__init__.py").open("a") as file:
         file.write('\nprint("this is the copy")\n')

@@ -348,7 +348,7 @@ def test_each_phase_trains_its_own_networks():
 
 
 @pytest.mark.parametrize("name", runs.slow_but(["brac", "fisher_brc"], {"brac"}))
-def test_a_run_resumed_in_a_phase_or_between_them(name, tmp_path, monkeypatch):
+def test_a_run_resumed_in_a_phase_or_between_them(name, tmp_path, monkeypatch, capsys):
     """Byte for byte, with the metrics of both phases in one file and no score while cloning."""
     monkeypatch.chdir(tmp_path)
     argv = ["--dataset", runs.write_hdf5("data.hdf5"), *runs.tiny(name), "--seeds", "0", "1"]
@@ -362,6 +362,7 @@ def test_a_run_resumed_in_a_phase_or_between_them(name, tmp_path, monkeypatch):
 
     monkeypatch.setattr(experiment.Run, "log", copied)
     runs.start(name, [*argv, "--name", "whole"])
+    assert "evaluation: 3 times" in capsys.readouterr().out  # after 8, 12 and 16 updates
     whole = (folder / "whole" / "metrics.csv").read_text()
     for step in (4, 8):
         runs.start(name, [*argv, "--name", f"from{step}", "--resume"])
@@ -381,11 +382,25 @@ def test_a_phase_that_leaves_no_update_is_refused(capsys):
     line = nets.refused(capsys, brac.Config, "--clone-updates 1500 --log-every 1000")
     assert "--clone-updates 1500 is no multiple of --log-every 1000" in line
     assert "--kernel-width" in nets.refused(capsys, brac.Config, "--kernel-width 0")
+    assert "at least 1e-06" in nets.refused(capsys, brac.Config, "--action-margin 1e-9")
+    line = nets.refused(capsys, brac.Config, "--target-divergence -1")
+    assert "--target-divergence -1.0: must be 0 or more" in line
 
 
-@pytest.mark.parametrize("alpha", [0.0, 0.0069, 22_001.0])
-def test_an_alpha_that_its_logarithm_cannot_hold_is_refused(alpha, capsys):
+@pytest.mark.parametrize(
+    ("says", "settings"),
+    [
+        ("--alpha 0.0:", {"alpha": 0.0, "alpha_training": "log"}),
+        ("--alpha 0.0069:", {"alpha": 0.0069, "alpha_training": "log"}),
+        ("--alpha 22001.0:", {"alpha": 22_001.0, "alpha_training": "log"}),
+        ("--alpha 500.5:", {"alpha": 500.5, "alpha_training": "linear"}),
+        ("--warm-start 2000:", {"num_updates": 5000, "clone_updates": 3000, "warm_start": 2000}),
+    ],
+    ids=str,
+)
+def test_settings_that_cannot_hold_are_refused(says, settings, capsys):
+    """A learned alpha is kept in a range, and an actor that is warm to the end never sees Q."""
     with pytest.raises(SystemExit) as leave:
-        brac.train(brac.Config(alpha=alpha, alpha_training="log"), config.Options())
+        brac.train(brac.Config(**settings), config.Options())
     line = capsys.readouterr().err
-    assert leave.value.code == 2 and line.count("\n") == 1 and f"--alpha {alpha}" in line
+    assert leave.value.code == 2 and line.count("\n") == 1 and says in line

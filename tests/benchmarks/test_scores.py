@@ -57,6 +57,15 @@ def test_the_picture_in_the_readme_is_of_these_scores(rows):
             assert line.endswith(f" {mean} |")
 
 
+def test_seeds_are_joined_where_the_page_of_the_record_joins_them(rows):
+    assert "constraints" in scores.joins_versions()
+    (edac,) = (row for row in rows if row.algorithm == "edac" and "umaze" in row.dataset)
+    cell = f"{edac.last.mean():.1f} ± {edac.last.std():.1f}"
+    page = (scores.RESULTS / "constraints.md").read_text()
+    assert len(edac.last) == 3 and cell in PAGE
+    assert f"| edac | local/pointmaze/umaze-v0 | -6.1 | 40.8 | {cell} |" in page
+
+
 # --- Made-up runs -------------------------------------------------------------------------------
 def test_a_new_record_is_on_the_page(tmp_path, monkeypatch):
     shutil.copytree(scores.RUNS / "core" / "iql", tmp_path / "core")

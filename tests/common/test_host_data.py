@@ -151,7 +151,7 @@ def test_one_program_serves_all_chunks(monkeypatch):
 
 
 @pytest.mark.usefixtures("fused_as_users")
-@pytest.mark.parametrize("name", runs.slow_but(NAMES, ["rebrac", "dt"]))
+@pytest.mark.parametrize("name", runs.slow_but(NAMES, ["rebrac", "qc"]))
 def test_a_run_with_data_in_host_memory_has_the_same_numbers(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write = runs.write_cartpole if name in runs.DISCRETE else runs.write_hdf5
