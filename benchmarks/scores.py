@@ -38,7 +38,9 @@ The score is that of the last policy, mean ± std over seeds (ddof 0). It is nor
 and 100 are the data set's reference scores; OGBench's is the success rate in percent. Where a
 method has several records on a data set, the table has the one with the most seeds, then the one
 with the most updates. The first line of a table says how most of a column was measured; brackets
-say what differs.
+say what differs. A row is named after its file and the choices that differ from the file's
+defaults: `brac` alone is BRAC-v, with `variant=p` BRAC-p and with `divergence=mmd` BEAR;
+`generator=flow` makes IFQL of `idql` and FBRAC of `diffusion_ql`.
 
 **Do not rank methods by these tables alone.** Budgets and networks differ between records, many
 have one seed, and most settings were not tuned. The page of a record has its settings and curves.

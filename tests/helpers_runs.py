@@ -60,7 +60,7 @@ ALSO_TINY = {  # by algorithm
     "atac": ["--warm-start", "10"],
     "awr": ["--actor-updates", "2", "--critic-updates", "1"],
     "bcq": ["--vae-hidden", "8", "--num-samples", "2", "--num-eval-samples", "2"],
-    "brac": ["--critic-hidden", "8", "--clone-updates", "4", "--warm-start", "4"],
+    "brac": ["--critic-hidden", "8", "--clone-updates", "4", "--warm-start", "2"],
     "cal_ql": ["--critic-hidden", "8", "--num-samples", "2", "--warm-up-steps", "4"],
     "cql": ["--critic-hidden", "8", "--num-samples", "2"],
     "fisher_brc": ["--behaviour-hidden", "8", "--clone-updates", "4"],

@@ -91,7 +91,7 @@ def check(cfg):
 
 def _least(name, cfg):
     """The least value of a whole number."""
-    if name in ("model_updates", "online_updates", "random_steps", "warm_up_steps"):
+    if name in ("model_updates", "online_updates", "random_steps", "warm_up_steps", "warm_start"):
         return 0
     if name == "num_bins":
         return 2

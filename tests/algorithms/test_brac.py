@@ -383,6 +383,7 @@ def test_a_phase_that_leaves_no_update_is_refused(capsys):
     assert "--clone-updates 1500 is no multiple of --log-every 1000" in line
     assert "--kernel-width" in nets.refused(capsys, brac.Config, "--kernel-width 0")
     assert "at least 1e-06" in nets.refused(capsys, brac.Config, "--action-margin 1e-9")
+    assert config.parse(brac.Config, ["--warm-start", "0"])[0].warm_start == 0
     line = nets.refused(capsys, brac.Config, "--target-divergence -1")
     assert "--target-divergence -1.0: must be 0 or more" in line
 

@@ -597,6 +597,7 @@ KEPT += ("num_models", "num_elites")  # some of the first are the second, of whi
 SIZES = ("hidden", "vae_hidden", "critic_hidden", "value_hidden", "actor_hidden", "embedding")
 DIVIDE = ("policy_delay", "actor_updates", "num_heads", "updates_per_step")
 ALSO_KEPT = {
+    "brac": ("warm_start",),  # less than the updates of a chunk
     "combo": ("batch_size",),  # a batch has rows of the data and of the model, at least one each
     "trajectory_transformer": ("context", "plan_context"),  # the second is at most the first
 }
