@@ -4,7 +4,7 @@
 Paper       https://arxiv.org/abs/1911.11361, BEAR https://arxiv.org/abs/1906.00949
 Reference   https://github.com/google-research/google-research (behavior_regularized_offline_rl)
 Run         python algorithms/brac.py --config configs/brac/mujoco.yaml
-Parent      sac.py (343 lines)
+Parent      sac.py (340 lines)
 Results     docs/results.md
 Deviations  An alpha that is learned takes the divergence of the actor before its step, where the
             authors estimate it anew after it; so does the temperature of the cloning. The steps of
@@ -421,11 +421,8 @@ def train(cfg, options):
         fail(f"--alpha {cfg.alpha}: from 0.007 to 22000, since log alpha stays between -5 and 10")
     if cfg.alpha_training == "linear" and cfg.alpha > 500:
         fail(f"--alpha {cfg.alpha}: at most 500, the limit of an alpha that is learned")
-    updates = cfg.num_updates - cfg.clone_updates
-    if cfg.warm_start >= updates:
-        fail(
-            f"--warm-start {cfg.warm_start}: must be below {updates}, the updates after the cloning"
-        )
+    if cfg.clone_updates + cfg.warm_start >= cfg.num_updates:
+        fail(f"--warm-start {cfg.warm_start}: must end before --num-updates, for Q to count")
     dataset = datasets.load(cfg.dataset, options.env, options.env_steps)
     data = experiment.place(dataset.transitions, options)
     example = jax.tree.map(lambda x: x[:1], data)  # one row, for its shapes
