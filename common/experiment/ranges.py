@@ -41,7 +41,7 @@ def check(cfg):
         elif name in ("expectile", "dropout", "action_margin", "action_cdf") and not 0 < value < 1:
             fail(f"{given}: must be between 0 and 1, exclusive")
         elif name == "action_margin" and value < 1e-6:
-            fail(f"{given}: must be at least 1e-06, since 1 minus less is 1 in float32")
+            fail(f"{given}: must be at least 1e-06, smaller ones vanish in float32")
         elif re.search(POSITIVE, name) and min(numbers) <= 0:
             fail(f"{given}: must be above 0")
         elif re.search(NOT_NEGATIVE, name) and min(numbers, default=0) < 0:

@@ -256,14 +256,13 @@ def test_smoke_the_files_and_common_are_enough(tmp_path, compilation_cache):
 
     All in one process, since the imports of the libraries take longer than such a run.
     """
-    names = NAMES
     shutil.copytree(ROOT / "common", tmp_path / "common", ignore=lambda *_: ["__pycache__"])
     with (tmp_path / "common" / "__init__.py").open("a") as file:
         file.write('\nprint("this is the copy")\n')
-    commands = [f"{name}.py --show-config" for name in names]
-    for name in names:
+    commands = [f"{name}.py --show-config" for name in NAMES]
+    for name in NAMES:
         shutil.copy(ROOT / "algorithms" / f"{name}.py", tmp_path)
-    trained = [name for name in names if name in TRAINED_ALONE or "ATOLL_SLOW" in os.environ]
+    trained = [name for name in NAMES if name in TRAINED_ALONE or "ATOLL_SLOW" in os.environ]
     for name in trained:
         write = runs.write_cartpole if name in runs.DISCRETE else runs.write_hdf5
         write(tmp_path / f"{name}.hdf5")
@@ -282,7 +281,7 @@ def test_smoke_the_files_and_common_are_enough(tmp_path, compilation_cache):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "this is the copy" in done.stdout  # not the installed one
-    assert done.stdout.count("\nnum_updates: ") == len(names)  # of --show-config
+    assert done.stdout.count("\nnum_updates: ") == len(NAMES)  # of --show-config
     for name in trained:
         folder = tmp_path / "made" / name / name / "smoke"
         result = json.loads((folder / "result.json").read_text())
