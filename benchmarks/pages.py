@@ -86,7 +86,7 @@ th[aria-sort=descending] button::after { content: " \\2193"; opacity: 1; }
 tbody tr:hover { background: var(--soft); }
 figure { margin: 1.2em 0; } figure svg { width: 100%; height: auto; }
 figure svg text { font-family: system-ui, sans-serif !important; }
-summary { cursor: pointer; }
+summary { cursor: pointer; } sub { opacity: .6; }
 """
 
 JS = """
@@ -183,7 +183,7 @@ def text(source):
 
 
 def inline(source):
-    """Escaped text with `code`, [links](address) and **bold**."""
+    """Escaped text with `code`, [links](address), **bold** and <br><sub>small type</sub>."""
     parts = re.split(r"(`[^`]+`)", source)
     for i, part in enumerate(parts):
         if i % 2:
@@ -191,5 +191,6 @@ def inline(source):
             continue
         part = html.escape(part, quote=False)
         part = re.sub(r"\[([^\]]+)\]\(([^)\s\"]+)\)", r'<a href="\2">\1</a>', part)
+        part = re.sub(r"&lt;br&gt;&lt;sub&gt;(.+?)&lt;/sub&gt;", r"<br><sub>\1</sub>", part)
         parts[i] = re.sub(r"\*\*(.+?)\*\*", r"<b>\1</b>", part)
     return "".join(parts)

@@ -38,6 +38,7 @@ from typing import Literal
 import numpy as np
 import tyro
 
+import agreement
 import bandit
 import figures
 import intervals
@@ -436,6 +437,14 @@ def beside(rows, reference):
     return blocks
 
 
+def with_stand_ins(rows, reference):
+    """Blocks: methods by data sets, with published scores where the data stand for D4RL's."""
+    found = agreement.cells(rows, reference)
+    if not found:
+        return [matrix(rows)]
+    return [agreement.beside(matrix(rows), found), Text(agreement.words(found))]
+
+
 # --- Commands -----------------------------------------------------------------------------------
 def command(row):
     """The command line of a row: the values that differ from today's defaults and suite file.
@@ -508,7 +517,7 @@ def blocks_of(rows, notes, arguments, draw):
         if len({row.dataset for row in group}) > 1 and len(group) > 1:
             scale = joined(WORDS[row.scale] for row in group)
             which = "Last score" if arguments.score == "last" else f"Score, {arguments.score},"
-            blocks += [Text(f"{which} by data set ({scale}):"), matrix(group)]
+            blocks += [Text(f"{which} by data set ({scale}):"), *with_stand_ins(group, reference)]
         blocks += statistics(group, summary)
         if len(summary.scores) > 1:
             unit = UNITS[group[0].scale]
@@ -618,7 +627,7 @@ def index(rows, notes, arguments):
         size += "" if arguments.score == "last" else f"; the score is {SCORES[arguments.score]}"
         size += ", unless a score says otherwise" if mixed else ""
         blocks.append(Text(f"**{family}**: {scale}, mean ± std over seeds; {size}."))
-        blocks += [matrix(group), *beside(group, reference)]
+        blocks += [*with_stand_ins(group, reference), *beside(group, reference)]
     blocks += problems(rows, notes)[1:]
     page = arguments.output.with_suffix(".md")
     link = Path(os.path.relpath(page, arguments.index.parent)).as_posix()
