@@ -4,7 +4,7 @@
 Paper       https://arxiv.org/abs/1912.02074
 Reference   https://github.com/google-research/google-research/tree/master/algae_dice
 Run         python algorithms/algaedice.py --config configs/algaedice/mujoco.yaml
-Parent      sac.py (244 lines)
+Parent      sac.py (245 lines)
 Results     docs/results.md
 Deviations  The authors' script fills its replay buffer as it learns; here it is the fixed data set,
             and the buffer of initial states has the first observation of each episode. The
@@ -48,7 +48,7 @@ class Config:
     hidden: tuple[int, ...] = (256, 256)  # widths of actor and critics
     num_critics: int = 2  # K
     # AlgaeDICE
-    alpha: float = 0.01  # weight of the initial values: f(delta) stands for alpha f(delta / alpha)
+    alpha: float = 0.01  # weight of the initial values: the paper's alpha to the power p - 1
     exponent: float = 1.5  # p of f(x) = |x|^p / p
     online_share: float = 0.05  # of Q in the next value; the rest is the least target Q
     orthogonal_penalty: float = 1e-4  # on actor weights whose columns are not orthogonal
@@ -182,7 +182,8 @@ def actor_loss(params, state, batch, key, cfg):
     """-(w delta + (1 - gamma) alpha Q(s0, a0)), mean over K and B, and a penalty on the weights.
 
     The weight w = f'(delta), at least 0, gets no gradient; delta and Q(s0, a0) get one through the
-    actions. w / alpha estimates the ratio of the policy's occupancy to that of the data.
+    actions. With online_share 1, w / alpha estimates the ratio of the policy's occupancy to
+    that of the data.
     """
     noise = jax.random.normal(key, (2, *batch.action.shape))
     actor = state.actor.replace(params=params)

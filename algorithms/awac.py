@@ -46,7 +46,7 @@ class Config:
     target_rate: float = 0.005  # tau, Polyak step of the target critics
     hidden: tuple[int, ...] = (256, 256, 256)  # widths of actor and critics
     num_critics: int = 2  # K, the target and the advantage take their minimum
-    reward_shift: float = 0.0  # added to data set rewards (AntMaze: -1)
+    reward_shift: float = 0.0  # added to all rewards (AntMaze: -1)
     # AWAC
     inverse_temperature: float = 3.0  # 1 / lambda, Eq. 13
     weight: Literal["exp", "softmax"] = "exp"  # exp(A / lambda) up to 100, or softmax over batch

@@ -10,7 +10,10 @@ Deviations  The authors collect an episode, then take an update per env step of 
             updates take turns after `warm_up_steps`, so rows of an episode that goes on are drawn,
             too. They are not calibrated until its returns are known. CORL's code calibrates
             offline only. As in the authors' code, a value below the return gets no gradient.
-            Rows at a truncation are kept if the data record their next observation.
+            Rows at a truncation are kept if the data record their next observation. With
+            last_reward_goes_on every truncated episode's last reward goes on in its returns. The
+            authors do so on AntMaze only where no reward but that of failure was seen, and always
+            on Kitchen.
 
 Shapes: S seeds, K critics, B batch, N num_samples, M actions per row, O observation, A action.
         Arrays are float32.
@@ -48,7 +51,7 @@ class Config:
     critic_hidden: tuple[int, ...] = (256, 256)  # widths of the critics
     num_critics: int = 2  # K, target and actor use their minimum
     normalise_observations: bool = False  # to mean 0 and std 1
-    reward_scale: float = 1.0  # multiplies data set rewards (AntMaze: 10)
+    reward_scale: float = 1.0  # multiplies all rewards (AntMaze: 10)
     reward_shift: float = 0.0  # added afterwards (AntMaze: -5)
     # CQL
     alpha: float = 5.0  # weight of the conservative gap: log sum exp Q(s, .) - Q(s, a), Eq. 4

@@ -47,7 +47,7 @@ class Config:
     critic_hidden: tuple[int, ...] = (256, 256, 256)  # widths of the critics
     num_critics: int = 2  # K, target and actor use their minimum
     normalise_observations: bool = True  # to mean 0 and std 1
-    reward_scale: float = 1.0  # multiplies data set rewards (AntMaze: 10)
+    reward_scale: float = 1.0  # multiplies all rewards (AntMaze: 10)
     reward_shift: float = 0.0  # added afterwards (AntMaze: -5)
     # CQL
     alpha: float = 10.0  # weight of the conservative gap: log sum exp Q(s, .) - Q(s, a), Eq. 4

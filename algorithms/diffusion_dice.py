@@ -140,7 +140,9 @@ class ScoreNet(nn.Module):
             x = ResidualBlock(width)(x, embedding)
             down.append(x)
         x = ResidualBlock(self.hidden[-1])(x, embedding)
-        for width, skipped in zip(self.hidden[-2::-1], down[:0:-1], strict=True):
+        widths_up = self.hidden[:-1][::-1]
+        skips = down[1:][::-1]  # the deepest first
+        for width, skipped in zip(widths_up, skips, strict=True):
             x = ResidualBlock(width)(jnp.concatenate([skipped, x], axis=-1), embedding)
         x = jnp.concatenate([down[0], x], axis=-1)
         return nn.Dense(

@@ -4,13 +4,14 @@
 Paper       https://arxiv.org/abs/2208.06193, FBRAC (generator=flow) https://arxiv.org/abs/2502.02538
 Reference   https://github.com/Zhendong-Wang/Diffusion-Policies-for-Offline-RL
 Run         python algorithms/diffusion_ql.py --config configs/diffusion_ql/mujoco.yaml
-Parent      fql.py (374 lines)
+Parent      fql.py (376 lines)
 Results     docs/results.md
 Deviations  All rows train, also those at a truncation whose next observation is known. `cosine`
             brings the learning rates to 0 over the run; the authors' --lr_decay moves once in 50k
             updates and ends at 99.9 % of the first rate, so it is off here. The score is the last
-            policy's, not that of a chosen checkpoint. FBRAC's code has one Adam and computes
-            losses and targets from the state before; the configs turn off the rest.
+            policy's, not that of a chosen checkpoint. FBRAC's code has one Adam, and its losses and
+            targets read the state from before the update. Its configs switch off Diffusion-QL's
+            gradient clipping, actor average and choice among samples.
 
 Shapes: S seeds, K critics, N samples, B batch, E episodes, O observation, A action. All float32.
 """
@@ -26,7 +27,7 @@ import jax.numpy as jnp
 import optax
 from flax.training import train_state
 
-from common import datasets, evaluation, experiment
+from common import datasets, evaluation, experiment, fail
 
 
 # --- Config -------------------------------------------------------------------------------------
@@ -409,6 +410,8 @@ def train(cfg, options):
     dataset = datasets.load(cfg.dataset, options.env, options.env_steps)
     reward = dataset.transitions.reward
     if cfg.standardise_rewards:
+        if reward.std() == 0:
+            fail("--standardise-rewards True: all rewards are equal, so they have no scale")
         reward = (reward - reward.mean()) / reward.std(ddof=1)
     reward = cfg.reward_scale * reward + cfg.reward_shift
     data = experiment.place(dataset.transitions._replace(reward=reward), options)

@@ -9,7 +9,8 @@ Results     docs/results.md
 Deviations  Each network has an Adam of its own, which makes the same steps as the reference's one
             Adam for all. Rows at a truncation are kept where their next observation is known.
             Observations are vectors, not images. As in the released code, the target critics
-            follow the critics before their gradient step.
+            follow the critics before their gradient step. n_step is not in the reference: a sum
+            that an episode's end cuts bootstraps there, where QC's n-step baseline drops it.
 
 Shapes: S seeds, K critics, B batch, E episodes, O observation, A action. Arrays are float32.
 """
@@ -44,7 +45,7 @@ class Config:
     target_rate: float = 0.005  # tau, Polyak step of the target critics
     hidden: tuple[int, ...] = (512, 512, 512, 512)  # widths of all networks
     num_critics: int = 2  # K
-    reward_shift: float = 0.0  # added to data set rewards (AntMaze: -1)
+    reward_shift: float = 0.0  # added to all rewards (AntMaze: -1)
     # FQL
     alpha: float = 10.0  # weight of the distillation error (mu(s, z) - F(s, z))^2 beside -Q
     q_agg: Literal["mean", "min"] = "mean"  # of the K critics, in the TD target

@@ -4,7 +4,7 @@
 Paper       https://arxiv.org/abs/2512.03973
 Reference   https://github.com/Simple-Robotics/guided-flow-policy
 Run         python algorithms/gfp.py --config configs/gfp/ogbench.yaml
-Parent      fql.py (159 lines)
+Parent      fql.py (161 lines)
 Results     docs/results.md
 Deviations  Each network has an Adam of its own, which makes the same steps as the reference's one
             Adam for all. Rows at a truncation are kept where their next observation is known.
@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import optax
 from flax.training import train_state
 
-from common import datasets, evaluation, experiment
+from common import datasets, evaluation, experiment, fail
 
 
 # --- Config -------------------------------------------------------------------------------------
@@ -48,7 +48,7 @@ class Config:
     reward_shift: float = 0.0  # added to data set rewards (AntMaze: -1)
     # FQL
     alpha: float = 1.0  # weight of the distillation error (mu(s, z) - F(s, z))^2 beside -Q
-    q_agg: Literal["mean", "min"] = "mean"  # of the K critics, wherever there is one Q
+    q_agg: Literal["mean", "min"] = "mean"  # of the K critics, in targets, weights and actor loss
     normalize_q: bool = True  # divide Q by its mean absolute value in the actor loss
     flow_steps: int = 10  # Euler steps of the flow F from noise z to action
     # GFP
@@ -316,6 +316,8 @@ def policy_fn(state, cfg):
 def train(cfg, options):
     """Train every seed of `cfg` and return its final normalised scores, [S]."""
     experiment.check(cfg, options)
+    if cfg.eta == 0:
+        fail("--eta 0.0: must be above 0; --eta None weighs all actions alike, the authors' eta 0")
     dataset = datasets.load(cfg.dataset, options.env, options.env_steps)
     action = dataset.transitions.action.clip(-1 + 1e-5, 1 - 1e-5)
     reward = dataset.transitions.reward + cfg.reward_shift

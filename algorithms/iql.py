@@ -12,7 +12,8 @@ Deviations  Rows at a truncation are kept where their next observation is known,
             mean, losses and targets that read the networks from before the update, awr weights from
             the online critics, and sampled actions where the std is learned. deterministic and
             normalise_observations follow CORL. Online the actor's learning rate is constant, after
-            the cosine of the offline phase; the authors fine-tune without cosine.
+            the cosine of the offline phase; the authors fine-tune without cosine. n_step is not in
+            the reference: a sum that an episode's end cuts bootstraps there.
 
 Shapes: S seeds, K critics, B batch, E episodes, O observation, A action. Arrays are float32.
 """
@@ -48,7 +49,7 @@ class Config:
     hidden: tuple[int, ...] = (256, 256)  # widths of all networks
     num_critics: int = 2  # K, V and the actor learn from their minimum
     layer_norm: bool = False  # LayerNorm after every hidden layer of Q and V
-    reward_shift: float = 0.0  # added to data set rewards (AntMaze: -1)
+    reward_shift: float = 0.0  # added to all rewards (AntMaze: -1)
     return_scale: float | None = None  # rescales rewards to this range of returns (MuJoCo: 1000)
     # IQL
     expectile: float = 0.7  # tau, weight of (Q - V)^2 where Q > V, Eq. 5
@@ -169,7 +170,7 @@ def create_state(key, batch, cfg, statistics=(0.0, 1.0)):
     value_params = value_net.init(key_value, batch.observation)
 
     actor_learning_rate = cfg.actor_learning_rate
-    if cfg.cosine:
+    if cfg.cosine and cfg.num_updates > 0:
         decay = optax.cosine_decay_schedule(actor_learning_rate, cfg.num_updates)
         constant = optax.constant_schedule(actor_learning_rate)  # in the online phase
         actor_learning_rate = optax.join_schedules([decay, constant], [cfg.num_updates])

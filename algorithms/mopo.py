@@ -4,7 +4,7 @@
 Paper       https://arxiv.org/abs/2005.13239
 Reference   https://github.com/yihaosun1124/OfflineRL-Kit
 Run         python algorithms/mopo.py --config configs/mopo/mujoco.yaml
-Parent      sac.py (500 lines)
+Parent      sac.py (502 lines)
 Results     docs/results.md
 Deviations  The fit of the dynamics has a fixed number of updates. It keeps each member's best
             parameters and stops by the reference's rule: from then on its updates change nothing.
@@ -321,10 +321,11 @@ def dynamics_loss(params, state, batch, cfg):
     mean, log_variance = predict(state, params, batch.observation, batch.action)
     chex.assert_equal_shape([mean, log_variance, target])
     square = jnp.square(mean - target) * jnp.exp(-log_variance)
-    likelihood = (square + log_variance).mean(axis=-1)  # [M, B]
+    # Twice the negative log likelihood, without its constant.
+    nll = (square + log_variance).mean(axis=-1)  # [M, B]
     known = next_is_known(batch)  # [M, B]
-    chex.assert_equal_shape([likelihood, known, batch.reward])
-    member_loss = (likelihood * known).sum(axis=1) / known.sum(axis=1).clip(min=1.0)  # [M]
+    chex.assert_equal_shape([nll, known, batch.reward])
+    member_loss = (nll * known).sum(axis=1) / known.sum(axis=1).clip(min=1.0)  # [M]
     bounds = params["max_log_variance"].sum() - params["min_log_variance"].sum()
     loss = member_loss.sum() + 0.01 * bounds + weight_decay(params["members"], cfg)
     return loss, {"dynamics_loss": loss}
@@ -395,7 +396,7 @@ def model_update(state, step, key, data, cfg):
     held_out = holdout_rows(key, len(data.reward))
     going_on = state.fit.waiting < cfg.patience
     fit_step = partial(fitted, step=step, index=index, held_out=held_out, data=data, cfg=cfg)
-    (dynamics, fit), metrics = jax.lax.cond(going_on, fit_step, left, state)
+    (dynamics, fit), metrics = jax.lax.cond(going_on, fit_step, unchanged, state)
     state = state._replace(dynamics=dynamics, fit=fit)
     is_last = step == cfg.model_updates - 1
     dynamics, fit = jax.lax.cond(is_last, partial(ended, cfg=cfg), model_of, state)
@@ -413,12 +414,13 @@ def fitted(state, step, index, held_out, data, cfg):
     batch = jax.tree.map(lambda column: column[index], data)
     grads, metrics = jax.grad(dynamics_loss, has_aux=True)(state.dynamics.params, state, batch, cfg)
     state = state._replace(dynamics=state.dynamics.apply_gradients(grads=grads))
-    measures = (step == 0) | ((step + 1) % cfg.holdout_every == 0)
+    is_last = step == cfg.model_updates - 1  # what comes after the last measurement is lost
+    measures = (step == 0) | ((step + 1) % cfg.holdout_every == 0) | is_last
     fit = jax.lax.cond(measures, partial(measured, held_out=held_out, data=data), fit_of, state)
     return (state.dynamics, fit), metrics
 
 
-def left(state):
+def unchanged(state):
     """Dynamics and fit as they are."""
     return model_of(state), {"dynamics_loss": jnp.float32(0.0)}
 

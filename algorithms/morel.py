@@ -4,7 +4,7 @@
 Paper       https://arxiv.org/abs/2005.05951
 Reference   https://github.com/aravindr93/mjrl (branch v2)
 Run         python algorithms/morel.py --config configs/morel/mujoco.yaml
-Parent      mopo.py (66 lines)
+Parent      mopo.py (68 lines)
 Results     docs/results.md
 Deviations  The planner is SAC on short rollouts from observations of the data, as in Unifloral,
             whose settings of SAC the Config has. The paper's is natural policy gradient from a
@@ -14,7 +14,9 @@ Deviations  The planner is SAC on short rollouts from observations of the data, 
             observations, in the authors' code in those of the env. A step into the halt state pays
             once and ends the rollout, as in the codes; the paper's halt state pays for ever. The
             limit is the paper's, a mean and stds above it; the code divides the largest
-            disagreement of the data by a number. The fit and SAC depart as mopo.py says.
+            disagreement of the data by a number. The fit departs as mopo.py says. SAC's order and
+            initialisation are those of sac.py, and evaluations take the mean action; Unifloral
+            moves the targets before the critics, has flax's initialisation and draws actions.
 
 Shapes: S seeds, M members, K critics, B batch, R rollouts, C rows of the ring, O observation,
         A action. Arrays are float32.
@@ -329,10 +331,11 @@ def dynamics_loss(params, state, batch, cfg):
     mean, log_variance = predict(state, params, batch.observation, batch.action)
     chex.assert_equal_shape([mean, log_variance, target])
     square = jnp.square(mean - target) * jnp.exp(-log_variance)
-    likelihood = (square + log_variance).mean(axis=-1)  # [M, B]
+    # Twice the negative log likelihood, without its constant.
+    nll = (square + log_variance).mean(axis=-1)  # [M, B]
     known = next_is_known(batch)  # [M, B]
-    chex.assert_equal_shape([likelihood, known, batch.reward])
-    member_loss = (likelihood * known).sum(axis=1) / known.sum(axis=1).clip(min=1.0)  # [M]
+    chex.assert_equal_shape([nll, known, batch.reward])
+    member_loss = (nll * known).sum(axis=1) / known.sum(axis=1).clip(min=1.0)  # [M]
     bounds = params["max_log_variance"].sum() - params["min_log_variance"].sum()
     loss = member_loss.sum() + 0.01 * bounds + weight_decay(params["members"], cfg)
     return loss, {"dynamics_loss": loss}
@@ -403,7 +406,7 @@ def model_update(state, step, key, data, cfg):
     held_out = holdout_rows(key, len(data.reward))
     going_on = state.fit.waiting < cfg.patience
     fit_step = partial(fitted, step=step, index=index, held_out=held_out, data=data, cfg=cfg)
-    (dynamics, fit), metrics = jax.lax.cond(going_on, fit_step, left, state)
+    (dynamics, fit), metrics = jax.lax.cond(going_on, fit_step, unchanged, state)
     state = state._replace(dynamics=dynamics, fit=fit)
     is_last = step == cfg.model_updates - 1
     dynamics, fit = jax.lax.cond(is_last, partial(ended, cfg=cfg), model_of, state)
@@ -421,12 +424,13 @@ def fitted(state, step, index, held_out, data, cfg):
     batch = jax.tree.map(lambda column: column[index], data)
     grads, metrics = jax.grad(dynamics_loss, has_aux=True)(state.dynamics.params, state, batch, cfg)
     state = state._replace(dynamics=state.dynamics.apply_gradients(grads=grads))
-    measures = (step == 0) | ((step + 1) % cfg.holdout_every == 0)
+    is_last = step == cfg.model_updates - 1  # what comes after the last measurement is lost
+    measures = (step == 0) | ((step + 1) % cfg.holdout_every == 0) | is_last
     fit = jax.lax.cond(measures, partial(measured, held_out=held_out, data=data), fit_of, state)
     return (state.dynamics, fit), metrics
 
 
-def left(state):
+def unchanged(state):
     """Dynamics and fit as they are."""
     return model_of(state), {"dynamics_loss": jnp.float32(0.0)}
 
@@ -760,6 +764,8 @@ def train(cfg, options):
     """Train every seed of `cfg` and return its final normalised scores, [S]."""
     experiment.check(cfg, options)
     check_model(cfg, options)
+    if cfg.num_models < 2:
+        fail(f"--num-models {cfg.num_models}: at least 2, rollouts halt where they disagree")
     dataset = datasets.load(cfg.dataset, options.env, options.env_steps)
     if len(dataset.transitions.reward) < 2:
         fail(f"{cfg.dataset}: one row is too few, since the fit of the dynamics holds one out")

@@ -4,7 +4,7 @@
 Paper       https://arxiv.org/abs/2202.05607
 Reference   https://github.com/facebookresearch/online-dt
 Run         python algorithms/online_dt.py --config configs/online_dt/pointmaze.yaml
-Parent      dt.py (210 lines)
+Parent      dt.py (212 lines)
 Results     docs/results.md
 Deviations  Those of dt.py about windows, keys (which have a trust ratio of their own in LAMB), the
             std and rows at truncations. The entropy is a mean over steps, in the reference over
@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import optax
 from flax.training import train_state
 
-from common import datasets, evaluation, experiment, interaction
+from common import datasets, evaluation, experiment, fail, interaction
 
 
 # --- Config -------------------------------------------------------------------------------------
@@ -62,7 +62,7 @@ class Config:
     steps_per_refresh: int = 1_000  # env steps between two versions of the policy that takes them
     updates_per_refresh: int = 300  # updates between two such sets of env steps
     replay_episodes: int = 1_000  # the newest so many are learnt from; at first the data's best
-    exploration_return: float | None = None  # asked for by exploration; None: 2 target_return
+    exploration_return: float | None = None  # asked for by exploration; None: a whole target more
 
 
 # --- Networks -----------------------------------------------------------------------------------
@@ -472,6 +472,8 @@ def online_rows(rows, dataset, statistics):
 def train(cfg, options):
     """Train every seed of `cfg` and return its final normalised scores, [S]."""
     experiment.check(cfg, options)
+    if cfg.eval_context > cfg.context:
+        fail(f"--eval-context {cfg.eval_context}: at most --context, {cfg.context}")
     dataset = datasets.load(cfg.dataset, options.env, options.env_steps)
     data, statistics = normalise(dataset.transitions)
     steps = episode_steps(dataset, data)
@@ -491,7 +493,7 @@ def train(cfg, options):
     memory = initial_memory(cfg.eval_episodes, example, cfg, target_return)
     exploration_return = cfg.exploration_return
     if exploration_return is None:
-        exploration_return = 2 * target_return
+        exploration_return = target_return + abs(target_return)
     explore_by = partial(explore, state.actor.apply_fn)
     replay, episode_ends = best_episodes(steps, dataset, cfg.replay_episodes)
 

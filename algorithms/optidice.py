@@ -11,7 +11,8 @@ Deviations  The code takes log w of chi2 as log 1e-10 for all y < 0, here it is 
             Adam's epsilon is 1e-8, Keras has 1e-7. Rows at a truncation are kept where their next
             observation is known. As in the code, absorbing_state=masked gives terminal rows no
             value after them. Occupancies then sum to less than 1 where episodes end, which E[w] = 1
-            contradicts; bootstrap is consistent.
+            contradicts; bootstrap is consistent. The code appends rows of the absorbing state, too,
+            but draws batches from the rows before them only. Here they are drawn.
 
 Shapes: S seeds, N data, B batch, E episodes, C components, O observation, A action.
 """
@@ -525,6 +526,7 @@ def train(cfg, options):
     rows, statistics = normalise(rows)
     example = jax.tree.map(lambda x: x[:1], rows)  # one row, for its shapes
     data = with_starts(dataset, with_absorbing_state(rows, cfg))
+    data = jax.device_get(data)  # in the host's memory, where `--data host` leaves it
     data = experiment.place(data, options)
     init_keys, train_keys, policy_keys = experiment.streams(cfg.seeds, 3)  # [S] keys each
     create = partial(create_state, batch=example, cfg=cfg, statistics=statistics)

@@ -47,7 +47,7 @@ class Config:
     target_rate: float = 0.005  # tau, Polyak step of the target critics
     hidden: tuple[int, ...] = (512, 512, 512, 512)  # widths of all networks
     num_critics: int = 2  # K
-    reward_shift: float = 0.0  # added to data set rewards (AntMaze: -1)
+    reward_shift: float = 0.0  # added to all rewards (AntMaze: -1)
     # FQL
     alpha: float = 100.0  # with distill: weight of (mu(s, z) - F(s, z))^2 beside -Q
     q_agg: Literal["mean", "min"] = "mean"  # of the K critics, in the TD target and the choice

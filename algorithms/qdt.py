@@ -4,7 +4,7 @@
 Paper       https://arxiv.org/abs/2209.03993
 Reference   https://github.com/takuseno/d3rlpy (reproductions/offline/qdt.py; a reimplementation)
 Run         python algorithms/qdt.py --config configs/qdt/mujoco.yaml
-Parent      dt.py (321 lines)
+Parent      dt.py (333 lines)
 Results     docs/results.md
 Deviations  The critic is that of cql.py: its TD target has an action drawn from pi, the reference's
             the mean of pi, and its networks are initialised orthogonally. Its observations are
@@ -279,6 +279,13 @@ def episode_steps(dataset, data):
         returns_to_go=returns_to_go,
         timestep=timestep,
     )
+
+
+def goes_on_after_a_termination(dataset):
+    """Whether a row that is not the last of its episode has a termination, as in AntMaze."""
+    _, ends = datasets.episodes(dataset)
+    termination = jnp.asarray(dataset.transitions.termination)
+    return bool(termination.at[ends - 1].set(0.0).any())
 
 
 def blank_steps(count, batch, target_return, cfg):
@@ -642,6 +649,11 @@ def train(cfg, options):
     if options.data == "host" or options.devices > 1:
         fail("--data host, --devices: QDT supports neither, since it needs V of all rows")
     dataset = datasets.load(cfg.dataset, options.env, options.env_steps)
+    if goes_on_after_a_termination(dataset):
+        fail(
+            f"{cfg.dataset}: episodes go on after a termination, which QDT's new returns do not "
+            "allow for; it needs data whose episodes end there"
+        )
     transitions, statistics = normalise(dataset.transitions)
     transitions = experiment.place(transitions, options)  # for the critics
     data = episode_steps(dataset, transitions)  # the same rows, for the transformer

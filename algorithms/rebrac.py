@@ -10,7 +10,8 @@ Deviations  none known in the method. Rows at a truncation are kept if the data 
             observation (0.1 % of the rows of 1000-step episodes). Their next action is unknown, so
             their own action takes its place. The reference drops these rows. The online phase
             is that of CORL's finetune/rebrac.py, but a new row's next action is the one that was
-            taken (there: the policy's). It counts only with an online_critic_penalty.
+            taken (there: the policy's). It counts only with an online_critic_penalty. n_step is not
+            in the reference: a sum that an episode's end cuts bootstraps there.
 
 Shapes: S seeds, K critics, B batch, E episodes, O observation, A action. Arrays are float32.
 """
@@ -48,7 +49,7 @@ class Config:
     target_noise_clip: float = 0.5  # bound on that noise, in action units
     hidden: tuple[int, ...] = (256, 256, 256)  # widths of actor and critics
     num_critics: int = 2  # K, the target is their minimum
-    reward_scale: float = 1.0  # multiplies data set rewards (AntMaze: 100)
+    reward_scale: float = 1.0  # multiplies all rewards (AntMaze: 100)
     # ReBRAC
     actor_penalty: float = 1.0  # beta_1, weight of (pi(s) - a)^2 in the actor loss, Eq. 7
     critic_penalty: float = 1.0  # beta_2, weight of (pi(s') - a')^2 in the TD target, Eq. 6

@@ -4,12 +4,13 @@
 Paper       https://arxiv.org/abs/2302.02948
 Reference   https://github.com/ikostrikov/rlpd (train_finetuning.py, configs/rlpd_config.py)
 Run         python algorithms/rlpd.py --config configs/rlpd/pointmaze.yaml
-Parent      sac.py (153 lines)
+Parent      sac.py (160 lines)
 Results     docs/results.md
 Deviations  The authors draw the rows of all updates after an env step at once and cut them into
             batches. Here every update draws its own batch, which gives the same distribution. An
             update of the actor and the temperature follows the last of them, as theirs does. With
             `--num-updates N` the updates before the online phase draw from the data set alone.
+            The authors count the random steps among the env steps, here they come before.
 
 Shapes: S seeds, K critics, B batch, O observation, A action. Arrays are float32.
 """
@@ -25,7 +26,7 @@ import jax.numpy as jnp
 import optax
 from flax.training import train_state
 
-from common import datasets, evaluation, experiment, interaction
+from common import datasets, evaluation, experiment, fail, interaction
 
 
 # --- Config -------------------------------------------------------------------------------------
@@ -320,6 +321,11 @@ def policy_fn(state, cfg):
 def train(cfg, options):
     """Train every seed of `cfg` and return its final normalised scores, [S]."""
     experiment.check(cfg, options)
+    if cfg.num_target_critics > cfg.num_critics:
+        fail(
+            f"--num-target-critics {cfg.num_target_critics}: there are {cfg.num_critics} critics "
+            "(--num-critics)"
+        )
     dataset = datasets.load(cfg.dataset, options.env, options.env_steps)
     data = dataset.transitions
     data = experiment.place(data, options)

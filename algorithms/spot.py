@@ -48,7 +48,7 @@ class Config:
     target_noise_clip: float = 0.5  # bound on that noise, in action units
     hidden: tuple[int, ...] = (256, 256)  # widths of actor and critics
     num_critics: int = 2  # K, the target is their minimum
-    reward_shift: float = 0.0  # added to data set rewards (AntMaze: -1)
+    reward_shift: float = 0.0  # added to all rewards (AntMaze: -1)
     # SPOT
     clone_updates: int = 100_000  # first updates: they train the VAE alone
     vae_learning_rate: float = 1e-3  # Adam

@@ -47,7 +47,7 @@ class Config:
     target_noise_clip: float = 0.5  # bound on that noise, in action units
     hidden: tuple[int, ...] = (256, 256)  # widths of actor and critics
     num_critics: int = 2  # K, the target is their minimum
-    reward_shift: float = 0.0  # added to data set rewards (AntMaze: -1)
+    reward_shift: float = 0.0  # added to all rewards (AntMaze: -1)
     # TD3+BC
     alpha: float = 2.5  # weight of Q / mean |Q| beside the mean of (pi(s) - a)^2, Eqs. 3, 5
     # Online phase

@@ -11,7 +11,7 @@ Deviations  The authors run the phases apart, with a checkpoint in between; here
             They clip actions to 0.99999, count the warm-up among the online steps and wait for as
             many steps as a batch has rows. Rows at a truncation are kept if the data record their
             next observation. As in their code, Adam also steps where it has no gradient, see
-            `idle`.
+            `idle`. last_reward_goes_on is cal_ql.py's, for every truncated episode.
 
 Shapes: S seeds, K critics, D drawn critics, U updates_per_step, B batch, N num_samples, M actions
         per row, O observation, A action. Arrays are float32.
@@ -49,7 +49,7 @@ class Config:
     critic_hidden: tuple[int, ...] = (256, 256)  # widths of the critics
     num_critics: int = 10  # K, the actor uses their minimum
     normalise_observations: bool = False  # to mean 0 and std 1
-    reward_scale: float = 1.0  # multiplies data set rewards (AntMaze: 10)
+    reward_scale: float = 1.0  # multiplies all rewards (AntMaze: 10)
     reward_shift: float = 0.0  # added afterwards (AntMaze: -5)
     # CQL
     alpha: float = 5.0  # weight of the conservative gap: log sum exp Q(s, .) - Q(s, a), Eq. 4

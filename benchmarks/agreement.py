@@ -7,9 +7,13 @@ published one. What should agree is which method is better on which set, and rou
 
 A cell is one method on one set. Its published score is that of the first source of
 benchmarks/reference/scores.csv with the cell's algorithm, `config` and data set, whatever the
-source's updates and episodes are. Two figures summarise the cells that have one:
+source's updates and episodes are. Three figures summarise the cells that have one:
 
-- Spearman's rank correlation between our scores and the published ones;
+- Spearman's rank correlation between our scores and the published ones over all cells. Some sets
+  give every method more than others, which alone gives a correlation. So the same number stands
+  beside it for published scores that are shuffled among the methods of each set;
+- the same within each set, averaged over the sets with at least three cells: it says which method
+  is better;
 - the mean absolute difference, in points.
 """
 
@@ -36,7 +40,8 @@ class Cell(NamedTuple):
 def entry_of(row, reference):
     """The published score on the D4RL set that a row's data set stands for; None if none is."""
     made_here = MADE_HERE.fullmatch(row.config["dataset"])
-    if made_here is None or row.switch is not None or row.config.get("env"):
+    changed = row.config.get("env") or row.config.get("env_steps")
+    if made_here is None or row.switch is not None or changed:
         return None
     for entry in reference:
         wanted = [x.split("=") for x in entry["config"].split(";") if x]
@@ -58,19 +63,50 @@ def cells(rows, reference):
 
 
 def figures_of(found):
-    """(Spearman's rank correlation, mean absolute difference) over cells.
+    """(rank correlation over all cells, its mean within a set, mean absolute difference).
 
-    The correlation is NaN for fewer than three cells, which say nothing about an order.
+    A correlation of fewer than three cells says nothing about an order; it is NaN.
     """
-    ours, theirs = (np.array([getattr(x, name) for x in found]) for name in ("score", "published"))
-    correlation = stats.spearmanr(ours, theirs).statistic if len(found) > 2 else np.nan
-    return float(correlation), float(np.abs(ours - theirs).mean())
+    within = []
+    for dataset in dict.fromkeys(x.dataset for x in found):
+        within.append(rank_correlation([x for x in found if x.dataset == dataset]))
+    known = [x for x in within if not np.isnan(x)]
+    mean_within = float(np.mean(known)) if known else np.nan
+    difference = float(np.mean([abs(x.score - x.published) for x in found]))
+    return rank_correlation(found), mean_within, difference
+
+
+def shuffled(found, draws=1000):
+    """The rank correlation over all cells if published scores are shuffled within each set."""
+    rng, found = np.random.default_rng(0), sorted(found, key=lambda x: x.dataset)
+    sets = [
+        [x for x in found if x.dataset == name] for name in dict.fromkeys(x.dataset for x in found)
+    ]
+    drawn = []
+    for _ in range(draws):
+        order = [cells[i] for cells in sets for i in rng.permutation(len(cells))]
+        mixed = [x._replace(published=y.published) for x, y in zip(found, order, strict=True)]
+        drawn.append(rank_correlation(mixed))
+    return float(np.mean(drawn))
+
+
+def rank_correlation(found):
+    """Spearman's, between our scores and the published ones."""
+    if len(found) < 3:
+        return np.nan
+    ours, theirs = [x.score for x in found], [x.published for x in found]
+    return float(stats.spearmanr(ours, theirs).statistic)
 
 
 def words(found):
-    """The two figures, and the cells that are far away, as Markdown."""
-    correlation, difference = figures_of(found)
-    rank = f"Spearman's rank correlation **{correlation:.2f}**, " if len(found) > 2 else ""
+    """The three figures, and the cells that are far away, as Markdown."""
+    correlation, within, difference = figures_of(found)
+    rank = ""
+    if not np.isnan(correlation):
+        rank += f"Spearman's rank correlation **{correlation:.2f}** (with the published scores "
+        rank += f"shuffled within each data set {shuffled(found):.2f}), "
+    if not np.isnan(within):
+        rank += f"the mean of the correlations within each data set **{within:.2f}**, "
     sources = ", ".join(dict.fromkeys(x.source for x in found))
     lines = [
         "Below each score, in small type: the score published on D4RL's set of the same name "

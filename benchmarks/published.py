@@ -14,7 +14,8 @@ left out, because its code broadcasts the weights into plain cloning.
 A number is shown only if the protocol is the same: the data set has D4RL's or OGBench's own name
 (files, recipes and Minari's data are different data, whatever their name), it is evaluated in the
 counterpart env of docs/data.md, the updates and (if stated) the episodes are equal, and our score
-is selected in the same way. Hyperparameters beyond `config` are the source's own.
+is selected in the same way. Hyperparameters beyond `config` are the source's own. agreement.py
+compares scores on data made in the way of D4RL's with these numbers, and says so.
 """
 
 import csv

@@ -8,6 +8,7 @@ line. The values of a file are turned into words of a command line, so that tyro
 import contextlib
 import dataclasses
 import difflib
+import functools
 import hashlib
 import inspect
 import json
@@ -343,12 +344,18 @@ def _command_line(config_class, argv, source):
     """Config and Options that words of a command line, or values of a file, make."""
     _check_flags(argv, config_class, source)
     hints = wrong_words.hints_of(config_class, Options)
-    config_class = Annotated[config_class, tyro.conf.FlagConversionOff]
-    both = dataclasses.make_dataclass("Both", [("cfg", config_class), ("options", Options)])
     settings = {"prog": source, "config": (tyro.conf.OmitArgPrefixes,)}
     in_file = not source.endswith(".py")
+    both = _both(config_class)
     parsed = wrong_words.parse(both, argv, source, hints, in_file=in_file, **settings)
     return parsed.cfg, parsed.options
+
+
+@functools.cache  # tyro looks for the source of every class that it has not seen
+def _both(config_class):
+    """A dataclass of a Config and Options, as which a command line is parsed."""
+    config_class = Annotated[config_class, tyro.conf.FlagConversionOff]
+    return dataclasses.make_dataclass("Both", [("cfg", config_class), ("options", Options)])
 
 
 def _tokens(values):

@@ -7,7 +7,7 @@ from common import fail
 from common.experiment import phases
 
 SHARES = ("discount", "target_rate", "actor_target_rate", "td_lambda", "lam", "residual")
-SHARES += ("mixing_ratio", "penalty_floor", "real_ratio")
+SHARES += ("mixing_ratio", "penalty_floor", "real_ratio", "online_share")
 LARGEST = 3.4e38  # of float32, in which the networks compute
 # Patterns of names.
 POSITIVE = "learning_rate$|^fixed_std$|^return_scale$|^beta$|^(sql|eql)_alpha$|^huber_delta$"

@@ -471,6 +471,9 @@ def test_learning_rates():
     nets.check_rate(state.value_net, lambda t: 0.05, steps=6)
     _, state, _, _ = setup(**rates, cosine=False)
     nets.check_rate(state.actor, lambda t: 0.02, steps=6)
+    # Without an offline phase nothing decays.
+    _, state, _, _ = setup(**rates | {"num_updates": 0}, cosine=True)
+    nets.check_rate(state.actor, lambda t: 0.02, steps=6)
     assert iql.Config().cosine
 
 

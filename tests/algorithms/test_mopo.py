@@ -328,6 +328,27 @@ def test_members_keep_their_best_and_the_fit_stops_as_the_reference_does():
         assert all(map(np.array_equal, probes.leaves(x), probes.leaves(y)))
 
 
+def test_a_fit_that_is_never_measured_keeps_its_last_update():
+    """The last update of a fit is followed by a measurement, whatever `holdout_every` is."""
+    data = probes.random_transitions(400, 2, 2, termination=0)
+    data = data._replace(next_observation=data.observation + 0.5 * data.action)
+    errors = {}
+    for every in (50, 1000):
+        cfg = probes.config(
+            mopo,
+            model_updates=50,
+            log_every=50,
+            holdout_every=every,
+            batch_size=32,
+            model_hidden=(16, 16),
+        )
+        state, key, rows = probes.start(mopo, data, cfg)
+        fit = jax.jit(mopo.model_chunk, static_argnums=4)
+        state, _ = fit(state, key, 0, rows, cfg)
+        errors[every] = np.asarray(state.fit.best_error)
+    np.testing.assert_array_equal(errors[50], errors[1000])
+
+
 def test_the_fit_learns_a_linear_env():
     """s' = s + 0.5 a, r = s_0: errors fall far below one std, and members end at different ones."""
     data = probes.random_transitions(400, 2, 2, termination=0)

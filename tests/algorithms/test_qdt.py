@@ -15,7 +15,7 @@ import test_dt
 from numpy_nets import directions, dot, double, slope
 
 from algorithms import cql, qdt
-from common import experiment
+from common import datasets, experiment
 
 TINY = test_dt.TINY | {"num_layers": 1, "hidden": (16, 16), "num_samples": 3, "value_samples": 5}
 TINY |= {"value_batch_size": 8, "q_updates": 4, "log_every": 2}
@@ -263,3 +263,15 @@ def test_the_phases(monkeypatch, tmp_path):
         ("train_chunk", 4, *steps),
         ("train_chunk", 6, *steps),
     ]
+
+
+def test_episodes_that_go_on_after_a_termination_are_refused(monkeypatch, capsys):
+    """Their returns stop at it, which the recursion over later rows does not know."""
+    rows = probes.random_transitions(6, termination=np.arange(6) % 3 == 2, truncation=0)
+    for ends, goes_on in ((np.array([3, 6]), False), (np.array([6]), True)):
+        dataset = datasets.Dataset("toy", rows, ends, np.zeros(len(ends)))
+        assert qdt.goes_on_after_a_termination(dataset) == goes_on
+    monkeypatch.setattr(qdt.datasets, "load", lambda *args: dataset)
+    with pytest.raises(SystemExit) as leave:
+        qdt.train(qdt.Config(**TINY, dataset="toy.hdf5"), experiment.config.Options())
+    assert leave.value.code == 2 and "go on after a termination" in capsys.readouterr().err

@@ -33,6 +33,7 @@ def test_a_cell_has_the_score_of_d4rls_set_of_the_same_name(tmp_path):
         {"dataset": "local/pointmaze/umaze-v0"},
         {"dataset": HOPPER, "algorithm": "atac"},  # no source in the reference
         {"dataset": HOPPER, "env": "Hopper-v5"},
+        {"dataset": HOPPER, "env_steps": 100},
         {"dataset": "local/mujoco/hopper-random-v0"},  # no source for that set
     ],
 )
@@ -47,14 +48,33 @@ def test_a_cell_with_a_lost_seed_is_left_out(tmp_path):
 
 
 def test_the_figures_by_hand():
-    """Ranks 1 2 3 against 1 3 2: 1 - 6 * 2 / (3 * 8) = 0.5."""
-    pairs = [(10.0, 20.0), (20.0, 60.0), (30.0, 50.0)]
-    found = [agreement.Cell("x", str(i), *pair, "CORL") for i, pair in enumerate(pairs)]
-    correlation, difference = agreement.figures_of(found)
-    np.testing.assert_allclose([correlation, difference], [0.5, (10 + 40 + 20) / 3])
+    """On set a ranks 1 2 3 against 1 3 2: 1 - 6 * 2 / (3 * 8) = 0.5; on set b they are equal.
+
+    Over all six the ranks 1 2 3 4 5 6 stand against 1 3 2 4 5 6: 1 - 6 * 2 / (6 * 35) = 33 / 35.
+    """
+    pairs = [(10.0, 20.0), (20.0, 60.0), (30.0, 50.0), (80.0, 80.0), (90.0, 90.0), (99.0, 99.0)]
+    found = [agreement.Cell(f"x{i}", "aaabbb"[i], *pair, "CORL") for i, pair in enumerate(pairs)]
+    np.testing.assert_allclose(agreement.figures_of(found), [33 / 35, 0.75, (10 + 40 + 20) / 6])
     text = agreement.words(found)
-    assert "**0.50**" in text and "**23.3 points**" in text
-    assert "x on 1 (20 against 60)" in text and "x on 2" not in text  # 20 points are not more
+    assert "**0.94**" in text and "**0.75**" in text and "**11.7 points**" in text
+    assert "x1 on a (20 against 60)" in text and "x2 on a" not in text  # 20 points are not more
+
+
+def test_shuffled_scores_keep_the_order_of_the_sets():
+    """Two sets far apart: any shuffle has them in order, and within a set nothing."""
+    pairs = [(i + 100 * (i > 4), 2 * i + 100 * (i > 4)) for i in range(10)]
+    found = [agreement.Cell(f"x{i}", "aaaaabbbbb"[i], *pairs[i], "CORL") for i in range(10)]
+    np.testing.assert_allclose(agreement.figures_of(found)[:2], 1)
+    # Without an order within a set the expected ranks are 3 and 8: 1 - 6 * 10 * 4 / (10 * 99).
+    np.testing.assert_allclose(agreement.shuffled(found), 1 - 240 / 990, atol=0.02)
+    assert f"within each data set {agreement.shuffled(found):.2f})" in agreement.words(found)
+
+
+def test_few_cells_of_a_set_say_nothing_of_an_order():
+    """Three sets with one cell each have an order over all, and none within a set."""
+    found = [agreement.Cell("x", str(i), float(i), 2.0 * i, "CORL") for i in range(3)]
+    assert agreement.figures_of(found)[0] == 1 and np.isnan(agreement.figures_of(found)[1])
+    assert "correlations within" not in agreement.words(found)
 
 
 def test_two_cells_have_no_correlation():

@@ -73,11 +73,15 @@ def one_critic(layer, k):
 def test_bad_input_is_one_line(folder, tmp_path, capsys):
     other = tmp_path / "other"
     other.mkdir()
+    cloned = tmp_path / "cloned"
+    cloned.mkdir()
+    (cloned / "result.json").write_text('{"algorithm": "bc"}')
     for arguments, words in [
         (overestimation.Arguments(()), "name at least one run folder"),
         (overestimation.Arguments((str(folder),), episodes=0), "--episodes 0: must be at least 1"),
         (overestimation.Arguments((str(folder),), output="a.png"), "--output a.png"),
         (overestimation.Arguments((str(other),)), f"{other}: no finished run"),
+        (overestimation.Arguments((str(cloned),)), "a run of bc; this takes runs of sac, sac_n"),
     ]:
         with pytest.raises(SystemExit) as leave:
             overestimation.main(arguments)
@@ -85,12 +89,12 @@ def test_bad_input_is_one_line(folder, tmp_path, capsys):
 
 
 def test_values_of_another_unit_are_refused(folder, capsys):
-    cfg, dataset, state = experiment.load(sac, folder, 8)
+    cfg, dataset, _ = experiment.load(sac, folder, 8)
     scaled = iql.Config(return_scale=1000.0)
     with pytest.raises(SystemExit):
-        overestimation.refuse_what_has_other_units(folder, scaled, dataset, state)
+        overestimation.refuse_what_has_other_units(folder, scaled, dataset)
     assert "return_scale is 1000.0" in capsys.readouterr().err
     dataset.make_env = None
     with pytest.raises(SystemExit):
-        overestimation.refuse_what_has_other_units(folder, cfg, dataset, state)
+        overestimation.refuse_what_has_other_units(folder, cfg, dataset)
     assert "has no env" in capsys.readouterr().err

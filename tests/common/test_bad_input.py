@@ -310,6 +310,29 @@ def test_other_actions_for_a_method_of_integer_ones(folder, capsys, name):
     refused(folder, leave.value.code, before, capsys.readouterr().err, words)
 
 
+NEGATIVE = {"rewards": -np.ones(60)}
+OF_ONE_FILE = [  # name, columns of the data, flags, what the line says
+    ("algaedice", {}, ["--online-share", "2"], ["--online-share 2.0", "from 0 to 1"]),
+    ("diffusion_ql", NEGATIVE, ["--standardise-rewards", "True"], ["all rewards are equal"]),
+    ("gfp", {}, ["--eta", "0"], ["--eta 0.0", "--eta None"]),
+    ("mobile", NEGATIVE, [], ["--least-target 0.0", "no reward above 0"]),
+    ("morel", {}, ["--num-models", "1", "--num-elites", "1"], ["--num-models 1", "at least 2"]),
+    ("online_dt", {}, ["--eval-context", "99"], ["--eval-context 99", "at most --context"]),
+    ("rlpd", {}, ["--num-target-critics", "99"], ["--num-target-critics 99", "--num-critics"]),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "columns", "flags", "words"), OF_ONE_FILE, ids=[row[0] for row in OF_ONE_FILE]
+)
+def test_a_setting_of_one_file_that_cannot_work(folder, capsys, name, columns, flags, words):
+    runs.write_hdf5(OTHER, **columns)
+    before = runs.tree(folder)
+    with pytest.raises(SystemExit) as leave:
+        runs.start(name, ["--dataset", OTHER, *runs.tiny(name), *flags])
+    refused(folder, leave.value.code, before, capsys.readouterr().err, words)
+
+
 def test_the_table_is_long_enough():
     assert len(TABLE) >= 20
     assert {row[0] for row in TABLE} >= COMMANDS and len(COMMANDS) >= 5
