@@ -14,10 +14,11 @@ Nothing ends: the simulator goes on where an episode would be over. Of a 5-step 
 first row is known to be held out.
 
 **Error**: the root of the mean square of prediction minus simulator, over rows, the observation and
-the reward. Each number is in units of the std of its one-step change in the data. So 1 is the error
-of predicting the mean change. "recording" compares the simulator with the data. Where the env has
-clipped a speed at 10, as hopper's does in a fifth of the rows, the simulator begins in the last row
-before it without such a number and follows the recorded actions to the row.
+the reward. Each number of the observation is in units of the std of its one-step change in the
+data, the reward in units of its std. So after one step 1 is the error of predicting the mean.
+"recording" compares the simulator with the data. Where the env has clipped a speed at 10, as
+hopper's does in a fifth of the rows, the simulator begins in the last row before it without such a
+number and follows the recorded actions to the row.
 
 **Penalty and error**: Spearman's rank correlation over the first steps between the ensemble's error
 and what a method takes for it. The penalty is MOPO's, the largest norm of a member's std, and the
