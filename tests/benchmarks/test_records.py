@@ -26,6 +26,7 @@ from benchmarks import (
     fidelity,
     host_data,
     model_error,
+    overestimation,
     pessimism,
     report,
     soak,
@@ -87,7 +88,7 @@ def written(name, record):
     if name == "soak":
         return f"# Soak\n\n{soak.markdown(facts, record['rows'])}"
     scripts = {"ensembles": ensembles, "host_data": host_data, "pessimism": pessimism}
-    scripts["model_error"] = model_error
+    scripts |= {"model_error": model_error, "overestimation": overestimation}
     assert name in scripts, "say here how its page is made"
     return scripts[name].page(record)
 
