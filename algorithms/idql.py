@@ -4,7 +4,7 @@
 Paper       https://arxiv.org/abs/2304.10573, IFQL (generator=flow) https://arxiv.org/abs/2502.02538
 Reference   https://github.com/philippe-eecs/IDQL, https://github.com/seohongpark/fql
 Run         python algorithms/idql.py --config configs/idql/antmaze.yaml
-Parent      iql.py (407 lines)
+Parent      iql.py (405 lines)
 Results     docs/results.md
 Deviations  As in the authors' code since 7582571, each update is one step of every network on one
             batch. Only the best sample acts (the paper also draws one by its weight). All rows

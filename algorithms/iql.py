@@ -170,8 +170,8 @@ def create_state(key, batch, cfg, statistics=(0.0, 1.0)):
     value_params = value_net.init(key_value, batch.observation)
 
     actor_learning_rate = cfg.actor_learning_rate
-    if cfg.cosine and cfg.num_updates > 0:
-        decay = optax.cosine_decay_schedule(actor_learning_rate, cfg.num_updates)
+    if cfg.cosine:
+        decay = optax.cosine_decay_schedule(actor_learning_rate, max(1, cfg.num_updates))
         constant = optax.constant_schedule(actor_learning_rate)  # in the online phase
         actor_learning_rate = optax.join_schedules([decay, constant], [cfg.num_updates])
     actor_adam = optax.adam(actor_learning_rate)

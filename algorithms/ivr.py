@@ -4,7 +4,7 @@
 Paper       https://arxiv.org/abs/2303.15810
 Reference   https://github.com/ryanxhr/IVR
 Run         python algorithms/ivr.py --config configs/ivr/antmaze.yaml
-Parent      iql.py (235 lines)
+Parent      iql.py (233 lines)
 Results     docs/results.md
 Deviations  As in the authors' code, not the paper: SQL's actor weight is max(A, 0) in place of
             max(1 + A / (2 alpha), 0), EQL's has a factor of 10 (inverse_temperature), and EQL's

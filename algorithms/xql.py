@@ -4,7 +4,7 @@
 Paper       https://arxiv.org/abs/2301.02328
 Reference   https://github.com/Div99/XQL (offline)
 Run         python algorithms/xql.py --config configs/xql/antmaze.yaml
-Parent      iql.py (263 lines)
+Parent      iql.py (261 lines)
 Results     docs/results.md
 Deviations  As in the authors' code, not the paper: Q has a Huber loss, the actor's temperature is
             not beta, V and the actor learn from target critics, and z has an upper clip only.
