@@ -888,6 +888,20 @@ def test_folders_or_wandb(capsys):
         assert "give either run folders or --wandb" in capsys.readouterr().err
 
 
+def test_a_run_without_a_data_set_has_no_level_of_the_data(tmp_path):
+    """`sac.py --env Hopper-v4 --online-updates N`: nothing was recorded before it."""
+    write_run(tmp_path / "scratch", [10.0, 20.0], "sac", dataset="env/Hopper-v4")
+    file = tmp_path / "scratch" / "config.yaml"
+    config = yaml.safe_load(file.read_text())
+    config["record"]["data_return"] = {}
+    file.write_text(yaml.safe_dump(config))
+    (row,) = rows(tmp_path)
+    assert row[:5] == ["sac", "env/Hopper-v4", "", "", "15.0 ± 5.0"]
+    file.write_text(yaml.safe_dump(config | {"dataset": "made.hdf5"}))
+    with pytest.raises(SystemExit):  # a run on data must have them
+        readers.find((tmp_path,))
+
+
 def test_the_committed_runs_can_be_read():
     folders = {*(ROOT / "benchmarks" / "runs").iterdir()}
     for folder in sorted(folders - {ROOT / "benchmarks" / "runs" / "speed"}):  # records of speed.py
@@ -895,7 +909,10 @@ def test_the_committed_runs_can_be_read():
         found, notes = readers.find((folder,), same_code=joined)
         if joined:
             assert notes.pop(0).startswith("seeds from several versions of the code are joined")
-        assert found and notes == []
+        # One trains on 1M rows of the same policy; README's command ran with a later version.
+        known = {"variants": "different data are called local/mujoco", "online": "rebrac ran in 2"}
+        notes = [x for x in notes if known.get(folder.name, "\0") not in x]
+        assert found and notes == [], notes
 
 
 # --- A choice of runs -----------------------------------------------------------------------------
