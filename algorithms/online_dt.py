@@ -62,7 +62,7 @@ class Config:
     steps_per_refresh: int = 1_000  # env steps between two versions of the policy that takes them
     updates_per_refresh: int = 300  # updates between two such sets of env steps
     replay_episodes: int = 1_000  # the newest so many are learnt from; at first the data's best
-    exploration_return: float | None = None  # asked for by exploration; None: a whole target more
+    exploration_return: float | None = None  # asked for by exploration; None: target + |target|
 
 
 # --- Networks -----------------------------------------------------------------------------------

@@ -23,6 +23,8 @@ from typing import NamedTuple
 import numpy as np
 from scipy import stats
 
+import published
+
 MADE_HERE = re.compile(r"local/mujoco/(.+)-v0")
 FAR = 20.0  # points; a cell that is further away is named
 
@@ -43,12 +45,8 @@ def entry_of(row, reference):
     changed = row.config.get("env") or row.config.get("env_steps")
     if made_here is None or row.switch is not None or changed:
         return None
-    for entry in reference:
-        wanted = [x.split("=") for x in entry["config"].split(";") if x]
-        same = (entry["algorithm"], entry["dataset"]) == (row.algorithm, f"{made_here[1]}-v2")
-        if same and all(str(row.config.get(key)) == value for key, value in wanted):
-            return entry
-    return None
+    name = f"{made_here[1]}-v2"
+    return next((entry for entry in reference if published.is_of(entry, row, name)), None)
 
 
 def cells(rows, reference):

@@ -64,6 +64,13 @@ def name_of(run):
     return f"{match[1]}-singletask{task}-v0"
 
 
+def is_of(row, run, name):
+    """Whether a row of the file has a run's method and settings, and the data set `name`."""
+    wanted = [x.split("=") for x in row["config"].split(";") if x]
+    same = (row["algorithm"], row["dataset"]) == (run.algorithm, name)
+    return same and all(str(run.config.get(key)) == value for key, value in wanted)
+
+
 def beside(run, table):
     """(list of Beside, list of notes on rows that were published under another protocol).
 
@@ -73,9 +80,7 @@ def beside(run, table):
     if run.switch is not None:
         return [], []
     for row in table:
-        wanted = [x.split("=") for x in row["config"].split(";") if x]
-        known = row["algorithm"] == run.algorithm and row["dataset"] == name
-        if not known or any(str(run.config.get(key)) != value for key, value in wanted):
+        if not is_of(row, run, name):
             continue
         updates, episodes = int(row["updates"]), row["episodes"]
         ours = select(run, row["selection"])

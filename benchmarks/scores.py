@@ -28,7 +28,7 @@ from pages import Folded, Heading, Table, Text, markdown
 
 ROOT = Path(__file__).resolve().parents[1]
 RUNS, RESULTS = ROOT / "benchmarks" / "runs", ROOT / "benchmarks" / "results"
-LEFT_OUT = ("bandit", "circle", "selection", "variants")  # experiments with single settings
+LEFT_OUT = ("bandit", "circle", "more_rows", "selection", "variants")  # of single settings
 TOP = """
 Written by `python benchmarks/scores.py` from the records in [benchmarks/runs](../runs). Left out
 are the folders {left_out}, which vary single settings on purpose, and

@@ -59,7 +59,7 @@ def fail_missing(name: str) -> NoReturn:
     task = name.removeprefix("local/mujoco/").split("-")[0]
     fail(
         f"{name}: not made yet; python benchmarks/collect.py {task} makes the five sets of "
-        f"{task}, in {TASKS[task].minutes} minutes of one fast core or twice that of a slow one"
+        f"{task}, in about {TASKS[task].minutes} minutes on a fast core, longer on a slow one"
     )
 
 
