@@ -28,10 +28,6 @@ all that is compared: a method's weight and threshold set the scale.
 """
 
 import dataclasses
-import datetime
-import json
-import shlex
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -41,11 +37,12 @@ import numpy as np
 import tyro
 
 import figures
+import measured
 import readers
 import report
 from algorithms import mopo, morel
-from common import command_line, datasets, experiment, fail, machine
-from common.experiment import provenance, yaml_files
+from common import command_line, datasets, experiment, fail
+from common.experiment import yaml_files
 
 POLICIES = ("data", "policy", "uniform")
 CLIPPED = 10.0  # speeds are, in some of the envs
@@ -283,10 +280,10 @@ def correlation(name, policy, steps, raw, scaled):
 
 
 # --- Figure and page ----------------------------------------------------------------------------
-def draw(measured, output):
+def draw(runs, output):
     """A row of two panels for each run: errors by step, and penalty against error."""
-    with figures.panels(2 * len(measured), columns=2, size=(4.2, 3.0)) as (figure, axes):
-        for i, (table, _, found, raw) in enumerate(measured):
+    with figures.panels(2 * len(runs), columns=2, size=(4.2, 3.0)) as (figure, axes):
+        for i, (table, _, found, raw) in enumerate(runs):
             draw_errors(axes[2 * i], table)
             draw_penalty(axes[2 * i + 1], table[0]["data set"], found, raw)
         figures.png(figure, output)
@@ -325,14 +322,9 @@ def page(record):
     lines += [f"- {name}: {fact}" for name, fact in facts.items()]
     lines += [f"- run: {fit}" for fit in record["fits"]]
     lines += ["", f"![errors by step, and penalty against error]({record['figure']})", ""]
-    lines += ["## Error", "", *figures_table(record["rows"]), ""]
-    lines += ["## Penalty and error", "", *figures_table(record["correlations"])]
+    lines += ["## Error", "", *measured.table(record["rows"]), ""]
+    lines += ["## Penalty and error", "", *measured.table(record["correlations"])]
     return "\n".join(lines) + "\n"
-
-
-def figures_table(rows):
-    lines = [f"| {' | '.join(rows[0])} |", "|" + " --- |" * len(rows[0])]
-    return lines + [f"| {' | '.join(map(str, row.values()))} |" for row in rows]
 
 
 def fit_of(folder):
@@ -349,28 +341,22 @@ def main(arguments):
     for flag in ("rows", "steps"):
         if getattr(arguments, flag) < 1:
             fail(f"--{flag} {getattr(arguments, flag)}: must be at least 1")
-    output = Path(arguments.output)
-    if output.suffix:
-        fail(f"--output {output}: must have no suffix; .png, .json and .md are added")
+    output = measured.stem(arguments.output)
     loaded = [experiment.load(mopo, folder) for folder in arguments.runs]
-    measured = [
+    found = [
         measure(cfg, dataset, jax.tree.map(lambda x: x[0], state), arguments)
         for cfg, dataset, state in loaded
     ]
     record = {
-        "command": shlex.join(["python", "benchmarks/model_error.py", *sys.argv[1:]]),
-        "date": datetime.date.today().isoformat(),
-        "hardware": machine.processor(),
-        "versions": ", ".join(f"{name} {x}" for name, x in provenance.versions()),
+        **measured.facts("model_error.py"),
         "figure": f"{output.name}.png",
         "fits": [fit_of(folder) for folder in arguments.runs],
-        "rows": [row for table, *_ in measured for row in table],
-        "correlations": [row for _, rows, *_ in measured for row in rows],
+        "rows": [row for table, *_ in found for row in table],
+        "correlations": [row for _, rows, *_ in found for row in rows],
     }
     output.parent.mkdir(parents=True, exist_ok=True)
-    draw(measured, output.with_suffix(".png"))
-    output.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
-    output.with_suffix(".md").write_text(page(record))
+    draw(found, output.with_suffix(".png"))
+    measured.write(output, record, page(record))
 
 
 if __name__ == "__main__":

@@ -15,11 +15,8 @@ value with a discount of 0.99, so a small excess over the earned value says noth
 """
 
 import dataclasses
-import datetime
 import importlib
 import json
-import shlex
-import sys
 from pathlib import Path
 
 import jax
@@ -27,8 +24,9 @@ import numpy as np
 import tyro
 
 import figures
-from common import command_line, envs, experiment, fail, machine
-from common.experiment import checkpoints, provenance
+import measured
+from common import command_line, envs, experiment, fail
+from common.experiment import checkpoints
 
 ALGORITHMS = ("sac", "sac_n", "edac", "lb_sac", "rebrac", "iql")
 STARTS = 50_000  # seed of the first episode
@@ -144,13 +142,9 @@ def draw(groups, output):
 
 def page(record):
     """The page of a record."""
-    lines = ["# What critics promise and policies earn", "", *__doc__.strip().splitlines()[5:], ""]
-    lines += [f"- {name}: {value}" for name, value in record.items() if name != "rows"]
-    lines += ["", f"![promised and earned value over updates]({record['figure']})", ""]
-    rows = record["rows"]
-    lines += [f"| {' | '.join(rows[0])} |", "|" + " --- |" * len(rows[0])]
-    lines += [f"| {' | '.join(map(str, row.values()))} |" for row in rows]
-    return "\n".join(lines) + "\n"
+    text = __doc__.strip().splitlines()[5:]
+    alt = "promised and earned value over updates"
+    return measured.page("What critics promise and policies earn", text, record, alt)
 
 
 def main(arguments):
@@ -158,22 +152,16 @@ def main(arguments):
         fail("name at least one run folder")
     if arguments.episodes < 1:
         fail(f"--episodes {arguments.episodes}: must be at least 1")
-    output = Path(arguments.output)
-    if output.suffix:
-        fail(f"--output {output}: must have no suffix; .png, .json and .md are added")
+    output = measured.stem(arguments.output)
     groups = [measure(Path(run), arguments.episodes) for run in arguments.runs]
     record = {
-        "command": shlex.join(["python", "benchmarks/overestimation.py", *sys.argv[1:]]),
-        "date": datetime.date.today().isoformat(),
-        "hardware": machine.processor(),
-        "versions": ", ".join(f"{name} {x}" for name, x in provenance.versions()),
+        **measured.facts("overestimation.py"),
         "figure": f"{output.name}.png",
         "rows": [row for rows in groups for row in rows],
     }
     output.parent.mkdir(parents=True, exist_ok=True)
     draw(groups, output.with_suffix(".png"))
-    output.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
-    output.with_suffix(".md").write_text(page(record))
+    measured.write(output, record, page(record))
 
 
 if __name__ == "__main__":

@@ -16,21 +16,16 @@ policy stays near the data, and its value is underestimated.
 """
 
 import dataclasses
-import datetime
-import json
-import shlex
-import sys
 from functools import partial
-from pathlib import Path
 
 import jax
 import numpy as np
 import tyro
 
 import figures
+import measured
 from algorithms import sac_n
-from common import command_line, datasets, fail, machine
-from common.experiment import provenance
+from common import command_line, datasets, fail
 
 ROWS, ACTIONS, CLIFF = 2000, 6, 0.1
 
@@ -144,13 +139,9 @@ def draw(rows, output):
 
 def page(record):
     """The page of a record."""
-    lines = ["# Pessimism by number", "", *__doc__.strip().splitlines()[4:], ""]
-    lines += [f"- {name}: {value}" for name, value in record.items() if name != "rows"]
-    lines += ["", f"![values and actions by number of critics]({record['figure']})", ""]
-    rows = record["rows"]
-    lines += [f"| {' | '.join(rows[0])} |", "|" + " --- |" * len(rows[0])]
-    lines += [f"| {' | '.join(map(str, row.values()))} |" for row in rows]
-    return "\n".join(lines) + "\n"
+    text = __doc__.strip().splitlines()[4:]
+    alt = "values and actions by number of critics"
+    return measured.page("Pessimism by number", text, record, alt)
 
 
 def main(arguments):
@@ -160,22 +151,16 @@ def main(arguments):
     for flag in ("updates", "width", "critics"):
         if np.min(getattr(arguments, flag)) < 1:
             fail(f"--{flag} {getattr(arguments, flag)}: must be at least 1")
-    output = Path(arguments.output)
-    if output.suffix:
-        fail(f"--output {output}: must have no suffix; .png, .json and .md are added")
+    output = measured.stem(arguments.output)
     record = {
-        "command": shlex.join(["python", "benchmarks/pessimism.py", *sys.argv[1:]]),
-        "date": datetime.date.today().isoformat(),
-        "hardware": machine.processor(),
-        "versions": ", ".join(f"{name} {x}" for name, x in provenance.versions()),
+        **measured.facts("pessimism.py"),
         "training": f"{arguments.updates:,} updates, two hidden layers of {arguments.width}",
         "figure": f"{output.name}.png",
         "rows": measure(arguments),
     }
     output.parent.mkdir(parents=True, exist_ok=True)
     draw(record["rows"], output.with_suffix(".png"))
-    output.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
-    output.with_suffix(".md").write_text(page(record))
+    measured.write(output, record, page(record))
 
 
 if __name__ == "__main__":
