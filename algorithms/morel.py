@@ -771,7 +771,7 @@ def train(cfg, options):
         fail(f"{cfg.dataset}: one row is too few, since the fit of the dynamics holds one out")
     data = experiment.place(dataset.transitions, options)
     example = jax.tree.map(lambda x: x[:1], data)  # one row, for its shapes
-    healthy = envs.healthy_range(dataset.make_env, example.observation.shape[-1])
+    healthy = envs.healthy_range(dataset.make_env, dataset.transitions)
     init_keys, train_keys, policy_keys = experiment.streams(cfg.seeds, 3)  # [S] keys each
     create = partial(create_state, batch=example, cfg=cfg, healthy=healthy)
     state = jax.vmap(create)(init_keys)

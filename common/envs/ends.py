@@ -6,6 +6,8 @@ D4RL's): an episode goes on while the height, the angle of the torso and every n
 are inside of an open range.
 """
 
+import sys
+
 import numpy as np
 
 FREE = float(np.finfo(np.float32).max)
@@ -16,28 +18,35 @@ RANGES = {
 }
 
 
-def healthy_range(make_env, width):
+def healthy_range(make_env, rows):
     """The open range of every number of an observation in which an episode goes on.
 
     Args:
         make_env: () -> gymnasium.Env, or None where no env is known.
-        width: numbers per observation.
+        rows: the recorded Transitions; observation [N, O] and termination [N] are looked at.
 
     Returns:
         (low [O], high [O]), float32. Every finite number is inside for an env of which no rule is
-        known here, for example one that never ends an episode.
+        known here. A line warns of that if recorded episodes terminate.
     """
+    width = rows.observation.shape[1]
     low, high = np.full(width, -FREE, np.float32), np.full(width, FREE, np.float32)
-    if make_env is None:
-        return low, high
-    env = make_env()
-    spec = env.unwrapped.spec
-    env.close()
-    family = "" if spec is None else spec.name
-    numbers, columns, others = RANGES.get(family, (width, {}, (-FREE, FREE)))
-    if numbers != width:  # made with other options
-        return low, high
-    low[:], high[:] = others
-    for column, (least, most) in columns.items():
-        low[column], high[column] = least, most
+    family = "its env"
+    if make_env is not None:
+        env = make_env()
+        spec = env.unwrapped.spec
+        env.close()
+        family = family if spec is None else spec.name
+    numbers, columns, others = RANGES.get(family, (None, {}, (-FREE, FREE)))
+    if numbers == width:  # not made with other options
+        low[:], high[:] = others
+        for column, (least, most) in columns.items():
+            low[column], high[column] = least, most
+    elif rows.termination.any():
+        print(
+            f"WARNING: {int(rows.termination.sum()):,} recorded episodes terminate, but when "
+            f"{family} ends an episode is known here for {' and '.join(RANGES)} only: a rollout "
+            "of the model goes on where the env would end it",
+            file=sys.stderr,
+        )
     return low, high

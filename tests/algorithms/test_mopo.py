@@ -192,7 +192,7 @@ def test_fit_and_rollout_step_are_the_references():
             actor=state.actor.replace(params=actor_params),
             dynamics=dynamics,
             fit=fit,
-            healthy=tuple(jnp.asarray(x) for x in envs.healthy_range(Hopper, 11)),
+            healthy=tuple(jnp.asarray(x) for x in envs.healthy_range(Hopper, rows_of_width(11))),
         )
         zeros = np.zeros(arrays["batch/reward"].shape[1:])
         for i, expected in enumerate(arrays["losses"]):
@@ -529,8 +529,12 @@ def test_losses_equal_numpy():
 
 
 # --- Ends of envs, bad input --------------------------------------------------------------------
+def rows_of_width(width, **columns):
+    return probes.random_transitions(observation_dim=width, **columns)
+
+
 def test_ends_are_those_of_hopper():
-    low, high = envs.healthy_range(Hopper, 11)
+    low, high = envs.healthy_range(Hopper, rows_of_width(11))
     state = setup()[1]._replace(healthy=(low, high))
     fine = np.zeros(11, np.float32)
     fine[0] = 1.2
@@ -544,9 +548,20 @@ def test_ends_are_those_of_hopper():
     with jax.debug_nans(False):
         found = mopo.ends(state, jnp.asarray(rows))
     assert np.asarray(found).tolist() == [0, 1, 1, 1, 1, 1, 0]
-    low, high = envs.healthy_range(None, 4)
+
+
+def test_unknown_ends_are_told_where_recorded_episodes_terminate(capsys):
+    low, high = envs.healthy_range(None, rows_of_width(4, termination=0.0))
     assert (low == -LARGEST).all() and (high == LARGEST).all()
-    assert (envs.healthy_range(Hopper, 12)[0] == -LARGEST).all()  # made with other options
+    assert (envs.healthy_range(Hopper, rows_of_width(11))[0] > -LARGEST).all()
+    assert capsys.readouterr().err == ""
+    made_with_other_options = rows_of_width(12, termination=1.0)
+    low, _ = envs.healthy_range(Hopper, made_with_other_options)
+    assert (low == -LARGEST).all()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("WARNING: 32 recorded episodes terminate, but when Hopper ends an ")
+    envs.healthy_range(None, rows_of_width(4, termination=1.0))
+    assert "but when its env ends an episode is known here for" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

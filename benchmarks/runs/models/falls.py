@@ -61,7 +61,7 @@ def look(name, folder):
     cfg, dataset, state = experiment.load(module, folder)
     state = jax.tree.map(lambda x: x[0], state)
     data, env = dataset.transitions, dataset.make_env()
-    low, high = envs.healthy_range(dataset.make_env, data.observation.shape[1])
+    low, high = envs.healthy_range(dataset.make_env, data)
     state = state._replace(healthy=(jnp.asarray(low), jnp.asarray(high)))
     act = jax.jit(lambda x: module.policy_fn(state, cfg)(module.policy_params(state), x, None))
 
