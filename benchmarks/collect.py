@@ -20,6 +20,8 @@ is the score of a policy and not its size, so the networks are small.
 import argparse
 import csv
 import json
+import shlex
+import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -33,10 +35,12 @@ from common import command_line, evaluation, experiment, fail, files, folders, i
 from common.recipes import mujoco
 
 SETTINGS = """--num-updates 0 --random-steps 5000 --hidden 128 128 --batch-size 128
---actor-learning-rate 1e-3 --critic-learning-rate 1e-3 --temperature-learning-rate 1e-3
---steps-per-refresh 50 --log-every 1000 --eval-every 5000 --eval-episodes 5
+--steps-per-refresh 1000 --log-every 1000 --eval-every 5000 --eval-episodes 5
 --keep all --save-seconds 60 --wandb disabled --resume"""
-UPDATES = {"hopper": 500_000, "halfcheetah": 600_000, "walker2d": 600_000}
+# Learning rate and updates. D4RL's SAC took 402,000, 202,000 and 302,000 steps to its medium policy
+# (the rows of medium-replay). It was rlkit's, which collects 1,000 steps between two refreshes
+# (github.com/rail-berkeley/rlkit@ac45a9d examples/sac.py). The rates make ours about as slow.
+TRAINING = {"hopper": (1e-4, 800_000), "halfcheetah": (1e-4, 600_000), "walker2d": (3e-4, 600_000)}
 NEAR = 3  # points; so close to D4RL's score, a policy is taken as the medium one
 EPISODES = 20  # by which a policy is scored
 BEST = 5  # policies with the best evaluations during training; one of them is the expert
@@ -46,8 +50,10 @@ STARTS = 30_000  # seed of the first episode that scores a policy
 # --- Training -----------------------------------------------------------------------------------
 def train(task, updates, seed, runs_dir):
     """Train SAC in the env, or go on with it. Returns the run folder."""
-    name = f"seed{seed}"
+    name, rate = f"seed{seed}", str(TRAINING[task][0])
     words = ["--dataset", f"env/{mujoco.TASKS[task].env_id}", *SETTINGS.split()]
+    for network in ("actor", "critic", "temperature"):
+        words += [f"--{network}-learning-rate", rate]
     words += ["--online-updates", str(updates), "--seeds", str(seed)]
     words += ["--name", name, "--runs-dir", str(runs_dir)]
     cfg, options = experiment.parse(sac.Config, words)
@@ -178,22 +184,50 @@ def facts(task, kind):
     }
 
 
-def collect(task, rows, updates, seed, runs_dir):
+def recipe(task, rows, updates, seed):
+    """How the sets are made, in words that are kept with each of them."""
+    rate = TRAINING[task][0]
+    refresh = SETTINGS.split("--steps-per-refresh ")[1].split()[0]
+    return (
+        f"SAC, {updates:,} updates, learning rate {rate:g}, {refresh} env steps per refresh, "
+        f"seed {seed}, {rows:,} rows"
+    )
+
+
+def refuse_other_recipes(task, made_by):
+    """Exit with one line where one of the sets is there and was made in another way."""
+    for kind in mujoco.KINDS:
+        folder = folders.minari(mujoco.dataset_id(task, kind))
+        if (folder / "data").exists():
+            stored = json.loads((folder / "data" / "metadata.json").read_text())
+            if stored.get("algorithm_name") != made_by:
+                fail(
+                    f"{folder} was made by {stored.get('algorithm_name')!r}, this command makes "
+                    f"{made_by!r}: move the sets of {task} away, or set MINARI_DATASETS_PATH to "
+                    "another folder"
+                )
+
+
+def collect(task, rows, updates, seed, runs_dir, command):
     """Train, record the five sets, and print what they are like."""
+    made_by = recipe(task, rows, updates, seed)
+    refuse_other_recipes(task, made_by)
     folder = train(task, updates, seed, runs_dir)
     began = time.monotonic()
     policies = Policies(task, folder)
     for kind in mujoco.KINDS:  # a set that is there is left as it is
         if not (folders.minari(mujoco.dataset_id(task, kind)) / "data").exists():
             episodes = episodes_of(task, kind, policies, rows, seed)
-            mujoco.store(task, kind, episodes, f"SAC, {updates:,} updates, seed {seed}")
+            mujoco.store(task, kind, episodes, made_by)
     result = json.loads((folder / "result.json").read_text())
     chosen = {"medium": policies.medium(), "expert": policies.expert()}
     record = {
-        "command": f"python benchmarks/collect.py {task}",
+        "command": command,
         "updates": updates,
+        "rows": rows,
         "seed": seed,
         "settings": " ".join(SETTINGS.split()),
+        "learning_rate": TRAINING[task][0],
         "policies": {
             name: {"update": update, "score": policies.score(update)}
             for name, update in chosen.items()
@@ -236,9 +270,11 @@ def main(argv=None):
         fail(f"{given.task}: not known here; there are {', '.join(mujoco.TASKS)}")
     if given.rows < 1:
         fail(f"--rows {given.rows}: must be at least 1")
-    updates = UPDATES[given.task] if given.updates is None else given.updates
+    updates = TRAINING[given.task][1] if given.updates is None else given.updates
+    words = sys.argv[1:] if argv is None else argv
+    command = shlex.join(["python", "benchmarks/collect.py", *words])
     try:
-        collect(given.task, given.rows, updates, given.seed, given.runs_dir)
+        collect(given.task, given.rows, updates, given.seed, given.runs_dir, command)
     except OSError as error:
         fail(f"{given.task}: cannot be collected ({error}); the same command goes on")
 

@@ -60,10 +60,24 @@ def test_an_interrupted_command_makes_the_files_of_an_undisturbed_one(made):
     assert len(first) > 10 and first == again
 
 
+def test_sets_that_were_made_in_another_way_are_not_taken(made, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(collect, "SETTINGS", SMALL)
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(made[0] / "data"))
+    for changed in (["--seed", "1"], ["--rows", "160"], ["--updates", "120"]):
+        argv = [*ARGUMENTS, "--runs-dir", str(tmp_path / "runs"), *changed]
+        with pytest.raises(SystemExit) as leave:
+            collect.main(argv)
+        (line,) = capsys.readouterr().err.splitlines()
+        assert leave.value.code == 2 and "hopper-random-v0 was made by 'SAC, 80 updates" in line
+        assert not (tmp_path / "runs").exists()
+
+
 def test_the_sets_are_what_they_say(made, load):
     _, folder = made
     record = json.loads((folder / "collected.json").read_text())
     rows = {row["dataset"].split("hopper-")[1].removesuffix("-v0"): row for row in record["sets"]}
+    assert record["command"].startswith("python benchmarks/collect.py hopper --rows 150 --updates")
+    assert (record["rows"], record["updates"], record["learning_rate"]) == (150, 80, 1e-4)
     medium = record["policies"]["medium"]["update"]
     assert [rows[kind]["rows"] for kind in mujoco.KINDS] == [150, 150, 60 + medium, 150, 300]
     for kind in mujoco.KINDS:
@@ -131,6 +145,7 @@ BAD = [
 @pytest.mark.parametrize(("argv", "line"), BAD, ids=[" ".join(argv) for argv, _ in BAD])
 def test_bad_input_is_one_line(argv, line, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
     with pytest.raises(SystemExit) as leave:
         collect.main(argv)
     (found,) = capsys.readouterr().err.splitlines()
