@@ -3,10 +3,10 @@
 
 PYTHON belongs to a virtual environment with d3rlpy (`pip install d3rlpy`). This file imports
 nothing of this project. Its argument is JSON with algorithm, hidden, critic_hidden, batch_size,
-updates, repeats, rows, observation and action. The last line that it prints is JSON with updates/s
-and updates/CPU s, the best of the repeats, and the versions. It times `fit` as a user calls it,
-without evaluation, log files and progress bar. The first call, which builds the networks, is not
-timed.
+updates, repeats, rows, observation, action and device ("gpu" is the first GPU, all else the CPU).
+The last line that it prints is JSON with updates/s and updates/CPU s, the best of the repeats, and
+the versions, device and precision of matrix products. It times `fit` as a user calls it, without
+evaluation, log files and progress bar. The first call, which builds the networks, is not timed.
 """
 
 import json
@@ -16,6 +16,7 @@ from importlib import metadata
 
 import d3rlpy
 import numpy as np
+import torch
 from d3rlpy.models.encoders import VectorEncoderFactory
 
 
@@ -36,7 +37,11 @@ def algorithm(ask):
         "awac": d3rlpy.algos.AWACConfig,
         "cql": d3rlpy.algos.CQLConfig,
     }[ask["algorithm"]]
-    return config(**common).create(device="cpu:0")
+    return config(**common).create(device=device_of(ask))
+
+
+def device_of(ask):
+    return "cuda:0" if ask["device"] == "gpu" else "cpu:0"
 
 
 def main(ask):
@@ -65,6 +70,8 @@ def main(ask):
         seconds += [time.perf_counter() - start] if number else []
         cpu_seconds += [time.process_time() - start_cpu] if number else []
     versions = {name: metadata.version(name) for name in ("d3rlpy", "torch")}
+    versions["device"] = device_of(ask)
+    versions["float32 products"] = torch.get_float32_matmul_precision()
     rates = {"updates/s": ask["updates"] / min(seconds)}
     rates["updates/CPU s"] = ask["updates"] / min(cpu_seconds)
     print(json.dumps(rates | {"versions": versions}))

@@ -6,7 +6,7 @@
 reads benchmarks/runs/speed/*.json, and for the index peers/ and startup/ there. It writes
 benchmarks/results/speed_*.md, the index speed.md, and the part of README.md between
 `<!-- speed -->` and `<!-- /speed -->`. Where two records of one machine measured the same file with
-the same number of seeds, the pages show the newer one.
+the same number of seeds, the pages show the newer one. Other code bases are shown with every call.
 
 To add a measurement:
 
@@ -15,6 +15,7 @@ To add a measurement:
 """
 
 import json
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,8 +34,9 @@ IN_README = (  # file, its name, number of seeds, page
     ("rebrac", "ReBRAC", 8, "speed_h200"),
 )
 UPDATES = """
-- **updates/s**: critic updates per second, added over the seeds that one process trains in
-  parallel. Each figure is the best of several timed chunks on synthetic data, without evaluation.
+- **updates/s**: updates per second (of the critics, where a method has them; of the actor in
+  awr), added over the seeds that one process trains in parallel. Each figure is the best of several
+  timed chunks on synthetic data, without evaluation.
 """
 FLOOR = """
 - **share of floor**: the floor is the time that the matrix products of an update alone take. Here
@@ -44,25 +46,30 @@ FLOOR = """
 """
 REST = """
 - **share of bound**: the bound is the speed of a program that runs exactly the matrix products of
-  the compiled updates, in their order, and nothing else. A share of 0.7 means that training takes
-  1 / 0.7 of that program's time.
+  the compiled updates, one after the other, and nothing else. A share of 0.7 means that training
+  takes 1 / 0.7 of that program's time. A share can exceed 1: in training independent products may
+  run side by side, and the program copies a slice for each of its products.
 - The shares and GFLOP per update are those of the smallest number of seeds.
 - `benchmarks/throughput.py` explains the columns under "All figures".
 """
 INDEX = """
-Written by `python benchmarks/speed.py`. Updates/s are critic updates per second, added over the
-seeds that one process trains in parallel, on synthetic data and without evaluation; batches of 256
-(LB-SAC's default is 10,000, 39 times the work) and the networks of the files' defaults. The pages
-of the machines have what an update costs, how close it is to its matrix products alone, the records
-and their commands. An empty cell was not measured. On CPUs more seeds share the same cores, so
-their updates/s barely grow.
+Written by `python benchmarks/speed.py`. Updates/s are updates per second (of the critics, where a
+method has them; of the actor in awr), added over the seeds that one process trains in parallel, on
+synthetic data and without evaluation. All batches have 256 rows (dt: windows) and the networks are
+those of the files' defaults. "Default batch" is what the file itself takes: a larger one costs
+more. The pages of the machines have what an update costs, how close it is to its matrix products
+alone, the records and their commands. An empty cell was not measured. Columns of different
+machines cannot be compared. On CPUs more seeds share the same cores, so their updates/s barely
+grow.
 """
 PEERS = """
 `throughput.py --peers` measures other code bases right after our row: the same widths, batch size
 and shape of the data, one seed, each as its own main program trains (`benchmarks/peers.py`).
 Updates are critic updates; Unifloral makes two of them on every batch. "here" is ours, "times the
 peer" the ratio. On a machine that other work shares, read the ratio by CPU time (of all threads):
-the clock measures mostly the waiting. Differences of some percent are within its noise.
+the clock measures mostly the waiting. Every call has a row. The rate of this machine moves by up to
+a third between minutes, as the ratios of repeated calls show, so a ratio between 0.75 and 1.33 does
+not tell which of the two is faster.
 """
 STARTED = """
 CPU seconds (of all threads) from the command to the end of the first chunk, two updates: `cold`
@@ -74,7 +81,7 @@ fetching or compiling the first chunk and running it, the rest. `seconds` are th
 
 class Machine(NamedTuple):
     stem: str  # of the page
-    words: str  # part of a record's `hardware`
+    words: str  # a record's `hardware`
     title: str
     hardware: str  # as README's table says it
 
@@ -86,7 +93,18 @@ MACHINES = (
         "Training speed on two CPU cores",
         "2 cores of an Intel Xeon",
     ),
-    Machine("speed_h200", "NVIDIA H200", "Training speed on one H200 GPU", "1 NVIDIA H200, TF32"),
+    Machine(
+        "speed_cpu_2",
+        "1 x cpu; 2 cores of Intel(R) Xeon(R) Processor @ 2.80GHz",
+        "Training speed on two slower CPU cores",
+        "2 cores of an Intel Xeon at 2.8 GHz",
+    ),
+    Machine(
+        "speed_h200",
+        "1 x NVIDIA H200; 16 cores of Intel(R) Xeon(R) Processor",
+        "Training speed on one H200 GPU",
+        "1 NVIDIA H200, TF32",
+    ),
 )
 
 
@@ -96,7 +114,7 @@ def read(folder=RECORDS):
     found = {machine: [] for machine in MACHINES}
     for file in sorted(folder.glob("*.json")):
         record = json.loads(file.read_text()) | {"name": file.stem}
-        machines = [machine for machine in MACHINES if machine.words in record["hardware"]]
+        machines = [machine for machine in MACHINES if machine.words == record["hardware"]]
         if len(machines) != 1:
             raise SystemExit(f"{file}: add '{record['hardware']}' to MACHINES in speed.py")
         found[machines[0]].append(record)
@@ -252,7 +270,7 @@ def index(found, started, compared):
         )
     parts = ["# Speed", INDEX.strip()]
     parts += [table(["page", "hardware", "files", "measured on", "version", "beside"], lines)]
-    head, columns = ["algorithm"], []
+    head, columns = ["algorithm", "default batch"], []
     for machine, rows in newest_of.items():
         counts = sorted({seeds for _, seeds in rows})
         for seeds in dict.fromkeys((counts[0], counts[-1])):
@@ -261,28 +279,54 @@ def index(found, started, compared):
     lines = []
     for name in sorted({name for rows in newest_of.values() for name, _ in rows}):
         cells = [rows.get((name, seeds)) for rows, seeds in columns]
-        lines.append([name, *(f"{x[0]['updates/s']:,.1f}" if x else "" for x in cells)])
-    parts += ["## Updates/s", table(head, lines), *code_bases(compared), *start_up(started)]
+        speeds_of = [f"{x[0]['updates/s']:,.1f}" if x else "" for x in cells]
+        lines.append([name, default_batch(name), *speeds_of])
+    parts += ["## Updates/s", table(head, lines)]
+    parts += [*code_bases(calls(compared, found)), *start_up(started)]
     return "\n\n".join(parts) + "\n"
 
 
-def code_bases(found):
-    """Parts of the index: the newest rows of throughput.py --peers on every machine."""
-    rows = {}
+def default_batch(algorithm):
+    """The batch size of a file's Config, as text."""
+    source = (ROOT / "algorithms" / f"{algorithm}.py").read_text()
+    return f"{int(re.search(r'^    batch_size: int = ([0-9_]+)', source, re.M)[1]):,}"
+
+
+def calls(found, measured):
+    """(machine, row, record) of every row that was measured beside another code base.
+
+    Args:
+        found: the records of `read` in PEER_RECORDS.
+        measured: those of `read`; some of their rows have a column for d3rlpy.
+    """
+    rows = []
+    for machine, records in measured.items():
+        for record in records:
+            for row in record["rows"]:
+                if row.get(PEER):
+                    peer = {"algorithm": row["algorithm"], "peer": "d3rlpy", "why not": ""}
+                    peer |= {"updates/s here": row["updates/s"], "updates/s": row[PEER]}
+                    peer |= {"times the peer": row["times d3rlpy"], "versions": record["peer"]}
+                    rows.append((machine, peer, record))
     for machine, records in found.items():
         for record in records:
-            for row in record.get("peers", ()):
-                rows[machine, row["algorithm"], row["peer"]] = (row, record)
+            rows += [(machine, row, record) for row in record.get("peers", ())]
+    return sorted(rows, key=lambda x: (x[1]["algorithm"], x[1]["peer"], x[2]["date"]))
+
+
+def code_bases(rows):
+    """Parts of the index: what `calls` found."""
     if not rows:
         return []
     figures = ["updates/s here", "updates/s", "times the peer"]
     figures += ["updates/CPU s here", "updates/CPU s", "by CPU time"]
     lines, records = [], {}
-    for (machine, algorithm, peer), (row, record) in rows.items():
+    for machine, row, record in rows:
         records[record["name"]] = record
         numbers = [number(row.get(column)) for column in figures]
         why = row["why not"] or row["versions"]
-        lines.append([algorithm, peer, machine.hardware, *numbers, record["date"], why])
+        lines.append([row["algorithm"], row["peer"], machine.hardware, *numbers])
+        lines[-1] += [record["date"], why]
     head = ["algorithm", "code base", "hardware", *figures, "measured on", "versions, or why not"]
     commands = [
         f"{record['name']}.json, {record['data']}, chunks of {record['chunks']}"

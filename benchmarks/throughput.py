@@ -65,7 +65,7 @@ import numpy as np
 import tyro
 from jax.interpreters import partial_eval
 
-from common import command_line, datasets, evaluation, experiment, fail, interaction
+from common import command_line, datasets, evaluation, experiment, fail, files, interaction
 from common.experiment.config import Options
 
 ROWS, OBSERVATION, ACTION = 100_000, 17, 6  # of the synthetic data
@@ -469,6 +469,7 @@ def sizes_of(name, arguments):
         "rows": ROWS,
         "observation": OBSERVATION,
         "action": ACTION,
+        "device": jax.default_backend(),
     }
 
 
@@ -608,10 +609,10 @@ def markdown(facts, tables):
 
 def main(arguments):
     """Measure, print the table, write the record, and return its rows."""
-    files = {x.stem for x in Path(__file__).resolve().parents[1].glob("algorithms/*.py")}
-    unknown = sorted(set(arguments.algorithms) - files)
+    known = {x.stem for x in Path(__file__).resolve().parents[1].glob("algorithms/*.py")}
+    unknown = sorted(set(arguments.algorithms) - known)
     if unknown or not arguments.algorithms:
-        fail(f"--algorithms {' '.join(unknown)}: choose from {', '.join(sorted(files))}")
+        fail(f"--algorithms {' '.join(unknown)}: choose from {', '.join(sorted(known))}")
     for flag in ("seeds", "batch_size", "updates", "repeats", "steps_per_refresh"):
         if np.min(getattr(arguments, flag) or 0) < 1:
             fail(f"--{flag.replace('_', '-')} {getattr(arguments, flag)}: must be at least 1")
@@ -631,6 +632,7 @@ def main(arguments):
         arguments.algorithms, arguments.online, arguments.seeds, arguments.steps_per_refresh
     ):
         rows.append(measure_online(*case, arguments))
+        write(facts, tables_of(rows, of_peers), arguments.output)  # what is measured is kept
     for name, seeds in product(arguments.algorithms, arguments.seeds) if not rows else ():
         row = measure(name, seeds, arguments)
         for other, path in others.items():
@@ -644,19 +646,30 @@ def main(arguments):
                 row["times d3rlpy"] = row["updates/s"] / found["updates/s"]
                 facts["peer"] = ", ".join(f"{k} {v}" for k, v in found["versions"].items())
         rows.append(row)
-    tables = {"rows": rows} | ({"peers": of_peers} if of_peers else {})
+        write(facts, tables_of(rows, of_peers), arguments.output)  # what is measured is kept
+    tables = tables_of(rows, of_peers)
     if arguments.loading:
         tables["loading"] = load()
     if arguments.rollouts:
         pairs = product(arguments.rollouts, arguments.seeds)
         tables["rollouts"] = [roll_out(env_id, seeds) for env_id, seeds in pairs]
-    texts = {".md": markdown(facts, tables), ".json": json.dumps(facts | tables, indent=2)}
-    print(texts[".md"])
-    for suffix in texts if arguments.output else ():
-        if output.suffix in ("", suffix):
-            output.parent.mkdir(parents=True, exist_ok=True)
-            output.with_suffix(suffix).write_text(texts[suffix] + "\n")
+    print(markdown(facts, tables))
+    write(facts, tables, arguments.output)
     return rows
+
+
+def tables_of(rows, of_peers):
+    return {"rows": rows} | ({"peers": of_peers} if of_peers else {})
+
+
+def write(facts, tables, output):
+    """Write the record; without a suffix as .md and .json, without `output` not at all."""
+    texts = {".md": markdown(facts, tables), ".json": json.dumps(facts | tables, indent=2)}
+    for suffix in texts if output else ():
+        path = Path(output)
+        if path.suffix in ("", suffix):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            files.write(path.with_suffix(suffix), texts[suffix] + "\n")
 
 
 if __name__ == "__main__":

@@ -93,6 +93,19 @@ def test_it_runs_and_writes_both_records(tmp_path, capsys):
     assert "| rebrac | 2 |" in capsys.readouterr().out
 
 
+def test_a_call_that_is_broken_off_keeps_what_it_measured(tmp_path, monkeypatch):
+    def measure(name, seeds, _):
+        if seeds == 2:
+            raise KeyboardInterrupt
+        return {"updates/s": 5.0}
+
+    monkeypatch.setattr(throughput, "measure", measure)
+    file = tmp_path / "o.json"
+    with pytest.raises(KeyboardInterrupt):
+        throughput.main(throughput.Arguments(seeds=(1, 2), output=str(file)))
+    assert json.loads(file.read_text())["rows"] == [{"updates/s": 5.0}]
+
+
 def test_a_peer_is_asked_for_the_same_sizes(tmp_path, monkeypatch):
     peer = tmp_path / "python"
     answer = {"updates/s": 2.0, "versions": {"d3rlpy": "1.2"}}
@@ -105,6 +118,7 @@ def test_a_peer_is_asked_for_the_same_sizes(tmp_path, monkeypatch):
     asked = json.loads((tmp_path / "asked").read_text())
     assert asked["algorithm"] == "td3_bc" and asked["hidden"] == [256, 256]
     assert asked["batch_size"] == 4 and asked["updates"] == 2 and asked["rows"] == throughput.ROWS
+    assert asked["device"] == "cpu"
 
 
 DATASETS = """
