@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from common import envs, fail, files, machine
+from common import envs, fail, files, machine, one_line
 from common.envs import graphics
 
 STEPS = 1001  # rows per episode: 1000 transitions and the last observation
@@ -74,7 +74,8 @@ def make(name: str, folder: Path, episodes: int | None = None, workers: int | No
     after one that was killed.
 
     Raises:
-        SystemExit: code 2 after one line, where the file on disk has another number of episodes.
+        SystemExit: code 2 after one line, where the file on disk has another number of episodes, or
+            is damaged.
     """
     graphics.check()
     folder.mkdir(parents=True, exist_ok=True)
@@ -84,11 +85,11 @@ def make(name: str, folder: Path, episodes: int | None = None, workers: int | No
 
 def _make(name, folder, episodes, workers):
     final, recipe = folder / f"{name}.npz", RECIPES[name]
-    about = folder / f"{name}.about.json"
     if final.exists():
-        have = _episodes_of(about)
-        if episodes is not None and have not in (None, episodes):
+        have = _episodes_in(final)
+        if episodes not in (None, have):
             fail(f"{final} holds {have} episodes, not {episodes}; delete it to make another one")
+        print(f"{final} is there already, with {have} episodes")
         return
     episodes, workers = episodes or EPISODES, workers or min(machine.cores(), 8)
     todo = [("train", i) for i in range(episodes)]
@@ -110,16 +111,20 @@ def _make(name, folder, episodes, workers):
         if split == "val":
             made_with = {package: version(package) for package in ("ogbench", "mujoco")}
             text = json.dumps({"episodes": episodes, **made_with}) + "\n"
-            about.write_text(text, encoding="utf-8")
+            (folder / f"{name}.about.json").write_text(text, encoding="utf-8")
     shutil.rmtree(parts, ignore_errors=True)
     print(f"made: {final}")
 
 
-def _episodes_of(about):
+def _episodes_in(file):
+    """The number of episodes in an npz file, by their last rows."""
     try:
-        return json.loads(about.read_text(encoding="utf-8"))["episodes"]
-    except (OSError, ValueError, KeyError):
-        return None
+        with np.load(file) as columns:
+            return int((columns["terminals"] > 0).sum())
+    except OSError:
+        raise
+    except Exception as error:  # of zipfile, zlib, NumPy
+        fail(f"{file} is damaged ({one_line(error)}); delete it to make it again")
 
 
 def _part(parts, job):

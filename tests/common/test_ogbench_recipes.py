@@ -81,6 +81,48 @@ def test_official_where_it_cannot_be(words, says, capsys, tmp_path, monkeypatch)
     assert not os.listdir(tmp_path)
 
 
+NAME = "pointmaze-giant-navigate-v0"  # OGBench's has 500 episodes
+
+
+def store(folder, episodes):
+    """A file of that many episodes of three rows, without the .about.json beside it."""
+    (folder / "local").mkdir()
+    terminals = np.tile([False, False, True], episodes)
+    np.savez(folder / "local" / f"{NAME}.npz", terminals=terminals)
+
+
+def test_a_file_that_is_there_says_its_size(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("OGBENCH_DATASET_DIR", str(tmp_path))
+    store(tmp_path, 500)
+    for flags in ([], ["--official"], ["--episodes", "500"]):
+        command.main([f"local/ogbench/{NAME}", *flags])
+        (line,) = capsys.readouterr().out.splitlines()
+        assert line.endswith(f"{NAME}.npz is there already, with 500 episodes")
+
+
+@pytest.mark.parametrize("about", [False, True])
+def test_a_file_of_another_size_is_not_the_official_one(about, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("OGBENCH_DATASET_DIR", str(tmp_path))
+    store(tmp_path, 100)
+    if about:  # of a file that is no longer there
+        (tmp_path / "local" / f"{NAME}.about.json").write_text('{"episodes": 500}')
+    with pytest.raises(SystemExit) as leave:
+        command.main([f"local/ogbench/{NAME}", "--official"])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert leave.value.code == 2 and "holds 100 episodes, not 500; delete it" in line
+
+
+def test_a_damaged_file_is_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("OGBENCH_DATASET_DIR", str(tmp_path))
+    store(tmp_path, 100)
+    file = tmp_path / "local" / f"{NAME}.npz"
+    file.write_bytes(file.read_bytes()[:-40])
+    with pytest.raises(SystemExit) as leave:
+        command.main([f"local/ogbench/{NAME}"])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert leave.value.code == 2 and "is damaged" in line and "delete it to make it again" in line
+
+
 def test_goals_of_stitch_are_four_cells_away():
     walls = np.ones((7, 7), int)
     walls[1:6, 1:6] = 0
