@@ -9,13 +9,18 @@ std, empty if the source does not say. `source` is where the number is printed.
 
 The file has only rows whose source states seeds, updates and selection. It has no numbers that a
 source quotes from elsewhere and none that were selected by looking at scores. JAX-CORL's AWAC is
-left out, because its code broadcasts the weights into plain cloning.
+left out, because its code broadcasts the weights into plain cloning. QC's OGBench scores are left
+out, because its repository does not state the seeds, and GFP's, of which only means over tasks are
+at hand.
 
 A number is shown only if the protocol is the same: the data set has D4RL's or OGBench's own name
 (files, recipes and Minari's data are different data, whatever their name), it is evaluated in the
 counterpart env of docs/data.md, the updates and (if stated) the episodes are equal, and our score
-is selected in the same way. Hyperparameters beyond `config` are the source's own. agreement.py
-compares scores on data made in the way of D4RL's with these numbers, and says so.
+is selected in the same way. There is one exception: a `local/ogbench` set with the official number
+of episodes (`--official`) counts as OGBench's, because it is made as OGBench's scripts make theirs.
+The run's record has the number of episodes; a run without it has no published score beside it.
+Hyperparameters beyond `config` are the source's own. agreement.py compares scores on data made in
+the way of D4RL's with these numbers, and says so.
 """
 
 import csv
@@ -25,8 +30,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from common import recipes
 from common.datasets import names, reference_scores
 
+MADE_HERE = "local/ogbench/"
 FILE = Path(__file__).parent / "reference" / "scores.csv"
 DEFAULT_TASK = (  # default task by the beginning of an OGBench env's name; papers number tasks
     ("antsoccer", 4),
@@ -53,7 +60,11 @@ def load(path=FILE):
 def name_of(run):
     """The name that papers use for a run's data set, None if they do not know it."""
     name = run.config["dataset"]
-    if run.config.get("env") or run.config.get("env_steps") or run.copy:
+    if run.config.get("env") or run.config.get("env_steps"):
+        return None
+    if made_here(run):  # the size tells which data it is, also beside a smaller set of that name
+        name = official_name(name.removeprefix(MADE_HERE), run.config.get("record", {}))
+    elif run.copy:
         return None
     if name in reference_scores.table():
         return name
@@ -62,6 +73,21 @@ def name_of(run):
         return None
     task = match[2] or next((f"-task{t}" for k, t in DEFAULT_TASK if re.match(k, match[1])), "")
     return f"{match[1]}-singletask{task}-v0"
+
+
+def made_here(run):
+    """Whether a run's data were made by a recipe for one of OGBench's data sets."""
+    return run.config["dataset"].startswith(MADE_HERE)
+
+
+def official_name(name, record):
+    """OGBench's id of a data set made here, "" if it has not as many episodes as OGBench's."""
+    match = names.OGBENCH_ID.fullmatch(name)
+    data = f"{match[1]}-v0" if match else name
+    recipe = recipes.OGBENCH_RECIPES.get(data)
+    if recipe is None or record.get("episodes") != recipe.official:
+        return ""
+    return name if match else f"{name.removesuffix('-v0')}-singletask-v0"
 
 
 def is_of(row, run, name):

@@ -56,6 +56,10 @@ PUBLISHED = (
     "settings; seeds in brackets. D4RL's data are evaluated here in the counterpart env that "
     "docs/data.md names."
 )
+MADE_HERE = (
+    "The `local/ogbench` data were made here as OGBench's scripts make theirs, with as many "
+    "episodes, but have other rows; docs/data.md says which sets were compared."
+)
 FEW = 10  # below this number of seeds the page warns that an interval is too narrow
 MANY = 5  # from this number of seeds on, every evaluation is printed as mean ± std
 METHODS = ("fraction",)  # numeric fields that papers treat as a method of its own: 10%BC
@@ -425,6 +429,7 @@ def beside(rows, reference):
             cells = [row.label, row.dataset, group.selection, f"{row.updates:,}"]
             table.append([*cells, ours, *(at.get(column, "") for column in columns)])
         blocks.append(Table(head, table, PUBLISHED))
+        blocks += [Text(MADE_HERE)] if any(published.made_here(row) for row, _ in lines) else []
     for column, entries in used.items():
         ddof = joined(x["ddof"] or "not stated" for x in entries)
         notes = joined(x["note"] for x in entries if x["note"] and len(entries) > 3)

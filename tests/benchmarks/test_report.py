@@ -31,6 +31,7 @@ def write_run(
     folder.mkdir(parents=True)
     reference = config.pop("reference", [0.0, 200.0])
     record = {"reference": reference, "data_return": {"mean": 50.0, "max": 150.0}}
+    record |= config.pop("record", {})
     scores = scores if isinstance(scores, dict) else dict(enumerate(scores))
     config = {"dataset": "made.hdf5", "seeds": [*scores]} | config
     (folder / "config.yaml").write_text(yaml.safe_dump(config | {"record": record}))
@@ -446,6 +447,70 @@ def test_ogbenchs_scores_are_the_mean_of_three_evaluations(tmp_path, every, epis
         assert cells(blocks[0])[0][4:] == ["75.0 (1)", "92 ± 4 (8)"]
     else:
         assert "so not shown" in blocks[0].markdown
+
+
+def ogbench_run(folder, algorithm, last_three, updates=1_000_000, **config):
+    """A row with these scores of its seed in the last three evaluations of FQL's protocol."""
+    sizes = {"updates": updates, "episodes": 50}
+    write_run(folder, [last_three[-1]], algorithm, **sizes, **config)
+    lines = ["update,seed,actor_loss,score"]
+    for i, score in enumerate(last_three):
+        lines.append(f"{updates - 100_000 * (2 - i)},0,0.1,{score}")
+    (folder / "metrics.csv").write_text("\n".join(lines) + "\n")
+    (row,) = readers.find((folder,))[0]
+    return row
+
+
+def test_idql_and_ifql_have_published_scores_of_their_own(tmp_path):
+    """One file; Table 3 of FQL's paper has 96 +- 2 and 73 +- 3 on task 2 of cube-single."""
+
+    def shown(name, generator, updates):
+        options = {"dataset": "cube-single-play-singletask-v0", "generator": generator}
+        row = ogbench_run(tmp_path / name, "idql", (60, 75, 90), updates, **options)
+        tables = [x for x in report.beside([row], published.load()) if isinstance(x, report.Table)]
+        return [line[-1] for found in tables for line in cells(found)]
+
+    assert shown("ifql", "flow", 1_000_000) == ["73 ± 3 (8)"]
+    assert shown("idql", "ddpm", 3_000_000) == ["96 ± 2 (8)"]
+    assert shown("long", "flow", 3_000_000) == shown("short", "ddpm", 1_000_000) == []
+
+
+MADE_HERE = [  # data set, episodes in it, other values, OGBench's name
+    ("cube-single-play-v0", 1000, {}, "cube-single-play-singletask-task2-v0"),
+    ("cube-single-play-singletask-v0", 1000, {}, "cube-single-play-singletask-task2-v0"),
+    ("cube-triple-play-singletask-task3-v0", 3000, {}, "cube-triple-play-singletask-task3-v0"),
+    ("cube-triple-play-v0", 1000, {}, None),  # OGBench's has 3000
+    ("cube-single-play-v0", 100, {}, None),
+    ("cube-single-play-v0", None, {}, None),  # a run from before the number was recorded
+    ("cube-single-play-v0", 1000, {"env": "cube-double-singletask-v0"}, None),
+    ("cube-single-play-v0", 1000, {"env_steps": 100}, None),
+    ("no-such-play-v0", None, {}, None),
+]
+
+
+@pytest.mark.parametrize(("dataset", "episodes", "changed", "theirs"), MADE_HERE)
+def test_which_data_made_here_are_ogbenchs(tmp_path, dataset, episodes, changed, theirs):
+    record = {} if episodes is None else {"episodes": episodes}
+    options = {"dataset": f"local/ogbench/{dataset}", "record": record, **changed}
+    row = ogbench_run(tmp_path / "one", "fql", (60, 75, 90), **options)
+    assert published.name_of(row) == theirs
+    blocks = report.beside([row], published.load())
+    if theirs is None:
+        assert blocks == []
+    elif "cube-single" in dataset:  # FQL's paper has no cube-triple
+        assert cells(blocks[0])[0][-2:] == ["75.0 (1)", "97 ± 2 (8)"]
+        assert "were made here as OGBench's scripts make theirs" in blocks[1].markdown
+
+
+def test_a_smaller_set_beside_it_does_not_hide_ogbenchs_size(tmp_path):
+    name = "local/ogbench/cube-single-play-v0"
+    for episodes, digest in ((1000, "aaa"), (100, "bbb")):
+        record = {"episodes": episodes, "digest": digest}
+        ogbench_run(tmp_path / digest, "fql", (60, 75, 90), dataset=name, record=record)
+    rows = readers.find((tmp_path,))[0]
+    assert all(row.copy for row in rows)  # one name, two sets of data
+    (table,) = [x for x in report.beside(rows, published.load()) if isinstance(x, report.Table)]
+    assert len(table.rows) == 1
 
 
 # --- The mean of three evaluations --------------------------------------------------------------

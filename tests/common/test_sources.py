@@ -1049,6 +1049,7 @@ def test_ogbench_recipe_is_the_same_file_interrupted_or_parallel(tmp_path, monke
     dataset = datasets.load(f"local/ogbench/{name}")
     assert len(dataset.transitions.reward) == 3000 and dataset.score_is_success
     assert dataset.record["env"] == "pointmaze-medium-singletask-v0"
+    assert dataset.record["episodes"] == 3  # by which a report knows the official size
     monkeypatch.setenv("OGBENCH_DATASET_DIR", str(tmp_path / "file"))
     with pytest.raises(SystemExit) as leave:  # load makes what is missing, in another process
         datasets.load(f"local/ogbench/{name}")
