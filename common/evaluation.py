@@ -93,9 +93,9 @@ class Rollouts:
         count = len(self.keys) * self.cfg.eval_episodes
         make_env = self.dataset.make_env
         self.envs = [make_env()]  # the first one imports packages, so the second one is measured
-        held, free = memory()
+        held, free = bytes_held_and_free()
         self.envs += [make_env() for _ in range(1, min(count, 2))]
-        size = max(memory()[0] - held, 1)
+        size = max(bytes_held_and_free()[0] - held, 1)
         self.envs += [make_env() for _ in range(2, min(count, free // 2 // size))]
         print(self._estimate())
         self.preparing = time.perf_counter() - began
@@ -237,6 +237,6 @@ class Rollouts:
         )
 
 
-def memory():
-    """Bytes this process has, and bytes free on the machine (a container may allow less)."""
+def bytes_held_and_free():
+    """Memory that this process has and that is free on the machine (a container may allow less)."""
     return psutil.Process().memory_info().rss, psutil.virtual_memory().available

@@ -103,7 +103,7 @@ class Interaction:
         self.policy_params, self.transform = policy_params, transform or (lambda rows: rows)
         self.apart, self.window, self.episodes_again = apart, window, episodes
         self.look_ahead = look_ahead
-        self.replay = replay
+        self.newest_episodes = replay
         self.first_memory = jax.tree.map(np.array, memory)
         self.memory = jax.tree.map(lambda x: np.stack([x] * len(keys)), self.first_memory)
         self.steps = phases.env_steps(self.cfg)  # of every seed, over the whole run
@@ -180,9 +180,9 @@ class Interaction:
             self.count += 1
         # Once more the rows before that the new ones change, at least the next action of the last.
         back = max(self.window - 1, self.look_ahead)
-        if (self.episodes_again or self.replay) and self.over != over:
+        if (self.episodes_again or self.newest_episodes) and self.over != over:
             back = max(back, self.dataset.horizon or first)  # always so many: one program serves
-        if not self.replay:
+        if not self.newest_episodes:
             self._write(max(first - back, 0))
         elif self.over != over:
             self._write_episodes(max(first - back, 0))
@@ -216,7 +216,7 @@ class Interaction:
 
     def _spans(self, over):
         """The first row of the newest episodes and the row after them, [S, 2]."""
-        number, recorded = self.replay
+        number, recorded = self.newest_episodes
         spans = []
         for i in range(len(self.envs)):
             own = self.buffer.recorded + np.flatnonzero(over[:, i]) + 1
@@ -326,7 +326,7 @@ class Interaction:
         self.over, self.sum_of_returns = [0] * len(seeds), [0.0] * len(seeds)
         self.successes = [0] * len(seeds)
         self.returns, self.finished = [0.0] * len(seeds), [[] for _ in seeds]
-        if self.replay:
+        if self.newest_episodes:
             self.buffer = self.buffer.replace(spans=self._spans(self._ends()))
         self.broken = []  # [row, seed's index]: episodes that a resumed run could not go on with
         for i in range(len(seeds)):
@@ -409,17 +409,17 @@ class Interaction:
         self.over, self.sum_of_returns = saved["over"], saved["sum_of_returns"]
         self.successes, self.reports_success = saved["successes"], saved["reports_success"]
         for i in range(len(self.envs)):
-            self._replay(i, saved["episodes"][i], saved["lengths"][i])
+            self._play_again(i, saved["episodes"][i], saved["lengths"][i])
             if self.lengths[i] == saved["lengths"][i]:  # the env has repeated the episode
                 self._remember(i, [np.array(x[i]) for x in saved["memory"]])
         for t, i in self.broken:
             self.rows[t, i, self.columns["truncation"]] = 1
-        if count and self.replay:
+        if count and self.newest_episodes:
             self._write_episodes(0)
         elif count:
             self._write(0)
 
-    def _replay(self, i, episode, length):
+    def _play_again(self, i, episode, length):
         """Play the last `length` rows of seed i again, which are the beginning of that episode."""
         self._reset(i, episode)
         for row in self.rows[self.count - length : self.count, i]:

@@ -112,7 +112,7 @@ def test_fewer_environments_take_turns_where_memory_is_short(monkeypatch, capsys
     whole, envs = evaluate((0, 1, 3), episodes=5)
     assert len(envs) == 15
     told = iter([(1000, 899), (1100, 0)])
-    monkeypatch.setattr(evaluation, "memory", lambda: next(told))
+    monkeypatch.setattr(evaluation, "bytes_held_and_free", lambda: next(told))
     result, envs = evaluate((0, 1, 3), episodes=5)
     assert len(envs) == 4 and "4 at a time for memory" in capsys.readouterr().out
     same(result, whole)
@@ -120,7 +120,8 @@ def test_fewer_environments_take_turns_where_memory_is_short(monkeypatch, capsys
 
 @pytest.mark.parametrize(("free", "count"), [(0, 2), (10, 5), (10**9, 6)])
 def test_at_least_two_environments_and_no_more_than_episodes(monkeypatch, free, count):
-    monkeypatch.setattr(evaluation, "memory", lambda: (1000, free))  # the second one takes nothing
+    # The second one takes nothing.
+    monkeypatch.setattr(evaluation, "bytes_held_and_free", lambda: (1000, free))
     assert len(evaluate(episodes=6)[1]) == count
 
 
@@ -472,7 +473,7 @@ def test_memory_holds_the_past_of_one_episode_only(monkeypatch):
     for i, env in enumerate(rollouts.envs):
         expected = remembered(env.length, 0.0 if i < 6 else 0.3)
         np.testing.assert_allclose(np.ravel(env.actions), expected, rtol=1e-5)
-    monkeypatch.setattr(evaluation, "memory", iter([(0, 10), (1, 10)]).__next__)
+    monkeypatch.setattr(evaluation, "bytes_held_and_free", iter([(0, 10), (1, 10)]).__next__)
     with evaluation.Rollouts(dataset(), recall, policy_keys((0, 3)), cfg, memory) as turns:
         same(turns.start(parameters((0, 3)), 0).result(), results[0])
         assert len(turns.envs) == 5
