@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Ranges of a Config's fields, by their names: a name means the same in every algorithm file."""
 
+import dataclasses
 import re
+from types import SimpleNamespace
 
 from common import fail
 from common.experiment import phases
 
 SHARES = ("discount", "target_rate", "actor_target_rate", "td_lambda", "lam", "residual")
 SHARES += ("mixing_ratio", "penalty_floor", "real_ratio", "online_share")
+INSIDE = ("expectile", "dropout", "action_margin", "action_cdf")  # neither 0 nor 1
 LARGEST = 3.4e38  # of float32, in which the networks compute
 # Patterns of names.
 POSITIVE = "learning_rate$|^fixed_std$|^return_scale$|^beta$|^(sql|eql)_alpha$|^huber_delta$"
@@ -18,34 +21,24 @@ NOT_NEGATIVE += "|^perturbation$|^eta$|_deviations$|^target_divergence$"
 
 
 def check(cfg):
-    """Check ranges, seeds and counts that must divide each other. A message names the remedy."""
+    """Check ranges, seeds and counts that must divide each other. A message names the remedy.
+
+    A rule that the default of a field breaks is not meant for that field: a name may mean something
+    else in a file of your own.
+    """
+    defaults = _defaults(cfg)
     for name, value in vars(cfg).items():
         given = f"{flag(name)} {value}"
         numbers = value if isinstance(value, tuple | list) else (value,)
-        if value is None:
-            continue
         if any(isinstance(x, float) and not abs(x) <= LARGEST for x in numbers):
             fail(f"{given}: must be a finite number of at most {LARGEST:.1e}")
         if any(type(x) is int and abs(x) >= 2**31 for x in numbers) and name != "seeds":
             fail(f"{given}: must be below {2**31:,}")
         if name == "seeds":
             check_seeds(value)
-        elif name.endswith("hidden") and not value:
-            fail(f"{given}: give at least one hidden layer")
-        elif any(type(x) is int and x < _least(name, cfg) for x in numbers):
-            fail(f"{given}: must be at least {_least(name, cfg)}")
-        elif name in SHARES and not 0 <= value <= 1:
-            fail(f"{given}: must be a number from 0 to 1")
-        elif name == "fraction" and not 0 < value <= 1:
-            fail(f"{given}: must be a number above 0 and up to 1")
-        elif name in ("expectile", "dropout", "action_margin", "action_cdf") and not 0 < value < 1:
-            fail(f"{given}: must be between 0 and 1, exclusive")
-        elif name == "action_margin" and value < 1e-6:
-            fail(f"{given}: must be at least 1e-06, smaller ones vanish in float32")
-        elif re.search(POSITIVE, name) and min(numbers) <= 0:
-            fail(f"{given}: must be above 0")
-        elif re.search(NOT_NEGATIVE, name) and min(numbers, default=0) < 0:
-            fail(f"{given}: must be 0 or more")
+        wanted = _wanted(name, value, cfg)
+        if wanted is not None and wanted != _wanted(name, getattr(defaults, name), defaults):
+            fail(f"{given}: {wanted}")
     for whole, part in (
         ("eval_every", "log_every"),
         ("num_updates", "log_every"),
@@ -59,7 +52,7 @@ def check(cfg):
         ("online_updates", "updates_per_refresh"),
         ("embedding", "num_heads"),
     ):
-        if {whole, part} <= {*vars(cfg)} and getattr(cfg, whole) % getattr(cfg, part):
+        if not _divides(part, whole, cfg) and _divides(part, whole, defaults):
             number, divisor = getattr(cfg, whole), getattr(cfg, part)
             near = max(1, round(number / divisor)) * divisor
             smaller = f", or {flag(part)} {number}" if number < divisor else ""
@@ -82,11 +75,52 @@ def check(cfg):
             counts = f"{cfg.steps_per_refresh} * {cfg.updates_per_step}"
             what = f"no multiple of steps_per_refresh * updates_per_step, {counts}"
         fail(f"--log-every {cfg.log_every}: {what}, the updates between two sets of env steps")
-    delay = getattr(cfg, "policy_delay", 1)
+    delay = getattr(cfg, "policy_delay", 1) or 1
     if getattr(cfg, "online_updates", 0) and refresh % delay:
         steps = cfg.steps_per_refresh
         what = f"times updates_per_step {cfg.updates_per_step} it is no multiple of policy_delay"
         fail(f"--steps-per-refresh {steps}: {what} {delay}; {steps * delay} would be right")
+
+
+def _defaults(cfg):
+    """The defaults of a Config's fields; None for a field that has none."""
+    values = {field.name: field.default for field in dataclasses.fields(cfg)}
+    missing = dataclasses.MISSING
+    return SimpleNamespace(**{name: None if x is missing else x for name, x in values.items()})
+
+
+def _wanted(name, value, cfg):
+    """What numbers in a field of this name must be and are not; None where they are all right."""
+    numbers = value if isinstance(value, tuple | list) else (value,)
+    if name.endswith("hidden") and not numbers:
+        return "give at least one hidden layer"
+    are_numbers = all(isinstance(x, int | float) for x in numbers)
+    if name == "seeds" or not numbers or not are_numbers:
+        return None
+    lowest, highest = min(numbers), max(numbers)
+    if any(type(x) is int and x < _least(name, cfg) for x in numbers):
+        return f"must be at least {_least(name, cfg)}"
+    if name in SHARES and not 0 <= lowest <= highest <= 1:
+        return "must be a number from 0 to 1"
+    if name == "fraction" and not 0 < lowest <= highest <= 1:
+        return "must be a number above 0 and up to 1"
+    if name in INSIDE and not 0 < lowest <= highest < 1:
+        return "must be between 0 and 1, exclusive"
+    if name == "action_margin" and lowest < 1e-6:
+        return "must be at least 1e-06, smaller ones vanish in float32"
+    if re.search(POSITIVE, name) and lowest <= 0:
+        return "must be above 0"
+    if re.search(NOT_NEGATIVE, name) and lowest < 0:
+        return "must be 0 or more"
+    return None
+
+
+def _divides(part, whole, cfg):
+    """Whether one field divides another; True where one of them is not there or None."""
+    number, divisor = getattr(cfg, whole, None), getattr(cfg, part, None)
+    if number is None or divisor is None:
+        return True
+    return divisor != 0 and number % divisor == 0
 
 
 def _least(name, cfg):

@@ -569,3 +569,28 @@ def test_ranges(name, flag, value, wanted, tmp_path, monkeypatch, capsys):
     line = error(capsys, runs.module(name).Config, f"{flag}={value}")
     assert wanted in line and flag in line and value.lstrip("-")[:3] in line
     assert not list(tmp_path.iterdir())
+
+
+def test_a_rule_that_a_default_breaks_is_not_meant_for_that_field(toy, capsys):
+    """A field of a file of your own may have a name that has a rule and mean something else."""
+    own = [
+        ("warmup", int, 0),  # whole numbers are at least 1
+        ("lam", float, 10.0),  # a share elsewhere
+        ("policy_delay", int, 0),  # must divide log_every elsewhere
+        ("actor_updates", int, 7),
+        ("noise", str, "pink"),
+        ("alpha", float, 1.0),
+    ]
+    own = [(name, kind, dataclasses.field(default=value)) for name, kind, value in own]
+    mine = dataclasses.make_dataclass("Config", own, bases=(toy,), frozen=True)
+    ranges.check(mine())
+    ranges.check(mine(warmup=5, lam=20.0, policy_delay=3, actor_updates=9))
+    for wrong, wanted in (
+        ({"alpha": -1.0}, "--alpha -1.0: must be 0 or more"),  # its default keeps the rule
+        ({"lam": float("inf")}, "--lam inf: must be a finite number"),
+        ({"warmup": 2**31}, "--warmup 2147483648: must be below"),
+        ({"num_updates": 0}, "--num-updates 0: must be at least 1"),
+    ):
+        with pytest.raises(SystemExit):
+            ranges.check(mine(**wrong))
+        assert wanted in capsys.readouterr().err
