@@ -25,6 +25,7 @@ from common.experiment import (
     beginning,
     growth,
     kinds,
+    origin,
     phases,
     processes,
     ranges,
@@ -336,7 +337,11 @@ def run_folder(cfg, options):
                 fail(text)
         growth.check(folder, before, cfg, script)
         if not options.resume:
-            fail(f"{folder} exists; continue it with --resume or start another run with --name")
+            what = "exists; continue it with --resume or start another run with --name"
+            if other := origin.another_version(script, origin.code_of_run(folder)):
+                what = f"exists, made by {other}; give a --name to train the present one, or "
+                what += "continue that run with --resume"
+            fail(f"{folder} {what}")
     return folder
 
 

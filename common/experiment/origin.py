@@ -4,14 +4,16 @@
 Where one of them changes before a run is resumed, a warning says so and the record names both.
 """
 
+import contextlib
 import inspect
+import json
 import sys
 from pathlib import Path
 
 import jax
 
 from common import machine
-from common.experiment import digests, provenance
+from common.experiment import digests, growth, provenance
 
 THEN = ", then "  # between what a run began with and what it was resumed with
 COMMON = Path(__file__).resolve().parents[1]
@@ -20,6 +22,25 @@ COMMON = Path(__file__).resolve().parents[1]
 def code_of_common() -> list[Path]:
     """All files of common/, in a fixed order."""
     return sorted(COMMON.rglob("*.py"))
+
+
+def code_of_run(folder):
+    """Digest of the algorithm's file that a run was made by, None where nothing tells it."""
+    folder = Path(folder)
+    newest = folder / "checkpoints" / str(growth.reached(folder))
+    for file in (folder / "result.json", newest / "meta" / "metadata"):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            return json.loads(file.read_text(encoding="utf-8"))["code"]["algorithm"]
+    return None
+
+
+def another_version(script, made):
+    """Words for the version of an algorithm's file that made a run; None if it is the present one.
+
+    `made` is the digest that the run has recorded, or None.
+    """
+    now = provenance.code([script])
+    return None if made in (None, now) else f"another version of {script.name} ({made}, now {now})"
 
 
 class Origin:

@@ -37,7 +37,7 @@ from common.experiment import (
 )
 from common.experiment.best import Best
 from common.experiment.divergence import Divergence
-from common.experiment.origin import Origin
+from common.experiment.origin import Origin, another_version
 from common.experiment.progress import Progress, say_online, say_result
 from common.experiment.records import SCORES, Records
 from common.experiment.timing import Timing
@@ -273,6 +273,9 @@ class Run:
         self.done = start == self.last_update and same
         print("finished before" if self.done else f"resuming at update {start:,}")
         if self.done:
+            if other := another_version(self.script, result.get("code", {}).get("algorithm")):
+                what = f"this score is of {other}; give a --name to train the present one"
+                print(f"WARNING: {what}", file=sys.stderr)
             self._read_result()
         else:
             self.origin.compare(meta)

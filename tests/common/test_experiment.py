@@ -649,8 +649,30 @@ def test_a_finished_run_stays_as_it_is(name, tiny, reference, monkeypatch, capsy
     monkeypatch.setattr(evaluation.Rollouts, "__call__", None)  # no evaluation once more
     run(name, [*tiny, *SEEDS, "--resume"])
     out, error = capsys.readouterr()
-    assert "finished before" in out and not error
+    assert "finished before" in out and len(error.splitlines()) == 1
     assert runs.tree(folder) == before
+
+
+def test_the_score_of_an_edited_file_is_that_of_another_version(
+    name, tiny, reference, monkeypatch, capsys
+):
+    """Its settings are the same, so its run folder is."""
+    folder = copy_of(reference(name), name)
+    made = json.loads((folder / "result.json").read_text())["code"]["algorithm"]
+    run(name, [*tiny, *SEEDS, "--resume"])
+    assert not capsys.readouterr().err
+    monkeypatch.setattr(provenance, "code", lambda paths: "edited")
+    run(name, [*tiny, *SEEDS, "--resume"])
+    other = f"another version of {name}.py ({made}, now edited)"
+    (line,) = capsys.readouterr().err.splitlines()
+    remedy = "give a --name to train the present one"
+    assert line == f"WARNING: this score is of {other}; {remedy}"
+    for _ in range(2):  # the second time the run is not finished
+        run(name, [*tiny, *SEEDS], expected=2)
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.endswith(f"made by {other}; {remedy}, or continue that run with --resume")
+        (folder / "result.json").unlink(missing_ok=True)
+    config.run_folder(*config.parse(runs.module(name).Config, [*tiny, *SEEDS, "--name", "new"]))
 
 
 def test_rows_with_other_columns_are_not_appended(name, tiny, reference, capsys):
