@@ -51,9 +51,9 @@ class Config:
     inverse_temperature: float = 3.0  # 1 / lambda, Eq. 13
     weight: Literal["exp", "softmax"] = "exp"  # exp(A / lambda) up to 100, or softmax over batch
     # Online phase
-    online_updates: int = 0  # updates beside an env, after those on fixed data
+    online_updates: int = 0  # gradient steps of online training, after the offline ones
     updates_per_step: int = 1  # updates per env step
-    steps_per_refresh: int = 1  # env steps between two versions of the policy that takes them
+    steps_per_refresh: int = 1  # env steps between updates of the acting policy
 
 
 # --- Networks -----------------------------------------------------------------------------------

@@ -4,7 +4,7 @@
 Paper       https://arxiv.org/abs/2303.05479
 Reference   https://github.com/nakamotoo/Cal-QL
 Run         python algorithms/cal_ql.py --config configs/cal_ql/antmaze.yaml
-Parent      cql.py (111 lines)
+Parent      cql.py (101 lines)
 Results     docs/results.md
 Deviations  The authors collect an episode, then take an update per env step of it. Here steps and
             updates take turns after `warm_up_steps`, so rows of an episode that goes on are drawn,
@@ -61,11 +61,11 @@ class Config:
     clip_diff_min: float | None = None  # lower bound on the conservative gap of each row
     max_target_backup: bool = True  # the TD target takes the best of N actions of pi(s'), not one
     # Cal-QL
-    last_reward_goes_on: bool = True  # a truncated episode's, for ever: in the return; False: 0
+    last_reward_goes_on: bool = False  # a truncated episode's, for ever: in the return
     # Online phase
-    online_updates: int = 0  # updates beside an env, after those on fixed data
+    online_updates: int = 0  # gradient steps of online training, after the offline ones
     updates_per_step: int = 1  # updates per env step
-    steps_per_refresh: int = 1  # env steps between two versions of the policy that takes them
+    steps_per_refresh: int = 1  # env steps between updates of the acting policy
     online_alpha: float | None = None  # alpha in this phase; None: as before
     warm_up_steps: int = 1_000  # env steps by the offline policy before the first of these updates
     mixing_ratio: float = 0.5  # share of a batch of this phase that comes from the env
@@ -434,8 +434,9 @@ def policy_fn(state, cfg):
 def with_returns(dataset, cfg):
     """`Rows` of a data set whose rewards and observations are those that are learnt from.
 
-    A return ends at a termination. If an episode is truncated, its last reward goes on for ever. An
-    AntMaze episode without success then returns r / (1 - gamma) from each of its rows on.
+    A return ends with its episode. With last_reward_goes_on the last reward of a truncated episode
+    goes on for ever. An AntMaze episode without success then returns r / (1 - gamma) from each of
+    its rows on.
     """
     rows = dataset.transitions
     reward = rows.reward
@@ -463,18 +464,7 @@ def online_rows(rows, dataset, statistics, cfg):
     )
     over = rows.termination + rows.truncation  # [T, S]
     goes_on = over[::-1].cumsum(axis=0)[::-1] == 0  # [T, S], no end from here on
-    over[-1] = 1.0
-
-    # All rows of one seed, then those of the next, as one data set.
-    def flat(column):  # [T, S, ...] -> [S T, ...]
-        return column.swapaxes(0, 1).reshape(-1, *column.shape[2:])
-
-    def unflat(column):  # [S T, ...] -> [T, S, ...]
-        return column.reshape(*over.T.shape, *column.shape[1:]).swapaxes(0, 1)
-
-    (last,) = flat(over).nonzero()
-    own = replace(dataset, transitions=jax.tree.map(flat, rows), episode_ends=last + 1)
-    rows = jax.tree.map(unflat, with_returns(own, cfg))
+    rows = datasets.by_seed(partial(with_returns, cfg=cfg), rows, dataset)
     rows.returns_to_go[goes_on] = -jnp.inf
     return rows
 

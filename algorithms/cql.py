@@ -57,9 +57,9 @@ class Config:
     clip_diff_min: float | None = None  # lower bound on the conservative gap of each row
     max_target_backup: bool = False  # the TD target takes the best of N actions of pi(s'), not one
     # Online phase
-    online_updates: int = 0  # updates beside an env, after those on fixed data
+    online_updates: int = 0  # gradient steps of online training, after the offline ones
     updates_per_step: int = 1  # updates per env step
-    steps_per_refresh: int = 1  # env steps between two versions of the policy that takes them
+    steps_per_refresh: int = 1  # env steps between updates of the acting policy
     online_alpha: float | None = None  # alpha in this phase; None: as before, like CORL
 
 

@@ -53,9 +53,9 @@ class Config:
     flow_steps: int = 10  # Euler steps of the flow F from noise z to action
     n_step: int = 1  # rows whose rewards a TD target sums before it bootstraps
     # Online phase
-    online_updates: int = 0  # updates beside an env, after those on fixed data
+    online_updates: int = 0  # gradient steps of online training, after the offline ones
     updates_per_step: int = 1  # updates per env step
-    steps_per_refresh: int = 1  # env steps between two versions of the policy that takes them
+    steps_per_refresh: int = 1  # env steps between updates of the acting policy
 
 
 # --- Networks -----------------------------------------------------------------------------------

@@ -63,9 +63,9 @@ class Config:
     normalise_observations: bool = False  # to mean 0 and std 1, as CORL does
     n_step: int = 1  # rows whose rewards a TD target sums before it bootstraps
     # Online phase
-    online_updates: int = 0  # updates beside an env, after those on fixed data
+    online_updates: int = 0  # gradient steps of online training, after the offline ones
     updates_per_step: int = 1  # updates per env step
-    steps_per_refresh: int = 1  # env steps between two versions of the policy that takes them
+    steps_per_refresh: int = 1  # env steps between updates of the acting policy
 
 
 # --- Networks -----------------------------------------------------------------------------------

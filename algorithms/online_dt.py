@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Online Decision Transformer (Zheng et al., 2022): a stochastic DT that goes on beside an env.
+"""Online Decision Transformer (Zheng et al., 2022): a stochastic DT that is fine-tuned online.
 
 Paper       https://arxiv.org/abs/2202.05607
 Reference   https://github.com/facebookresearch/online-dt
@@ -58,8 +58,8 @@ class Config:
     initial_temperature: float = 0.1  # weight of the entropy before the first update
     temperature_learning_rate: float = 1e-4  # Adam, for the weight of the entropy
     # Online phase
-    online_updates: int = 0  # updates beside an env, after those on fixed data
-    steps_per_refresh: int = 1_000  # env steps between two versions of the policy that takes them
+    online_updates: int = 0  # gradient steps of online training, after the offline ones
+    steps_per_refresh: int = 1_000  # env steps between updates of the acting policy
     updates_per_refresh: int = 300  # updates between two such sets of env steps
     replay_episodes: int = 1_000  # the newest so many are learnt from; at first the data's best
     exploration_return: float | None = None  # asked for by exploration; None: target + |target|

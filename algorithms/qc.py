@@ -59,9 +59,9 @@ class Config:
     num_samples: int = 32  # N, with best_of_n: chunks of the flow from which Q chooses
     sparse_reward: bool = False  # rewards other than 0 become -1 (scene, puzzle-3x3)
     # Online phase
-    online_updates: int = 0  # updates beside an env, after those on fixed data
+    online_updates: int = 0  # gradient steps of online training, after the offline ones
     updates_per_step: int = 1  # updates per env step
-    steps_per_refresh: int = 1  # env steps between two versions of the policy that takes them
+    steps_per_refresh: int = 1  # env steps between updates of the acting policy
 
 
 # --- Networks -----------------------------------------------------------------------------------

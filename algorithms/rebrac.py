@@ -55,9 +55,9 @@ class Config:
     critic_penalty: float = 1.0  # beta_2, weight of (pi(s') - a')^2 in the TD target, Eq. 6
     n_step: int = 1  # rows whose rewards a TD target sums before it bootstraps
     # Online phase
-    online_updates: int = 0  # updates beside an env, after those on fixed data
+    online_updates: int = 0  # gradient steps of online training, after the offline ones
     updates_per_step: int = 1  # updates per env step
-    steps_per_refresh: int = 2  # env steps between two versions of the policy that takes them
+    steps_per_refresh: int = 2  # env steps between updates of the acting policy
     exploration_noise: float = 0.0  # std of the noise on actions in the env, in action units
     online_critic_penalty: float = 0.0  # beta_2 in this phase
     penalty_floor: float = 0.5  # beta_1 decays linearly to this share of itself
@@ -223,6 +223,7 @@ def online_update(state, step, key, data, cfg):
     decay = 1.0 - (step - cfg.num_updates) / cfg.penalty_decay_updates
     actor_penalty = cfg.actor_penalty * jnp.maximum(decay, cfg.penalty_floor)
     critic_penalty = cfg.online_critic_penalty
+    # Traced numbers: the losses can multiply by them, but a Python `if` on them fails.
     cfg = replace(cfg, actor_penalty=actor_penalty, critic_penalty=critic_penalty)
     return update(state, step, key, data, cfg, mixed=True)
 

@@ -50,9 +50,9 @@ class Config:
     backup_entropy: bool = True  # the target has the entropy of the next action (AntMaze: False)
     reward_shift: float = 0.0  # added to all rewards (AntMaze: -1)
     # Online phase
-    online_updates: int = 5_000_000  # updates of the critics beside an env
+    online_updates: int = 5_000_000  # critic updates online
     updates_per_step: int = 20  # updates of the critics per env step and per update of the actor
-    steps_per_refresh: int = 1  # env steps between two versions of the policy that takes them
+    steps_per_refresh: int = 1  # env steps between updates of the acting policy
     random_steps: int = 5_000  # env steps with uniform actions before the first of these updates
 
 

@@ -45,9 +45,9 @@ class Config:
     hidden: tuple[int, ...] = (256, 256)  # widths of actor and critics
     num_critics: int = 2  # K, target and actor use their minimum
     # Online phase
-    online_updates: int = 0  # updates beside an env, after those on fixed data
+    online_updates: int = 0  # gradient steps of online training, after the offline ones
     updates_per_step: int = 1  # updates per env step
-    steps_per_refresh: int = 1  # env steps between two versions of the policy that takes them
+    steps_per_refresh: int = 1  # env steps between updates of the acting policy
     random_steps: int = 10_000  # env steps with uniform actions before the first of these updates
 
 

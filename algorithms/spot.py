@@ -57,9 +57,9 @@ class Config:
     density_weight: float = 0.05  # lambda, weight of the negative ELBO in the actor loss
     num_samples: int = 1  # N, latents per row to estimate the ELBO of the policy's actions
     # Online phase
-    online_updates: int = 0  # updates beside an env, after those on fixed data
+    online_updates: int = 0  # gradient steps of online training, after the offline ones
     updates_per_step: int = 1  # updates per env step
-    steps_per_refresh: int = 2  # env steps between two versions of the policy that takes them
+    steps_per_refresh: int = 2  # env steps between updates of the acting policy
     exploration_noise: float = 0.1  # std of the noise on actions in the env, as in TD3
     online_discount: float = 0.995  # gamma in this phase
     penalty_floor: float = 0.2  # lambda decays linearly to this share of itself

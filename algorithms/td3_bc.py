@@ -51,9 +51,9 @@ class Config:
     # TD3+BC
     alpha: float = 2.5  # weight of Q / mean |Q| beside the mean of (pi(s) - a)^2, Eqs. 3, 5
     # Online phase
-    online_updates: int = 0  # updates beside an env, after those on fixed data
+    online_updates: int = 0  # gradient steps of online training, after the offline ones
     updates_per_step: int = 1  # updates per env step
-    steps_per_refresh: int = 2  # env steps between two versions of the policy that takes them
+    steps_per_refresh: int = 2  # env steps between updates of the acting policy
     exploration_noise: float = 0.1  # std of the noise on actions in the env, as in TD3
 
 

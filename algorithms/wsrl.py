@@ -4,7 +4,7 @@
 Paper       https://arxiv.org/abs/2412.07762
 Reference   https://github.com/zhouzypaul/wsrl
 Run         python algorithms/wsrl.py --config configs/wsrl/antmaze.yaml
-Parent      cal_ql.py (347 lines)
+Parent      cal_ql.py (336 lines)
 Results     docs/results.md
 Deviations  The authors run the phases apart, with a checkpoint in between; here one run has both.
             Their Lagrange multiplier takes a gap from new samples, ours that of the critic loss.
@@ -58,16 +58,16 @@ class Config:
     target_action_gap: float | None = None  # a Lagrange multiplier's, in alpha's place; None: off
     max_target_backup: bool = True  # the TD target takes the best of N actions of pi(s'), not one
     # Cal-QL
-    last_reward_goes_on: bool = True  # a truncated episode's, for ever: in the return; False: 0
+    last_reward_goes_on: bool = False  # a truncated episode's, for ever: in the return
     # WSRL
     calibrate: bool = True  # Cal-QL's bound by the returns; False: plain CQL (MuJoCo)
     num_target_critics: int = 2  # D, drawn from the K for the TD target and for the gap
     std_per_state: bool = True  # the actor's std is an output; False: one for all states (AntMaze)
     last_gain: float = 1e-2  # orthogonal gain of the last hidden layers (Kitchen: 1.414)
     # Online phase
-    online_updates: int = 2_000_000  # updates of the critics beside an env, after those on data
+    online_updates: int = 2_000_000  # critic updates online, after the offline ones
     updates_per_step: int = 4  # U, updates of the critics per env step and per update of the actor
-    steps_per_refresh: int = 1  # env steps between two versions of the policy that takes them
+    steps_per_refresh: int = 1  # env steps between updates of the acting policy
     warm_up_steps: int = 5_000  # env steps by the offline policy before the first of these updates
     online_max_target_backup: bool = False  # max_target_backup in this phase (AntMaze: True)
 
@@ -531,8 +531,9 @@ def policy_fn(state, cfg):
 def with_returns(dataset, cfg):
     """`Rows` of a data set whose rewards and observations are those that are learnt from.
 
-    A return ends at a termination. If an episode is truncated, its last reward goes on for ever. An
-    AntMaze episode without success then returns r / (1 - gamma) from each of its rows on.
+    A return ends with its episode. With last_reward_goes_on the last reward of a truncated episode
+    goes on for ever. An AntMaze episode without success then returns r / (1 - gamma) from each of
+    its rows on.
     """
     rows = dataset.transitions
     reward = rows.reward

@@ -13,6 +13,8 @@ Mutants    With --mutate [ALGORITHM ...], copies of a file with one small error 
 
 import ast
 import copy
+import datetime
+import hashlib
 import importlib
 import json
 import re
@@ -40,6 +42,8 @@ COMPARISONS = {ast.Gt: ast.Lt, ast.Lt: ast.Gt}
 
 N_STEP = ("cfg.n_step", "no case has n_step above 1: test_n_step.py compares those targets")
 
+DDPG_BC = "extraction=ddpg_bc is seohongpark/fql's, which updates otherwise: no case"
+
 # Of the files that fit dynamics.
 DYNAMICS = [
     ("model_updates", "of the fit of the dynamics, which test_mopo.py compares"),
@@ -51,6 +55,10 @@ DYNAMICS = [
     ("known[0].sum", "the unit of a holdout error, which orders the members all the same"),
     ("1.0 -> 1.5", "guards against a division by no rows: not reached"),
 ]
+
+# Files that are compared with a reimplementation, by people who are not the method's authors.
+REIMPLEMENTED = {"awac", "bc", "cal_ql", "combo", "cql", "cql_discrete", "edac", "mopo", "morel"}
+REIMPLEMENTED |= {"qdt", "sac", "sac_n", "spot"}
 
 # Why a mutant is not caught: {file: [(part of its text, reason)]}, "" for all files.
 REASONS = {
@@ -65,10 +73,7 @@ REASONS = {
     "diffusion_dice": [("jnp.minimum(y", "guards against an overflow: not reached")],
     "dt": [("timestep) - 1", "a gather beyond the end reads the last row anyway: no error")],
     "fql": [N_STEP],
-    "iql": [
-        N_STEP,
-        ("", "extraction=ddpg_bc is seohongpark/fql's, which updates otherwise: no case"),
-    ],
+    "iql": [N_STEP, *((part, DDPG_BC) for part in ("- mean", "observation, mean", "(q)", "gain"))],
     "ivr": [
         ("1.0", "a bound that no batch reaches"),
         ("weight > 0", "in a number that is only logged"),
@@ -105,6 +110,12 @@ def compared_functions(tree, source):
         and first < node.lineno < last
         and node.name not in NOT_COMPARED
     ]
+
+
+def digest(source):
+    """Short name for the functions that errors are put into, without comments and layout."""
+    functions = compared_functions(ast.parse(source), source)
+    return hashlib.sha256("".join(map(ast.dump, functions)).encode()).hexdigest()[:12]
 
 
 def is_call_of(node, *names):
@@ -236,7 +247,12 @@ def is_caught(tree, cases):
 
 
 def try_mutants(algorithm, most):
-    """{"mutants": number that run, "of": all, "caught": number, "survived": [line of text]}"""
+    """What fidelity.json keeps of a file.
+
+    Returns:
+        {"mutants": number that run, "of": all, "caught": number, "survived": [line of text],
+        "date": of today, "code": the `digest` of the file}
+    """
     source = (ROOT / "algorithms" / f"{algorithm}.py").read_text()
     cases = [case for case in test_parity.CASES if case.algorithm == algorithm]
     verdicts, survived = [], []
@@ -254,6 +270,8 @@ def try_mutants(algorithm, most):
         "of": len(made),
         "caught": sum(verdicts),
         "survived": survived,
+        "date": datetime.date.today().isoformat(),
+        "code": digest(source),
     }
 
 
@@ -301,9 +319,12 @@ def row(algorithm, mutation):
         counts = f"{mutation['caught']} of {mutation['mutants']}"
         if mutation.get("of", 0) > mutation["mutants"]:
             counts += f" ({mutation['of']} possible)"
+        if mutation["code"] != digest((ROOT / f"algorithms/{algorithm}.py").read_text()):
+            counts += f", of the file as it was on {mutation['date']}"
     return [
         f"[{algorithm}](../../algorithms/{algorithm}.py)",
         reference,
+        "others" if algorithm in REIMPLEMENTED else "the authors",
         f"[{len(cases)}](../../tests/fixtures/parity/{algorithm}.md)",
         ", ".join(sorted(losses)),
         str(steps),
@@ -315,8 +336,7 @@ def row(algorithm, mutation):
 INTRODUCTION = """# Every file against its authors' or a reference code
 
 The same parameters, batches and random numbers go through a file of algorithms/ and through its
-reference: the code of the method's authors or, for `cql`, `awac`, `bc`, `cql_discrete`, `sac`,
-`sac_n` and `edac`, the reimplementation by CORL or d3rlpy that the file follows. The losses of
+reference: the code of the method's authors, or else a reimplementation by others. The losses of
 every update, the first gradients of every network, the parameters and targets after the first and
 the last update, and the actions of the policy on ten observations are compared, in
 [test_parity.py](../../tests/algorithms/test_parity.py). Left out are three first gradients of
@@ -324,10 +344,11 @@ IDQL's wide actor, its targets after the first update, and the first gradient of
 where its weight is fixed. What the reference made is stored in
 [tests/fixtures/parity](../../tests/fixtures/parity), with a text that says how, and what of it had
 to be replaced: the networks in GFP's case. Code of google-research is that of a fork. Two hidden
-layers of 16 units, in float64 on both sides unless the text says otherwise; "difference" is
-the largest one of all those numbers, relative to the largest number of its array, and includes the
-rounding of the stored numbers: 7e-12, 5e-10 in IDQL's wide layers. dt.py computes the learning rate
-of its warm-up in float32, which is all of its difference.
+layers of 16 units, in float64 on both sides unless the text says otherwise; "difference" is the
+largest one of all those numbers, relative to the largest number of its array, and includes the
+rounding of the stored numbers: 7e-12, 5e-10 in IDQL's wide layers. dt.py, qdt.py and
+trajectory_transformer.py compute the learning rate of their warm-up in float32, which is all of
+their difference.
 
 Not compared here: the initialisation of networks, which rows a batch has, learning rates beyond
 those few updates, evaluation, and the hyperparameters of configs/, whose headers name their
@@ -338,7 +359,7 @@ A mutant is a copy of a file with one small error: a sign, a mean for a sum, the
 place of its target, a termination not heeded, a clip, a square, a stop_gradient or an update left
 out, another factor or constant. It is caught if the comparison fails. Where a number of possible
 mutants is given, a choice of all kinds was tried, else all. A mutant that does not run at all
-counts as neither.
+counts as neither. Where a date is given, the losses or updates of the file have changed since.
 
     python benchmarks/fidelity.py --output benchmarks/results/fidelity.md
 """
@@ -349,7 +370,7 @@ more, from a test of loading. The others are those that the files' docstrings li
 
 
 def page(results):
-    head = ["file", "reference", "cases", "losses", "gradient steps", "difference", "caught"]
+    head = ["file", "reference", "by", "cases", "losses", "gradient steps", "difference", "caught"]
     algorithms = list(dict.fromkeys(case.algorithm for case in test_parity.CASES))
     table = [head, ["---"] * len(head)]
     table += [row(algorithm, results.get(algorithm)) for algorithm in algorithms]

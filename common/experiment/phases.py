@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The two phases of a run: `num_updates` on fixed data, then `online_updates` beside an env.
+"""The two phases of a run: `num_updates` on fixed data, then `online_updates` in an env.
 
 Updates are counted through both. A Config without `online_updates` has the first phase only.
 """

@@ -185,7 +185,8 @@ def test_a_failed_antmaze_episode_returns_as_if_it_never_ended():
     rows.truncation[6] = 1
     rows.reward[9], rows.termination[9] = 5, 1
     dataset = datasets.Dataset("toy", rows, np.array([7, 10]), None)
-    found = cal_ql.with_returns(dataset, cal_ql.Config()).returns_to_go
+    cfg = cal_ql.Config(last_reward_goes_on=True)
+    found = cal_ql.with_returns(dataset, cfg).returns_to_go
     np.testing.assert_allclose(found[:7], -500, rtol=1e-5)
     np.testing.assert_allclose(found[7:], [-5 - 4.95 + 0.9801 * 5, -5 + 4.95, 5], rtol=1e-4)
 
@@ -195,7 +196,9 @@ def test_rows_of_the_env_get_their_returns_when_their_episode_is_over():
     rows = probes.random_transitions(24, 3, 1, termination=0, truncation=0)
     rows = jax.tree.map(lambda x: x.reshape(12, 2, *x.shape[1:]), rows)
     rows.termination[3, 0] = rows.truncation[8, 0] = 1  # the second seed's first episode goes on
-    cfg = cal_ql.Config(discount=0.9, reward_scale=10.0, reward_shift=-5.0)
+    cfg = cal_ql.Config(
+        discount=0.9, reward_scale=10.0, reward_shift=-5.0, last_reward_goes_on=True
+    )
     toy = datasets.Dataset("toy", None, None, None)
     statistics = np.array([1.0, -2.0, 0.5]), np.array([2.0, 0.5, 1.0])
     for first in (0, 2, 6):

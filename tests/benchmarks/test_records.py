@@ -143,6 +143,10 @@ def test_the_page_of_fidelity_is_of_the_files_as_they_are(monkeypatch):
         (row,) = [line for line in text.splitlines() if line.startswith(f"| [{name}](")]
         assert f"| {results[name]['caught']} of {results[name]['mutants']}" in row
         assert results[name]["caught"] >= 5
+        changed = results[name]["code"] != fidelity.digest(
+            (ROOT / "algorithms" / f"{name}.py").read_text()
+        )
+        assert changed == ("of the file as it was on" in row)
     monkeypatch.setattr(fidelity, "row", lambda *_: [])
     remain = "## Deviations that remain"
     assert text.split(remain)[1] == fidelity.page(results).split(remain)[1]
