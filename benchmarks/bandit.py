@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Unifloral's evaluation: how well a bandit does that picks among the policies of a method.
 
-A method with hyperparameters is a set of policies, one per setting and seed. Whoever deploys it can
-try them: play an episode with one policy, see its score, choose the next one to play, and in the
+A method with hyperparameters is a set of policies, one per setting and seed. A method is a file
+with its choices, as report.name_choices names them: BEAR is not BRAC. Whoever deploys it can try
+them: play an episode with one policy, see its score, choose the next one to play, and in the
 end keep the policy with the best mean so far. The score after k episodes is the true mean of the
 policy that would be kept then. It rewards methods that are good without tuning, and it says what
 tuning costs, which one number of the best setting hides.
@@ -25,8 +26,9 @@ from pages import Heading, Table, Text
 SUBSET, TRIALS, PULLS, ALPHA = 8, 1000, 200, 2.0  # of Unifloral's README
 SHOWN = (1, 2, 4, 8, 16, 32, 64, 128, 200)  # numbers of episodes in the table
 HOW = """
-**How to read it.** A method is the set of its policies: one per setting and seed. A trial takes
-{subset} of them (or all, if there are fewer), a UCB bandit (alpha {alpha:g}) plays episodes of its
+**How to read it.** A method is the set of its policies: one per setting and seed. A choice between
+words, such as `variant=p` of `brac`, makes a method of its own. A trial takes {subset} of the
+policies (or all, if there are fewer), a UCB bandit (alpha {alpha:g}) plays episodes of its
 choice, and the score after k episodes is the mean score of the policy with the best mean so far.
 Mean over {trials:,} trials; ± half of a 95 % interval of that mean, which says nothing about other
 seeds or settings than those recorded. The last column is the mean of the policy that is best over
@@ -94,30 +96,54 @@ def summary(kept):
 
 
 # --- Report -------------------------------------------------------------------------------------
-def episodes_of(folder):
-    """seed -> [E] scores of episodes.csv in a run folder; empty if there is none."""
+def episodes_of(folder, last):
+    """(seed -> [E] scores of the last policy in a run folder, why there are none).
+
+    Args:
+        last: the run's last update. Only episodes of the policy at that update are taken, on start
+            states that no evaluation during training used.
+    """
     path, found = folder / "episodes.csv", {}
     if not path.is_file():
-        return {}
+        return {}, "has no episodes.csv"
     with path.open(encoding="utf-8") as file:
-        for line in csv.DictReader(file):
-            found.setdefault(int(line["seed"]), []).append(float(line["score"]))
-    return {seed: np.array(scores) for seed, scores in found.items()}
+        lines = list(csv.DictReader(file))
+    if why := unusable(lines, last):
+        return {}, why
+    for line in lines:
+        found.setdefault(int(line["seed"]), []).append(float(line["score"]))
+    return {seed: np.array(scores) for seed, scores in found.items()}, ""
+
+
+def unusable(lines, last):
+    """Why these lines of episodes.csv are not of the last policy on new starts; "" if they are."""
+    if not lines or not {"update", "which", "starts"} <= lines[0].keys():
+        return "has an episodes.csv that does not say of which policy its episodes are"
+    for line in lines:
+        if line["which"] == "best":
+            return "has episodes of the best policy, not of the last one"
+        if line["update"] != str(last):
+            return f"has episodes of update {line['update']}, not of the last one, {last}"
+        if line["starts"] != "new":
+            return "has episodes on the start states of training, not on new ones"
+    return ""
 
 
 def by_method(rows, notes):
-    """algorithm -> [E] scores of each of its policies, of rows of one data set."""
+    """label -> [E] scores of each of its policies, of rows of one data set."""
     methods = {}
     for row in rows:
         for folder in [row.folder, *row.others]:
-            found = episodes_of(folder)
-            if not found:
-                notes.append(f"left out: {folder} has no episodes.csv")
+            found, why = episodes_of(folder, row.updates)
+            if why:
+                notes.append(f"left out: {folder} {why}")
             for seed, scores in found.items():
-                if np.isfinite(scores).all():
-                    methods.setdefault(row.algorithm, []).append(scores)
-                else:
+                if str(seed) in row.result["diverged"]:
+                    notes.append(f"left out: {folder}, seed {seed}: it diverged")
+                elif not np.isfinite(scores).all():
                     notes.append(f"left out: {folder}, seed {seed}: not all scores are finite")
+                else:
+                    methods.setdefault(row.label, []).append(scores)
     return methods
 
 
@@ -125,7 +151,7 @@ def blocks(families, notes, draw):
     """Blocks of the page: a table and a figure for every data set of every family.
 
     Args:
-        families: family -> rows of readers.find.
+        families: family -> rows of readers.find. Rows with one label are settings of one method.
         notes: what is left out, and why, is appended.
         draw: (curves by data set) -> the block of a figure.
     """

@@ -18,7 +18,8 @@ the evaluation itself, so it is not a score. Data of different origin are never 
 that are unfinished, damaged or not comparable are named and left out of every mean.
 
 --protocol bandit is Unifloral's evaluation instead, see bandit.py: not one tuned number, but the
-score of a bandit that plays k episodes to find the best of a method's policies.
+score of a bandit that plays k episodes to find the best of a method's policies. It takes the
+episodes of last policies on new start states only.
 """
 
 import collections
@@ -561,11 +562,14 @@ def bandit_blocks(rows, notes, arguments, draw):
 
     blocks = [Heading(arguments.title, 1)]
     blocks += [Text(arguments.note.read_text(encoding="utf-8"))] if arguments.note else []
-    found = bandit.blocks(by_family(rows), notes, picture)
+    methods = [dataclasses.replace(row, variant="") for row in rows]
+    name_choices(methods)  # other settings make no method
+    found = bandit.blocks(by_family(methods), notes, picture)
     if not found:
         fail(
-            "--protocol bandit: no run has episodes.csv; write it with python -m common.experiment "
-            "RUN_FOLDER --evaluate 100 --starts new --keep-episodes"
+            "--protocol bandit: no run has an episodes.csv of its last policy on new start states; "
+            "write it with python -m common.experiment RUN_FOLDER --evaluate 100 --starts new "
+            "--keep-episodes"
         )
     blocks += [*found, *problems(rows, notes), Heading("Commands"), Text("The runs:")]
     blocks += [commands(rows), Text("This page:"), Text(f"```\n{own_command(arguments)}\n```")]

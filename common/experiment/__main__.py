@@ -11,7 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from common import command_line, envs, evaluation, fail, one_line
+from common import command_line, envs, evaluation, fail, files, one_line
 from common.experiment import devices, look, stored
 
 NEW_STARTS = evaluation.EVAL_SEED + 1_000_000  # no evaluation during training reaches these
@@ -110,13 +110,12 @@ def evaluate(module, args):
         print(f"  score {mean:.2f} ± {std:.2f} (mean and std of {len(cfg.seeds)} seeds)")
     if args.keep_episodes:
         path = Path(args.folder, "episodes.csv")
-        lines = [
-            f"{seed},{episode},{score:.9g}\n"
-            for seed, scores in zip(cfg.seeds, found["episode_scores"], strict=True)
-            for episode, score in enumerate(scores)
-        ]
+        lines = ["seed,update,which,starts,episode,score\n"]
+        for seed, update, scores in zip(cfg.seeds, updates, found["episode_scores"], strict=True):
+            policy = f"{seed},{update},{args.which},{args.starts}"
+            lines += [f"{policy},{episode},{score:.9g}\n" for episode, score in enumerate(scores)]
         with _writing("--keep-episodes", path):
-            path.write_text("seed,episode,score\n" + "".join(lines), encoding="utf-8")
+            files.write(path, "".join(lines))
         print(f"written: {path}")
     return found
 

@@ -67,25 +67,79 @@ def test_policies_may_have_different_numbers_of_episodes():
 
 
 # --- Report -------------------------------------------------------------------------------------
-def episodes(folder, scores):
-    lines = [f"{seed},{i},{x}\n" for seed, each in scores.items() for i, x in enumerate(each)]
-    (folder / "episodes.csv").write_text("seed,episode,score\n" + "".join(lines))
+def episodes(folder, scores, update=20, which="last", starts="new"):
+    lines = ["seed,update,which,starts,episode,score\n"]
+    for seed, each in scores.items():
+        lines += [f"{seed},{update},{which},{starts},{i},{x}\n" for i, x in enumerate(each)]
+    (folder / "episodes.csv").write_text("".join(lines))
 
 
-def test_the_page(tmp_path, monkeypatch):
-    for name, scores in (("a", {0: [10.0, 20.0], 1: [40.0, 40.0]}), ("b", {0: [5.0, 5.0]})):
-        write_run(tmp_path / "runs" / name, [*map(np.mean, scores.values())], fraction=len(scores))
-        episodes(tmp_path / "runs" / name, scores)
-    write_run(tmp_path / "runs" / "c", [1.0], "iql")
+def page(tmp_path):
     options = {"output": tmp_path / "page", "protocol": "bandit"}
     report.main(report.Arguments((tmp_path / "runs",), **options))
-    text = (tmp_path / "page.md").read_text()
+    return (tmp_path / "page.md").read_text()
+
+
+def test_the_page(tmp_path):
+    for name, scores in (("a", {0: [10.0, 20.0], 1: [40.0, 40.0]}), ("b", {0: [5.0, 5.0]})):
+        write_run(tmp_path / "runs" / name, [*map(np.mean, scores.values())], hidden=[len(scores)])
+        episodes(tmp_path / "runs" / name, scores)
+    write_run(tmp_path / "runs" / "c", [1.0], "iql")
+    text = page(tmp_path)
     (line,) = (x for x in text.splitlines() if x.startswith("| bc |"))
     cells = [x.strip() for x in line.split("|")[1:-1]]
     assert cells[:3] == ["bc", "3", "2"] and cells[-1] == "40.0"
     assert cells[-2] == "40.0 ± 0.0" and 18 < float(cells[3].split(" ")[0]) < 22
     assert "runs/c has no episodes.csv" in text and (tmp_path / "page.png").exists()
     assert "--protocol bandit" in text
+
+
+def test_choices_make_methods_and_numbers_make_policies(tmp_path):
+    """BRAC-v, BRAC-p and BEAR; SQL and EQL; IDQL and IFQL; BC and 10%BC."""
+    runs = [("brac", {"variant": x, "alpha": alpha}) for x in "vp" for alpha in (1.0, 5.0)]
+    runs += [("brac", {"variant": "v", "divergence": "mmd"})]
+    runs += [("ivr", {"variant": x}) for x in ("sql", "eql")]
+    runs += [("idql", {"generator": x}) for x in ("ddpm", "flow")]
+    runs += [("bc", {"fraction": x}) for x in (1.0, 0.1)]
+    for i, (algorithm, config) in enumerate(runs):
+        write_run(tmp_path / "runs" / f"{i}", [1.0], algorithm, **config)
+        episodes(tmp_path / "runs" / f"{i}", {0: [1.0, 1.0]})
+    lines = [x.split(" | ")[:2] for x in page(tmp_path).splitlines() if "1.0 ± 0.0" in x]
+    assert {method.removeprefix("| "): int(policies) for method, policies in lines} == {
+        **{"brac": 2, "brac variant=p": 2, "brac divergence=mmd": 1},
+        **{"ivr": 1, "ivr variant=eql": 1, "idql": 1, "idql generator=flow": 1},
+        **{"bc": 1, "bc fraction=0.1": 1},
+    }
+
+
+@pytest.mark.parametrize(
+    ("made", "says"),
+    [
+        ({"update": 10}, "has episodes of update 10, not of the last one, 20"),
+        ({"which": "best"}, "has episodes of the best policy, not of the last one"),
+        ({"starts": "same"}, "has episodes on the start states of training, not on new ones"),
+        (None, "has an episodes.csv that does not say of which policy its episodes are"),
+    ],
+)
+def test_only_the_last_policy_on_new_starts_counts(tmp_path, made, says):
+    write_run(tmp_path / "runs" / "good", [1.0], hidden=[1])
+    episodes(tmp_path / "runs" / "good", {0: [1.0, 1.0]}, which="20")
+    write_run(tmp_path / "runs" / "other", [99.0], hidden=[2])
+    if made is None:  # as it was written before
+        (tmp_path / "runs" / "other" / "episodes.csv").write_text("seed,episode,score\n0,0,99.0\n")
+    else:
+        episodes(tmp_path / "runs" / "other", {0: [99.0, 99.0]}, **made)
+    text = page(tmp_path)
+    assert f"runs/other {says}" in text
+    (line,) = (x for x in text.splitlines() if x.startswith("| bc |"))
+    assert line.startswith("| bc | 1 | 2 | 1.0 ± 0.0")
+
+
+def test_a_seed_that_diverged_has_no_last_policy(tmp_path):
+    write_run(tmp_path / "runs" / "a", [1.0, None])
+    episodes(tmp_path / "runs" / "a", {0: [1.0, 1.0], 1: [99.0, 99.0]})
+    text = page(tmp_path)
+    assert "runs/a, seed 1: it diverged" in text and "| bc | 1 | 2 | 1.0 ± 0.0" in text
 
 
 def test_without_episodes_one_line_says_how_to_get_them(tmp_path, capsys):

@@ -608,6 +608,19 @@ def test_the_score_of_every_episode(made, capsys):
         assert f"seed {seed} at update 8: score {mean:.2f}," in said
 
 
+@pytest.mark.parametrize("starts", ["same", "new"])
+@pytest.mark.parametrize("which", ["last", "best", "8"])
+def test_the_scores_say_whose_they_are(made, which, starts):
+    args = ["--evaluate", "2", "--keep-episodes", "--which", which, "--starts", starts]
+    program.main([COPY, *args])
+    rows = runs.read_csv(made / "episodes.csv")
+    assert {(row["which"], row["starts"]) for row in rows} == {(which, starts)}
+    updates = {"0": 8, "1": 8}
+    if which == "best":
+        updates = json.loads((made / "result.json").read_text())["best_kept_at"]
+    assert {row["seed"]: int(row["update"]) for row in rows} == updates
+
+
 class Drawn(runs.Endless):
     """With pictures, whose first pixel counts the steps."""
 
