@@ -1,23 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""MOPO (Yu et al., 2020): SAC on short rollouts of learned dynamics, less reward where they doubt.
+"""MOPO (Yu et al., 2020): SAC on short model rollouts with a reward penalty for model uncertainty.
 
 Paper       https://arxiv.org/abs/2005.13239
 Reference   https://github.com/yihaosun1124/OfflineRL-Kit
 Run         python algorithms/mopo.py --config configs/mopo/mujoco.yaml
-Parent      sac.py (502 lines)
+Parent      sac.py (522 lines)
 Results     docs/results.md
 Deviations  The fit of the dynamics has a fixed number of updates. It keeps each member's best
             parameters and stops by the reference's rule: from then on its updates change nothing.
             A member draws its batches with replacement from its own bootstrap sample; the
-            reference goes through that sample in epochs. Every n-th row is held out, from a random
-            first one. Rows whose next observation is unknown are left out of the fit. The order
-            of SAC's updates and the initialisation are those of sac.py; the reference has critics
-            first, keeps the temperature below 1 and lets the actor's learning rate decay. The
-            target entropy is -A, as in the reference; the paper's is -3. Rollouts end where Hopper
-            and Walker2d do, and never in other envs; the reference ends some at numbers of 100.
+            reference goes through that sample in epochs. One random row of each block of rows is
+            held out, the blocks being of equal length; the reference draws these rows from all.
+            Rows whose next observation is unknown are left out of the fit. The order of SAC's
+            updates and the initialisation are those of sac.py; the reference has critics first,
+            keeps the temperature below 1 and lets the actor's learning rate decay. The target
+            entropy is -A, as in the reference; the paper's is -3. Rollouts end where Hopper and
+            Walker2d do, and never in other envs; the reference ends some at numbers of 100.
 
-Shapes: S seeds, M members, K critics, B batch, R rollouts, C rows of the ring, O observation,
-        A action. Arrays are float32.
+Shapes: S seeds, M members, K critics, B batch, H held-out rows, R rollouts, C rows of the ring,
+        O observation, A action. Arrays are float32.
 """
 
 from dataclasses import dataclass
@@ -265,7 +266,7 @@ def temperature_of(params):
 
 # --- Losses -------------------------------------------------------------------------------------
 def critic_loss(params, state, batch, key, cfg):
-    """Squared TD error to the soft double-Q target, mean over B, summed over K. Eq. 5.
+    """Squared TD error to the soft double-Q target, mean over B, summed over K. Eq. 5 of SAC.
 
     The target is r + gamma (min_k Q_k(s', a') - temperature log pi(a'|s')) with a' ~ pi(s').
     """
@@ -285,7 +286,7 @@ def critic_loss(params, state, batch, key, cfg):
 
 
 def actor_loss(params, state, batch, key, cfg):
-    """temperature log pi(a~|s) - min_k Q_k(s, a~) with a~ ~ pi(s), mean over B. Eq. 9."""
+    """temperature log pi(a~|s) - min_k Q_k(s, a~) with a~ ~ pi(s), mean over B. Eq. 9 of SAC."""
     noise = jax.random.normal(key, batch.action.shape)
     mean, log_std = state.actor.apply_fn(params, batch.observation)
     action, log_prob = sample_squashed(mean, log_std, noise)  # [B, A], [B]
@@ -301,7 +302,7 @@ def actor_loss(params, state, batch, key, cfg):
 def temperature_loss(params, state, batch, key, cfg):
     """log temperature (entropy - target), target -A. An entropy above it lowers the temperature.
 
-    The paper has the temperature itself in place of its logarithm, Eq. 18; codes have this.
+    SAC's paper has the temperature in place of its logarithm, Eq. 18; codes have this.
     """
     noise = jax.random.normal(key, batch.action.shape)
     _, log_prob = sample_policy(state.actor, batch.observation, noise)
@@ -344,10 +345,10 @@ def predict(state, params, observation, action):
     """Mean and log variance of (s' - s, r) by each member, from [M, B, O] and [M, B, A]."""
     x = jnp.concatenate([observation, action], axis=-1)
     mean, std = state.fit.input_statistics
-    x = (x - jnp.broadcast_to(mean, x.shape)) / jnp.broadcast_to(std, x.shape)
+    x = (x - mean[None, None]) / std[None, None]
     mean, log_variance = state.dynamics.apply_fn(params["members"], x)
-    highest = jnp.broadcast_to(params["max_log_variance"], log_variance.shape)
-    lowest = jnp.broadcast_to(params["min_log_variance"], log_variance.shape)
+    highest = params["max_log_variance"][None, None]
+    lowest = params["min_log_variance"][None, None]
     log_variance = highest - jax.nn.softplus(highest - log_variance)
     log_variance = lowest + jax.nn.softplus(log_variance - lowest)
     return mean, log_variance
@@ -393,54 +394,54 @@ def model_update(state, step, key, data, cfg):
     stopped, a step changes nothing, but for the last one.
     """
     index = bootstrap_rows(key, step, len(data.reward), cfg)  # [M, B]
-    held_out = holdout_rows(key, len(data.reward))
-    going_on = state.fit.waiting < cfg.patience
-    fit_step = partial(fitted, step=step, index=index, held_out=held_out, data=data, cfg=cfg)
-    (dynamics, fit), metrics = jax.lax.cond(going_on, fit_step, unchanged, state)
+    held_out = holdout_rows(key, len(data.reward))  # [H]
+    fitting = state.fit.waiting < cfg.patience
+    dynamics, fit, loss = jax.lax.cond(
+        fitting,
+        partial(fit_step, step=step, index=index, held_out=held_out, data=data, cfg=cfg),
+        lambda state: (state.dynamics, state.fit, jnp.float32(0.0)),
+        state,
+    )
     state = state._replace(dynamics=dynamics, fit=fit)
     is_last = step == cfg.model_updates - 1
-    dynamics, fit = jax.lax.cond(is_last, partial(ended, cfg=cfg), model_of, state)
+    dynamics, fit = jax.lax.cond(
+        is_last, partial(finish_fit, cfg=cfg), lambda state: (state.dynamics, state.fit), state
+    )
     state = state._replace(dynamics=dynamics, fit=fit)
+    metrics = {"dynamics_loss": loss, "fitting": fitting.astype(jnp.float32)}
     for member in range(cfg.num_models):
         metrics[f"holdout_error_{member}"] = state.fit.scaled_error[member]
-    return state, metrics | {"fitting": going_on.astype(jnp.float32)}
+    return state, metrics
 
 
-def fitted(state, step, index, held_out, data, cfg):
+def fit_step(state, step, index, held_out, data, cfg):
     """Dynamics and fit after a gradient step, and after a measurement if it is time for one.
 
-    `index` has the rows of the step, [M, B], and `held_out` those of the measurement.
+    `index` has the rows of the step, [M, B], and `held_out` those of the measurement, [H]. The
+    third result is the loss of the step.
     """
     batch = jax.tree.map(lambda column: column[index], data)
     grads, metrics = jax.grad(dynamics_loss, has_aux=True)(state.dynamics.params, state, batch, cfg)
     state = state._replace(dynamics=state.dynamics.apply_gradients(grads=grads))
     is_last = step == cfg.model_updates - 1  # what comes after the last measurement is lost
     measures = (step == 0) | ((step + 1) % cfg.holdout_every == 0) | is_last
-    fit = jax.lax.cond(measures, partial(measured, held_out=held_out, data=data), fit_of, state)
-    return (state.dynamics, fit), metrics
+    fit = jax.lax.cond(
+        measures,
+        partial(measure_holdout, held_out=held_out, data=data),
+        lambda state: state.fit,
+        state,
+    )
+    return state.dynamics, fit, metrics["dynamics_loss"]
 
 
-def unchanged(state):
-    """Dynamics and fit as they are."""
-    return model_of(state), {"dynamics_loss": jnp.float32(0.0)}
-
-
-def ended(state, cfg):
+def finish_fit(state, cfg):
     """Dynamics with the best parameters of every member, and the fit, which knows the elites."""
     params = state.dynamics.params | {"members": state.fit.best}
     elites = state.fit.best_error.argsort()[: cfg.num_elites]
     return state.dynamics.replace(params=params), state.fit._replace(elites=elites)
 
 
-def model_of(state):
-    return state.dynamics, state.fit
-
-
-def fit_of(state):
-    return state.fit
-
-
-def measured(state, held_out, data):
+def measure_holdout(state, held_out, data):
     """The fit after a measurement: each member's best parameters and their holdout error."""
     batch = jax.tree.map(lambda column: column[held_out], data)
     members = len(state.fit.best_error)
@@ -477,19 +478,38 @@ def holdout_size(count):
     return max(1, min(count // 5, 1000))
 
 
-def first_holdout_row(key, count):
-    """The rows held out are this one and every (count // holdout_size)-th one behind it."""
-    return jax.random.randint(holdout_key(key), (), 0, count // holdout_size(count))
+def fit_keys(key):
+    """Two keys, the same at every step: of the held-out rows and of the bootstrap samples."""
+    return jax.random.split(jax.random.fold_in(key, 2**32 - 1))  # no step has this number
 
 
-def holdout_key(key):
-    return jax.random.fold_in(key, 2**32 - 1)  # no step has this number
+def holdout_offsets(key, count):
+    """[H] the place of the held-out row in each block of count // H rows.
+
+    Every block has its own. One place for all blocks could hold out the same time step of every
+    episode, since the length of an episode may be a multiple of a block's.
+    """
+    size = holdout_size(count)
+    key_holdout, _ = fit_keys(key)
+    return jax.random.randint(key_holdout, (size,), 0, count // size)
 
 
 def holdout_rows(key, count):
-    """[H] the rows that no member learns from."""
+    """[H] the rows that no member learns from: a random one of each block of count // H rows."""
     size = holdout_size(count)
-    return first_holdout_row(key, count) + count // size * jnp.arange(size)
+    return holdout_offsets(key, count) + count // size * jnp.arange(size)
+
+
+def training_rows(key, number, count):
+    """The rows that are not held out, by their `number` among these, from 0 to count - H - 1."""
+    size = holdout_size(count)
+    length = count // size  # rows of a block, one of which is held out
+    block = number // (length - 1)
+    inside = number % (length - 1)
+    offset = holdout_offsets(key, count)[block.clip(max=size - 1)]
+    row = block * length + inside + (inside >= offset)
+    # The rows behind the last block are too few for another one. None of them is held out.
+    return jnp.where(block < size, row, number + size)
 
 
 def bootstrap_rows(key, step, count, cfg):
@@ -498,19 +518,17 @@ def bootstrap_rows(key, step, count, cfg):
     A sample is as large as what it is drawn from, with replacement. It is never written out: its
     i-th row is a random number whose key is that of the member and i.
     """
-    size = holdout_size(count)
+    remaining = count - holdout_size(count)
     shape = cfg.num_models, cfg.batch_size
-    place = jax.random.randint(jax.random.fold_in(key, step), shape, 0, count - size)
-    member_keys = jax.random.split(jax.random.fold_in(holdout_key(key), 1), cfg.num_models)
+    place = jax.random.randint(jax.random.fold_in(key, step), shape, 0, remaining)
+    _, key_samples = fit_keys(key)
+    member_keys = jax.random.split(key_samples, cfg.num_models)
 
-    def row_of(member_key, i):
-        return jax.random.randint(jax.random.fold_in(member_key, i), (), 0, count - size)
+    def number_of(member_key, i):
+        return jax.random.randint(jax.random.fold_in(member_key, i), (), 0, remaining)
 
-    number = jax.vmap(jax.vmap(row_of, (None, 0)))(member_keys, place)  # among those not held out
-    stride = count // size
-    block, inside = number // (stride - 1), number % (stride - 1)
-    row = block * stride + inside + (inside >= first_holdout_row(key, count))
-    return jnp.where(block < size, row, number + size)
+    number = jax.vmap(jax.vmap(number_of, (None, 0)))(member_keys, place)  # [M, B]
+    return training_rows(key, number, count)
 
 
 def update(state, step, key, data, cfg):
@@ -524,16 +542,12 @@ def update(state, step, key, data, cfg):
     rolls = (step - cfg.model_updates) % cfg.rollout_every == 0
     ring = jax.lax.cond(
         rolls,
-        partial(rolled_out, key=key_rollout, data=data, imagined=penalised, cfg=cfg),
-        ring_of,
+        partial(roll_out, key=key_rollout, data=data, model_step=penalised_step, cfg=cfg),
+        lambda state: state.ring,
         state,
     )
     state = state._replace(ring=ring)
     return policy_update(state, step, key_policy, data, cfg)
-
-
-def ring_of(state):
-    return state.ring
 
 
 def policy_update(state, step, key, data, cfg):
@@ -579,10 +593,10 @@ def mixed_batch(state, data, key, cfg):
     return jax.tree.map(lambda x, y: jnp.concatenate([x, y]), real, model)
 
 
-def rolled_out(state, key, data, imagined, cfg):
+def roll_out(state, key, data, model_step, cfg):
     """The ring after a generation: R rollouts of the policy from observations of the data.
 
-    `imagined(state, observation, key, cfg)` makes a step of all of them.
+    `model_step(state, observation, key, cfg)` makes a step of all of them.
     """
     key_start, key_steps = jax.random.split(key)
     index = jax.random.randint(key_start, (cfg.rollout_batch,), 0, len(data.reward))
@@ -591,8 +605,8 @@ def rolled_out(state, key, data, imagined, cfg):
 
     def one_step(carry, number):
         ring, observation, alive = carry
-        rows = imagined(state, observation, jax.random.fold_in(key_steps, number), cfg)
-        ring = written(ring, rows, alive)
+        rows = model_step(state, observation, jax.random.fold_in(key_steps, number), cfg)
+        ring = write_ring(ring, rows, alive)
         alive = alive & (rows.termination == 0)
         # A rollout that has ended stays where it is. Nothing of it is written any more.
         observation = jnp.where(alive[:, None], rows.next_observation, observation)
@@ -603,7 +617,7 @@ def rolled_out(state, key, data, imagined, cfg):
     return ring
 
 
-def penalised(state, observation, key, cfg):
+def penalised_step(state, observation, key, cfg):
     """A step of every rollout, [R, ...]: a ~ pi(s), and s', r by a random elite.
 
     The penalty of the reward is the largest of the members' norms of std(s' - s, r).
@@ -612,7 +626,9 @@ def penalised(state, observation, key, cfg):
     mean, log_std = state.actor.apply_fn(state.actor.params, observation)
     action, _ = sample_squashed(mean, log_std, jax.random.normal(key_action, mean.shape))
     mean, std = ensemble(state, observation, action)  # [M, R, O + 1] each
-    next_observation, reward = drawn(state, observation, mean, std, key_member, key_noise, cfg)
+    next_observation, reward = sample_elite(
+        state, observation, mean, std, key_member, key_noise, cfg
+    )
     penalty = jnp.linalg.norm(std, axis=-1).max(axis=0)  # [M, R] -> [R]
     chex.assert_equal_shape([reward, penalty])
     return ModelRows(
@@ -633,7 +649,7 @@ def ensemble(state, observation, action):
     return mean, jnp.exp(0.5 * log_variance)
 
 
-def drawn(state, observation, mean, std, key_member, key_noise, cfg):
+def sample_elite(state, observation, mean, std, key_member, key_noise, cfg):
     """s' and r, drawn for every row from the Gaussian of one of the elites, [R, O] and [R]."""
     rows = jnp.arange(len(observation))
     member = state.fit.elites[jax.random.randint(key_member, (len(rows),), 0, cfg.num_elites)]
@@ -645,12 +661,11 @@ def drawn(state, observation, mean, std, key_member, key_noise, cfg):
 def ends(state, next_observation):
     """1 where the env would end the episode, [R]."""
     low, high = state.healthy
-    above = next_observation > jnp.broadcast_to(low, next_observation.shape)
-    below = next_observation < jnp.broadcast_to(high, next_observation.shape)
-    return 1.0 - (above & below).all(axis=-1)
+    healthy = (next_observation > low[None]) & (next_observation < high[None])
+    return 1.0 - healthy.all(axis=-1)
 
 
-def written(ring, rows, alive):
+def write_ring(ring, rows, alive):
     """The ring with those rows that are `alive`, [R], in the place of the oldest ones."""
     capacity = len(ring.rows.reward)
     place = (ring.position + jnp.cumsum(alive) - 1) % capacity

@@ -152,8 +152,8 @@ def test_rollouts_are_mopos_without_the_penalty():
     cfg, state, batch = setup()
     same = probes.config(mopo, **SMALL, penalty_weight=0.0)
     keys = [jax.random.clone(KEY) for _ in range(2)]
-    rows = combo.unpenalised(state, batch.observation[:6], keys[0], cfg)
-    expected = mopo.penalised(state, batch.observation[:6], keys[1], same)
+    rows = combo.unpenalised_step(state, batch.observation[:6], keys[0], cfg)
+    expected = mopo.penalised_step(state, batch.observation[:6], keys[1], same)
     for x, y in zip(rows, expected, strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-6)
 

@@ -161,8 +161,8 @@ def test_rollouts_are_mopos_without_the_penalty():
     @jax.jit
     def both(state, observation):
         keys = [jax.random.clone(KEY) for _ in range(2)]
-        rows = mobile.unpenalised(state, observation, keys[0], cfg)
-        return rows, mopo.penalised(state, observation, keys[1], same)
+        rows = mobile.unpenalised_step(state, observation, keys[0], cfg)
+        return rows, mopo.penalised_step(state, observation, keys[1], same)
 
     rows, expected = both(state, batch.observation[:6])
     for x, y in zip(rows, expected, strict=True):

@@ -217,10 +217,10 @@ def test_fit_and_rollout_step_are_the_references():
             **{name: jnp.repeat(x, 5, axis=0) for name, x in rows.items()},
             termination=jnp.zeros(100),
         )
-        fit = mopo.measured(state, mopo.holdout_rows(KEY, len(data.reward)), data)
+        fit = mopo.measure_holdout(state, mopo.holdout_rows(KEY, len(data.reward)), data)
         np.testing.assert_allclose(fit.best_error, arrays["holdout_errors"], rtol=1e-10)
 
-        dynamics, fit = mopo.ended(state._replace(fit=fit), cfg)
+        dynamics, fit = mopo.finish_fit(state._replace(fit=fit), cfg)
         state = state._replace(dynamics=dynamics, fit=fit)
         assert list(state.fit.elites) == list(arrays["elites"])
         rollout = parity.under(arrays, "rollout")
@@ -230,7 +230,8 @@ def test_fit_and_rollout_step_are_the_references():
             "2_normal": jnp.asarray(rollout["noise"], float),
         }
         with parity.replayed(mopo, [], draws):
-            found = mopo.penalised(state, jnp.asarray(rollout["observation"], float), KEY, cfg)
+            observation = jnp.asarray(rollout["observation"], float)
+            found = mopo.penalised_step(state, observation, KEY, cfg)
     for name in ("action", "next_observation", "reward", "termination"):
         expected = rollout[name]
         np.testing.assert_allclose(getattr(found, name), expected, rtol=1e-9, atol=1e-11)
@@ -252,6 +253,22 @@ class Hopper:
 
 
 # --- Held-out rows, bootstrap, the stop ---------------------------------------------------------
+@pytest.mark.parametrize("count", [2, 3, 7, 11, 997, 100_200])
+def test_every_row_is_either_held_out_or_learned_from(count):
+    """Also those behind the last block, of which none is held out."""
+    held = np.asarray(mopo.holdout_rows(KEY, count))
+    learned = np.asarray(mopo.training_rows(KEY, jnp.arange(count - len(held)), count))
+    assert sorted([*held.tolist(), *learned.tolist()]) == list(range(count))
+
+
+@pytest.mark.parametrize(("count", "steps"), [(1_000_000, 1000), (2_000_000, 1000), (200_000, 200)])
+def test_held_out_rows_are_of_many_time_steps(count, steps):
+    """Also where a block has as many rows as an episode, or two episodes: the errors of the members
+    are not those of a single time step."""
+    held = np.asarray(mopo.holdout_rows(KEY, count))
+    assert len({*(held % steps).tolist()}) > steps / 2
+
+
 @pytest.mark.parametrize("count", [2, 7, 60, 1234, 7003])
 def test_held_out_rows_are_never_drawn_and_all_others_can_be(count):
     cfg = probes.config(mopo, batch_size=4096, num_models=2)
@@ -276,10 +293,10 @@ def test_members_keep_their_best_and_the_fit_stops_as_the_reference_does():
     """Better is by more than 1 %. The fit stops after `patience` measurements without any."""
     cfg, state, _, data = setup(patience=2)
     data = jax.tree.map(jnp.asarray, data)
-    measured = jax.jit(mopo.measured)
+    measure = jax.jit(mopo.measure_holdout)
     held_out = mopo.holdout_rows(KEY, len(data.reward))
     blank = state.fit._replace(best_error=jnp.full(3, 1e10))
-    fit = measured(state._replace(fit=blank), held_out, data)
+    fit = measure(state._replace(fit=blank), held_out, data)
     assert int(fit.waiting) == 0
     held = mopo.holdout_rows(KEY, len(data.reward))
     rows = double(jax.tree.map(lambda x: x[held], data))
@@ -296,7 +313,7 @@ def test_members_keep_their_best_and_the_fit_stops_as_the_reference_does():
     old = fit.best_error * jnp.array([0.5, 1.005, 1.02])
     other = jax.tree.map(jnp.zeros_like, fit.best)
     before = fit._replace(best_error=old, best=other, waiting=jnp.int32(1))
-    fit = measured(state._replace(fit=before), held_out, data)
+    fit = measure(state._replace(fit=before), held_out, data)
     assert int(fit.waiting) == 0
     np.testing.assert_array_equal(fit.best_error[:2], old[:2])
     assert fit.best_error[2] < old[2]
@@ -305,7 +322,7 @@ def test_members_keep_their_best_and_the_fit_stops_as_the_reference_does():
     ):
         assert (best[:2] == 0).all() and (best[2] == now[2]).all()
     before = fit._replace(best_error=jnp.zeros(3), waiting=jnp.int32(1))
-    assert int(measured(state._replace(fit=before), held_out, data).waiting) == 2
+    assert int(measure(state._replace(fit=before), held_out, data).waiting) == 2
 
     # A fit that has stopped changes nothing; its last update takes the best parameters.
     cfg = probes.config(mopo, **SMALL, patience=2, model_updates=10, holdout_every=5)
@@ -427,8 +444,8 @@ def numpy_actor(params, observation):
 def test_rollouts_equal_numpy_and_none_goes_on_past_an_end():
     healthy = jnp.array([-0.9, -LARGEST, -LARGEST]), jnp.array([1.1, LARGEST, LARGEST])
     cfg, state, key, data = setup(healthy=healthy, penalty_weight=0.7)
-    rolled_out = jax.jit(mopo.rolled_out, static_argnums=(3, 4))
-    ring = rolled_out(state, jax.random.clone(key), data, mopo.penalised, cfg)
+    roll_out = jax.jit(mopo.roll_out, static_argnums=(3, 4))
+    ring = roll_out(state, jax.random.clone(key), data, mopo.penalised_step, cfg)
     expected = numpy_rollouts(state, key, data, cfg)
     count = len(expected[2])
     assert int(ring.filled) == count < cfg.rollout_batch * cfg.rollout_length  # some have ended
@@ -448,7 +465,7 @@ def test_the_ring_keeps_the_newest_rows_and_has_no_gaps():
     ring = mopo.blank_ring(jax.tree.map(lambda x: x[:1], data), cfg)
     capacity = len(ring.rows.reward)
     assert capacity == 40
-    write, written = jax.jit(mopo.written), []
+    write, written = jax.jit(mopo.write_ring), []
     rng, number = np.random.default_rng(0), 0
     for _ in range(14):
         alive = rng.random(4) < 0.8

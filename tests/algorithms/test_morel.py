@@ -97,7 +97,7 @@ def test_disagreement_and_where_rollouts_halt_are_the_authors():
 def test_the_limit_is_that_of_the_data():
     """Mean and stds of the data's disagreement, so that a single row does not set it."""
     cfg, state, _, data = setup(halt_deviations=2.0, halt_penalty=30.0)
-    found = jax.jit(morel.halt_from, static_argnums=2)
+    found = jax.jit(morel.measure_halt, static_argnums=2)
     halt = found(state, data, cfg)
     rows = double(data)
     expected = numpy_disagreement(state, rows.observation, rows.action)
@@ -163,8 +163,8 @@ def test_rollouts_equal_numpy_and_none_goes_on_past_the_halt_state():
     cfg, state, key, data = setup(threshold=1.3 * middle, rollout_batch=12, rollout_length=4)
     ring = morel.blank_ring(jax.tree.map(lambda x: x[:1], data), cfg)
     state = state._replace(ring=ring)
-    rolled_out = jax.jit(morel.rolled_out, static_argnums=(3, 4))
-    ring = rolled_out(state, jax.random.clone(key), data, morel.halting, cfg)
+    roll_out = jax.jit(morel.roll_out, static_argnums=(3, 4))
+    ring = roll_out(state, jax.random.clone(key), data, morel.halting_step, cfg)
     expected = numpy_rollouts(state, key, data, cfg)
     count = len(expected[2])
     assert int(ring.filled) == count < cfg.rollout_batch * cfg.rollout_length
@@ -205,7 +205,7 @@ def test_the_first_update_of_the_second_phase_sets_the_halt_state():
 
 def test_nothing_halts_at_an_infinite_limit():
     cfg, state, key, data = setup(threshold=LARGEST)
-    step = jax.jit(morel.halting, static_argnums=3)
+    step = jax.jit(morel.halting_step, static_argnums=3)
     rows = step(state, jnp.asarray(data.observation), jax.random.clone(key), cfg)
     assert (rows.reward > -50).all()
     np.testing.assert_array_equal(rows.termination, morel.ends(state, rows.next_observation))

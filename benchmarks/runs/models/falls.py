@@ -47,7 +47,7 @@ def in_model(module, cfg, state, choose, observation, steps):
         key_action, key_member, key_noise = jax.random.split(key, 3)
         action = choose(observation, key_action)
         mean, std = module.ensemble(state, observation, action)
-        after, _ = module.drawn(state, observation, mean, std, key_member, key_noise, cfg)
+        after, _ = module.sample_elite(state, observation, mean, std, key_member, key_noise, cfg)
         ends = alive & (module.ends(state, after) > 0)
         goes_on = alive & ~ends
         return (jnp.where(goes_on[:, None], after, observation), goes_on), (alive, ends)
