@@ -46,7 +46,7 @@ class Config:
     num_critics: int = 2  # K, target and actor use their minimum
     # Online phase
     online_updates: int = 0  # gradient steps of online training, after the offline ones
-    updates_per_step: int = 1  # updates per env step
+    updates_per_step: float = 1.0  # updates per env step, below 1: several steps per update
     steps_per_refresh: int = 1  # env steps between updates of the acting policy
     random_steps: int = 10_000  # env steps with uniform actions before the first of these updates
 

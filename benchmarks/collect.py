@@ -155,7 +155,7 @@ def at_random(policies, seed):
 
 def seen_before(policies, update):
     """The episodes that the training had seen by that update; the last one is broken off there."""
-    steps = policies.cfg.random_steps + update // policies.cfg.updates_per_step
+    steps = policies.cfg.random_steps + round(update / policies.cfg.updates_per_step)
     rows = interaction.recorded(policies.folder, policies.dataset.example(), 1, steps)
     return list(mujoco.split({name: column[:, 0] for name, column in rows.items()}))
 

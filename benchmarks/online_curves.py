@@ -61,7 +61,7 @@ def read(folder):
     for row in rows:
         returns[int(row["update"])].append(float(row["return"]))
     updates = np.array(sorted(returns))
-    steps = cfg["random_steps"] * (updates > 0) + updates // cfg["updates_per_step"]
+    steps = cfg["random_steps"] * (updates > 0) + updates / cfg["updates_per_step"]
     env = cfg["dataset"].removeprefix("env/").split("-")[0]
     return env, settings(cfg), steps, np.array([returns[update] for update in updates])
 

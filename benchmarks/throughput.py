@@ -202,7 +202,7 @@ def measure_online(name, env_id, seeds, steps_per_refresh, arguments):
         fail(f"--algorithms {name}: has no online phase of one update or more for an env step")
     # An actor that changes at every second update has no newer version after one step.
     steps_per_refresh = max(steps_per_refresh, getattr(module.Config, "policy_delay", 1))
-    refresh = steps_per_refresh * module.Config.updates_per_step
+    refresh = int(steps_per_refresh * module.Config.updates_per_step)
     if updates % refresh:
         fail(f"--updates {updates}: not a multiple of the {refresh} between two policies of {name}")
     first = {x: 200 for x in ("random_steps", "warm_up_steps") if x in known}

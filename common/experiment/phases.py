@@ -23,7 +23,7 @@ def updates_per_refresh(cfg) -> int:
     """The updates of the online phase between two sets of env steps."""
     if hasattr(cfg, "updates_per_refresh"):
         return cfg.updates_per_refresh
-    return getattr(cfg, "steps_per_refresh", 1) * getattr(cfg, "updates_per_step", 1)
+    return int(getattr(cfg, "steps_per_refresh", 1) * getattr(cfg, "updates_per_step", 1))
 
 
 def env_steps(cfg) -> int:
@@ -33,7 +33,7 @@ def env_steps(cfg) -> int:
     if hasattr(cfg, "updates_per_refresh"):
         return cfg.online_updates // cfg.updates_per_refresh * cfg.steps_per_refresh
     first_steps = getattr(cfg, "random_steps", 0) + getattr(cfg, "warm_up_steps", 0)
-    return first_steps + cfg.online_updates // cfg.updates_per_step
+    return first_steps + round(cfg.online_updates / cfg.updates_per_step)
 
 
 def fields(config_class):

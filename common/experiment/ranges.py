@@ -3,6 +3,7 @@
 
 import dataclasses
 import re
+from fractions import Fraction
 from types import SimpleNamespace
 
 from common import fail
@@ -15,7 +16,7 @@ LARGEST = 3.4e38  # of float32, in which the networks compute
 # Patterns of names.
 POSITIVE = "learning_rate$|^fixed_std$|^return_scale$|^beta$|^(sql|eql)_alpha$|^huber_delta$"
 POSITIVE += "|^(initial|fixed)_temperature$|^weight_norm$|^max_(weight|clip|gradient_norm)$"
-POSITIVE += "|^kernel_width$"
+POSITIVE += "|^kernel_width$|^updates_per_step$"
 NOT_NEGATIVE = "alpha$|_penalty$|noise|_weight$|_decays?$|^inverse_temperature$"
 NOT_NEGATIVE += "|^perturbation$|^eta$|_deviations$|^target_divergence$"
 
@@ -68,18 +69,30 @@ def check(cfg):
                 "so it must be more"
             )
 
+    if isinstance(getattr(cfg, "updates_per_step", 1), float):
+        _check_several_steps_per_update(cfg)
     refresh = phases.updates_per_refresh(cfg)
     if refresh > 1 and cfg.online_updates and cfg.log_every % refresh:
         what = f"no multiple of updates_per_refresh, {refresh}"
         if hasattr(cfg, "updates_per_step"):
-            counts = f"{cfg.steps_per_refresh} * {cfg.updates_per_step}"
+            counts = f"{cfg.steps_per_refresh} * {cfg.updates_per_step:g}"
             what = f"no multiple of steps_per_refresh * updates_per_step, {counts}"
         fail(f"--log-every {cfg.log_every}: {what}, the updates between two sets of env steps")
     delay = getattr(cfg, "policy_delay", 1) or 1
     if getattr(cfg, "online_updates", 0) and refresh % delay:
         steps = cfg.steps_per_refresh
-        what = f"times updates_per_step {cfg.updates_per_step} it is no multiple of policy_delay"
+        what = f"times updates_per_step {cfg.updates_per_step:g} it is no multiple of policy_delay"
         fail(f"--steps-per-refresh {steps}: {what} {delay}; {steps * delay} would be right")
+
+
+def _check_several_steps_per_update(cfg):
+    """A refresh has a whole number of updates."""
+    steps, rate = cfg.steps_per_refresh, Fraction(str(cfg.updates_per_step))
+    if (steps * rate).denominator != 1:
+        fail(
+            f"--steps-per-refresh {steps}: times updates_per_step {cfg.updates_per_step} it is no "
+            f"whole number; {rate.denominator} would be right"
+        )
 
 
 def _defaults(cfg):
@@ -118,7 +131,7 @@ def _wanted(name, value, cfg):
 def _divides(part, whole, cfg):
     """Whether one field divides another; True where one of them is not there or None."""
     number, divisor = getattr(cfg, whole, None), getattr(cfg, part, None)
-    if number is None or divisor is None:
+    if number is None or divisor is None or isinstance(divisor, float):
         return True
     return divisor != 0 and number % divisor == 0
 

@@ -381,8 +381,14 @@ def test_a_killed_run_goes_on(tmp_path, compilation_cache):
 
 
 # --- Counting -----------------------------------------------------------------------------------
-def test_updates_per_step_and_steps_per_refresh(tmp_path, monkeypatch):
-    """Two updates per env step, two env steps with each policy: rows grow by two every four."""
+# With two updates per step rows grow by two every four updates; with a half, by four every two.
+@pytest.mark.parametrize(
+    ("per_step", "steps", "written", "mean_start"),
+    [(2, 2, [0, 4, 6], 10), (0.5, 4, [0, 4, 8, 12, 16], 11)],
+)
+def test_updates_per_step_and_steps_per_refresh(
+    per_step, steps, written, mean_start, tmp_path, monkeypatch
+):
     write, firsts, chunks = buffers.write, [], []
 
     def noted(buffer, new, first):
@@ -395,7 +401,7 @@ def test_updates_per_step_and_steps_per_refresh(tmp_path, monkeypatch):
 
     monkeypatch.setattr(buffers, "write", noted)
     cfg = sac.Config(num_updates=8, online_updates=16, log_every=8, random_steps=5)
-    cfg = dataclasses.replace(cfg, updates_per_step=2, steps_per_refresh=2)
+    cfg = dataclasses.replace(cfg, updates_per_step=per_step, steps_per_refresh=steps)
     dataset = datasets.load("env/Walk-v0")
     run = types.SimpleNamespace(cfg=cfg, dataset=dataset, folder=tmp_path, attach=chunks.append)
     keys, explore_keys = experiment.streams(cfg.seeds, 2)
@@ -409,13 +415,14 @@ def test_updates_per_step_and_steps_per_refresh(tmp_path, monkeypatch):
     )
     assert chunks == [online]
     state, metrics = online.chunk(jnp.zeros(1), keys, 8)
-    assert firsts == [0, 4, 6]  # the row before is written once more
-    assert state.tolist() == [8] and metrics["start"].tolist() == [10]  # of 8 and 12
-    assert online.count == 5 + 4 and (online.rows[5:9, 0, 3] == 0).all()  # the policy's actions
-    assert phases.env_steps(cfg) == 5 + 8 and phases.last_update(cfg) == 24
+    assert firsts == written  # the row before is written once more
+    assert state.tolist() == [8] and metrics["start"].tolist() == [mean_start]
+    assert online.count == 5 + 8 / per_step
+    assert (online.rows[5 : online.count, 0, 3] == 0).all()  # the policy's actions
+    assert phases.env_steps(cfg) == 5 + 16 / per_step and phases.last_update(cfg) == 24
     assert phases.env_steps(sac.Config()) == 0
     online.saved()
-    assert (tmp_path / interaction.FILE).stat().st_size == 9 * 4 * (3 + 1 + 1 + 3 + 2)
+    assert (tmp_path / interaction.FILE).stat().st_size == online.count * 4 * (3 + 1 + 1 + 3 + 2)
 
 
 def walking(tmp_path, transform, act, **more):
@@ -532,6 +539,11 @@ BAD = [
     (["--online-updates", "0", "--num-updates", "8"], "its rows come with --online-updates"),
     (["--online-updates", "6"], "--online-updates 6 is no multiple of --log-every 4"),
     (["--steps-per-refresh", "3"], "no multiple of steps_per_refresh * updates_per_step, 3 * 1"),
+    (
+        ["--steps-per-refresh", "3", "--updates-per-step", "0.25"],
+        "times updates_per_step 0.25 it is no whole number; 4 would be right",
+    ),
+    (["--updates-per-step", "0"], "--updates-per-step 0.0: must be above 0"),
     (["--random-steps", "-1"], "--random-steps -1: must be at least 0"),
     (["--data", "host"], "without --data host"),
     (["--devices", "2"], "takes one device"),
