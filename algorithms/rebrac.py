@@ -4,7 +4,7 @@
 Paper       https://arxiv.org/abs/2305.09836
 Reference   https://github.com/tinkoff-ai/ReBRAC
 Run         python algorithms/rebrac.py --config configs/rebrac/antmaze.yaml
-Parent      td3_bc.py (197 lines)
+Parent      td3_bc.py (198 lines)
 Results     docs/results.md
 Deviations  none known in the method. Rows at a truncation are kept if the data record their next
             observation (0.1 % of the rows of 1000-step episodes). Their next action is unknown, so

@@ -34,13 +34,13 @@ from algorithms import sac
 from common import command_line, evaluation, experiment, fail, files, folders, interaction
 from common.recipes import mujoco
 
+# Four env steps per update, so that hopper's SAC takes about as many steps to its medium policy as
+# D4RL's, 402,000 by the rows of medium-replay there.
 SETTINGS = """--num-updates 0 --random-steps 5000 --hidden 128 128 --batch-size 128
---steps-per-refresh 1000 --log-every 1000 --eval-every 5000 --eval-episodes 5
---keep all --save-seconds 60 --wandb disabled --resume"""
-# Learning rate and updates. D4RL's SAC took 402,000, 202,000 and 302,000 steps to its medium policy
-# (the rows of medium-replay). It was rlkit's, which collects 1,000 steps between two refreshes
-# (github.com/rail-berkeley/rlkit@ac45a9d examples/sac.py). The rates make ours about as slow.
-TRAINING = {"hopper": (1e-4, 800_000), "halfcheetah": (1e-4, 600_000), "walker2d": (3e-4, 600_000)}
+--actor-learning-rate 1e-3 --critic-learning-rate 1e-3 --temperature-learning-rate 1e-3
+--updates-per-step 0.25 --steps-per-refresh 200 --log-every 1000 --eval-every 2000
+--eval-episodes 5 --keep all --save-seconds 60 --wandb disabled --resume"""
+UPDATES = 300_000
 NEAR = 3  # points; so close to D4RL's score, a policy is taken as the medium one
 EPISODES = 20  # by which a policy is scored
 BEST = 5  # policies with the best evaluations during training; one of them is the expert
@@ -50,10 +50,8 @@ STARTS = 30_000  # seed of the first episode that scores a policy
 # --- Training -----------------------------------------------------------------------------------
 def train(task, updates, seed, runs_dir):
     """Train SAC in the env, or go on with it. Returns the run folder."""
-    name, rate = f"seed{seed}", str(TRAINING[task][0])
+    name = f"seed{seed}"
     words = ["--dataset", f"env/{mujoco.TASKS[task].env_id}", *SETTINGS.split()]
-    for network in ("actor", "critic", "temperature"):
-        words += [f"--{network}-learning-rate", rate]
     words += ["--online-updates", str(updates), "--seeds", str(seed)]
     words += ["--name", name, "--runs-dir", str(runs_dir)]
     cfg, options = experiment.parse(sac.Config, words)
@@ -184,13 +182,15 @@ def facts(task, kind):
     }
 
 
-def recipe(task, rows, updates, seed):
+def recipe(rows, updates, seed):
     """How the sets are made, in words that are kept with each of them."""
-    rate = TRAINING[task][0]
-    refresh = SETTINGS.split("--steps-per-refresh ")[1].split()[0]
+    flags = SETTINGS.split()
+    rate, per_step = (
+        flags[flags.index(flag) + 1] for flag in ("--actor-learning-rate", "--updates-per-step")
+    )
     return (
-        f"SAC, {updates:,} updates, learning rate {rate:g}, {refresh} env steps per refresh, "
-        f"seed {seed}, {rows:,} rows"
+        f"SAC, {updates:,} updates, {per_step} per env step, learning rate {rate}, seed {seed}, "
+        f"{rows:,} rows"
     )
 
 
@@ -210,7 +210,7 @@ def refuse_other_recipes(task, made_by):
 
 def collect(task, rows, updates, seed, runs_dir, command):
     """Train, record the five sets, and print what they are like."""
-    made_by = recipe(task, rows, updates, seed)
+    made_by = recipe(rows, updates, seed)
     refuse_other_recipes(task, made_by)
     folder = train(task, updates, seed, runs_dir)
     began = time.monotonic()
@@ -227,7 +227,6 @@ def collect(task, rows, updates, seed, runs_dir, command):
         "rows": rows,
         "seed": seed,
         "settings": " ".join(SETTINGS.split()),
-        "learning_rate": TRAINING[task][0],
         "policies": {
             name: {"update": update, "score": policies.score(update)}
             for name, update in chosen.items()
@@ -262,7 +261,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser("benchmarks/collect.py", description=__doc__.split("\n")[0])
     parser.add_argument("task", help=", ".join(mujoco.TASKS))
     parser.add_argument("--rows", type=int, default=200_000, help="of random, medium and expert")
-    parser.add_argument("--updates", type=int, help="updates of the training, one per env step")
+    parser.add_argument("--updates", type=int, default=UPDATES, help="updates of the training")
     parser.add_argument("--seed", type=int, default=0, help="of the training and the recordings")
     parser.add_argument("--runs-dir", default="runs/collect", help="where the training is kept")
     given = parser.parse_args(argv)
@@ -270,11 +269,10 @@ def main(argv=None):
         fail(f"{given.task}: not known here; there are {', '.join(mujoco.TASKS)}")
     if given.rows < 1:
         fail(f"--rows {given.rows}: must be at least 1")
-    updates = TRAINING[given.task][1] if given.updates is None else given.updates
     words = sys.argv[1:] if argv is None else argv
     command = shlex.join(["python", "benchmarks/collect.py", *words])
     try:
-        collect(given.task, given.rows, updates, given.seed, given.runs_dir, command)
+        collect(given.task, given.rows, given.updates, given.seed, given.runs_dir, command)
     except OSError as error:
         fail(f"{given.task}: cannot be collected ({error}); the same command goes on")
 

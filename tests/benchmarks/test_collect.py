@@ -11,8 +11,9 @@ import collect
 from common import datasets, folders, interaction
 from common.recipes import mujoco
 
-SMALL = """--num-updates 0 --random-steps 60 --hidden 8 --batch-size 8 --steps-per-refresh 10
---log-every 20 --eval-every 40 --eval-episodes 1 --keep all --wandb disabled --resume"""
+SMALL = """--num-updates 0 --random-steps 60 --hidden 8 --batch-size 8 --actor-learning-rate 1e-3
+--updates-per-step 0.5 --steps-per-refresh 20 --log-every 20 --eval-every 40 --eval-episodes 1 --keep all --wandb disabled --resume"""
+SMALL_FLAGS = " ".join(SMALL.split())
 ARGUMENTS = ["hopper", "--rows", "150", "--updates", "80"]
 
 
@@ -77,9 +78,9 @@ def test_the_sets_are_what_they_say(made, load):
     record = json.loads((folder / "collected.json").read_text())
     rows = {row["dataset"].split("hopper-")[1].removesuffix("-v0"): row for row in record["sets"]}
     assert record["command"].startswith("python benchmarks/collect.py hopper --rows 150 --updates")
-    assert (record["rows"], record["updates"], record["learning_rate"]) == (150, 80, 1e-4)
+    assert (record["rows"], record["updates"], record["settings"]) == (150, 80, SMALL_FLAGS)
     medium = record["policies"]["medium"]["update"]
-    assert [rows[kind]["rows"] for kind in mujoco.KINDS] == [150, 150, 60 + medium, 150, 300]
+    assert [rows[kind]["rows"] for kind in mujoco.KINDS] == [150, 150, 60 + 2 * medium, 150, 300]
     for kind in mujoco.KINDS:
         dataset = load(kind)
         data = dataset.transitions
