@@ -171,8 +171,8 @@ def every(rows):
 def means(rows):
     """suite -> method -> [mean, low, high, [scores of the data sets]], highest mean first.
 
-    Suites with several data sets and at least three methods that have a score on all of them. Low
-    and high are None for a single seed.
+    Suites with several data sets and at least three methods that have a score on all of them, each
+    of two seeds or more.
     """
     found = {}
     for suite, group in report.by_family(rows).items():
@@ -181,7 +181,7 @@ def means(rows):
             continue
         methods = {}
         for label, here in report.by_method(group).items():
-            if not report.why_no_mean(here, names):
+            if not report.why_no_mean(here, names) and min(len(x.last) for x in here.values()) > 1:
                 methods[label] = mean_of([here[name].last for name in names])
         if len(methods) > 2:
             found[suite] = dict(sorted(methods.items(), key=lambda item: -item[1][0]))

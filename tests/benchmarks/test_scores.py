@@ -125,6 +125,15 @@ def test_a_published_score_stands_beside_the_same_data_and_protocol(tmp_path, mo
     assert "42.40" not in text
 
 
+def test_the_picture_has_no_method_of_one_seed(tmp_path):
+    for method in ("bc", "iql", "td3_bc", "rebrac"):
+        seeds = [1.0] if method == "bc" else [1.0, 3.0]
+        for name in ("one", "two"):
+            write_run(tmp_path / f"{method}_{name}", seeds, method, dataset=f"local/mujoco/{name}")
+    ((_, methods),) = scores.means(scores.read(tmp_path)[0]).items()
+    assert {*methods} == {"iql", "td3_bc", "rebrac"}
+
+
 def test_the_mean_of_a_suite_and_its_interval():
     mean, low, high, each = scores.mean_of([report.np.array([1.0, 3.0]), report.np.array([4.0])])
     assert (mean, low, high, each) == (3.0, None, None, [2.0, 4.0])
