@@ -51,7 +51,7 @@ class Options:
     start_from: str | None = None  # run folder whose parameters are the beginning of this run
     start_optimizer: bool = False  # with --start-from: the states of its optimisers as well
     keep: Literal["last", "best", "all"] = "last"  # also the best evaluated policy, or all of them
-    save_seconds: float = 10.0  # least time between checkpoints; 0: one at every chunk boundary
+    save_seconds: float | None = None  # least time between checkpoints (default: 10; more if slow)
     data: Literal["device", "host"] = "device"  # host: the device holds the rows of two chunks only
     devices: int = 1  # devices that share the batches of one seed; several seeds always share all
     distributed: str | None = None  # auto or HOST:PORT/COUNT/INDEX: a run over several processes
@@ -121,7 +121,8 @@ def check(cfg, options):
     kinds.check(options)
     phases.check(cfg, options)  # first: a remedy for a number may not fit the other phase
     ranges.check(cfg)
-    if not 0 <= options.save_seconds < float("inf"):
+    seconds = options.save_seconds
+    if seconds is not None and not 0 <= seconds < float("inf"):
         fail(f"--save-seconds {options.save_seconds}: must be 0 or more")
     if options.devices < 1:
         fail(f"--devices {options.devices}: must be at least 1")

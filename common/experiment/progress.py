@@ -41,8 +41,8 @@ class Progress:
             self.speed_is_known = True
             self._say(speed_line(self.cfg, step, timing))
         elif self.bar.disable and time.monotonic() - self.spoken >= QUIET:
-            training, evaluation = seconds_left(self.cfg, step, timing)
-            self._say(f"update {step:,}: about {duration(training + evaluation)} left")
+            left = duration(sum(seconds_left(self.cfg, step, timing)))
+            self._say(f"update {step:,}: about {left} left")
 
     def _say(self, line):
         from tqdm import tqdm
@@ -70,28 +70,39 @@ class Progress:
 
 # --- Durations ----------------------------------------------------------------------------------
 def seconds_left(cfg, step, timing):
-    """(training, evaluation) from this chunk boundary to the end, by what was measured so far."""
+    """(training, evaluation, checkpoints) from this chunk boundary to the end.
+
+    They follow from what was measured so far.
+    """
     chunk = statistics.median(timing.chunks[1:] or timing.chunks)
     updates = phases.last_update(cfg)
-    training = chunk * (updates - step) / cfg.log_every
+    chunks = (updates - step) / cfg.log_every
+    training = chunk * chunks
     # The last update is evaluated too, whether eval_every divides it or not.
     evaluations = -(-updates // cfg.eval_every) - step // cfg.eval_every
     done = max(timing.evaluations, 1)
-    return training, evaluations * timing.evaluation_here / done
+    # A checkpoint at every evaluation, and between two of them where it is due.
+    between = max(chunk, timing.between_checkpoints())
+    count = min(chunks, evaluations + training / max(between, 1e-9))
+    checkpoints = count * timing.last_checkpoint
+    return training, evaluations * timing.evaluation_here / done, checkpoints
 
 
 def speed_line(cfg, step, timing):
     """The speed and what follows from it, in one line."""
-    training, evaluation = seconds_left(cfg, step, timing)
-    total = training + evaluation
+    training, evaluation, checkpoints = seconds_left(cfg, step, timing)
+    total = training + evaluation + checkpoints
     updates = phases.last_update(cfg)
     speed = (updates - step) / max(training, 1e-9)
     seeds = f" of {len(cfg.seeds)} seeds each" if len(cfg.seeds) > 1 else ""
     digits = 1 if speed < 10 else 0
     line = (
         f"speed: {speed:,.{digits}f} updates/s{seeds}, so about {duration(total)} to go "
-        f"(training {duration(training)}, evaluation {duration(evaluation)})"
+        f"(training {duration(training)}, evaluation {duration(evaluation)}"
     )
+    if checkpoints >= 1 and checkpoints > 0.01 * total:
+        line += f", checkpoints {duration(checkpoints)}"
+    line += ")"
     fewer = int(LONG / max(total, LONG) * updates // cfg.eval_every) * cfg.eval_every
     begun_here = step == len(timing.chunks) * cfg.log_every
     if total > LONG and begun_here and fewer and not phases.online_updates(cfg):

@@ -8,6 +8,7 @@ import numpy as np
 from common import fail, files, one_line
 from common.experiment import growth
 
+TIMES = ("chunk_seconds", "train_seconds", "eval_seconds", "checkpoint_seconds")
 SCORES = ("score", "return", "success", "length")  # the last columns of metrics.csv
 
 
@@ -65,7 +66,8 @@ class Records:
         """
         (self.folder / "result.json").unlink(missing_ok=True)  # a folder with it is finished
         for name in columns:
-            self._add_column(name)
+            self._add_column("metrics.csv", name, before=SCORES[0])
+        self._add_column("timing.csv", TIMES[-1])  # runs of before do not have it
         self._cut("metrics.csv", self.waiting[0][0] if self.waiting else start)
         self._cut("timing.csv", start)
 
@@ -77,14 +79,15 @@ class Records:
             rows = [row for row in rows if row[-1] == "\n" and int(row.split(",")[0]) < first]
             files.write(file, "".join([header, *rows] if rows else []))
 
-    def _add_column(self, column):
-        """An empty column of metrics.csv, before those of the evaluations, if it is not there."""
-        file = self.folder / "metrics.csv"
+    def _add_column(self, name, column, before=None):
+        """An empty column of a CSV file, before another one or the last, if it is not there."""
+        file = self.folder / name
         rows = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
         if not rows or column in rows[0].split(","):
             return
-        place = rows[0].split(",").index(SCORES[0])
-        cells = [row.split(",") for row in rows if len(row.split(",")) == len(rows[0].split(","))]
+        header = rows[0].split(",")
+        place = header.index(before) if before else len(header)
+        cells = [row.split(",") for row in rows if len(row.split(",")) == len(header)]
         lines = [[*row[:place], "" if i else column, *row[place:]] for i, row in enumerate(cells)]
         files.write(file, "".join(",".join(line) + "\n" for line in lines))
 
@@ -148,8 +151,7 @@ class Records:
         return found
 
     def write_timing(self, step, seconds):
-        header = ("update", "chunk_seconds", "train_seconds", "eval_seconds")
-        self.append("timing.csv", header, (step, *seconds))
+        self.append("timing.csv", ("update", *TIMES), (step, *seconds))
 
     def append(self, name, header, *rows):
         """Add rows to a CSV file, which gets the header where it is new."""

@@ -62,7 +62,7 @@ class Run:
         self.origin = Origin(cfg, dataset)
         self.records = Records(self.folder, cfg.seeds)
         self.divergence = Divergence(cfg)
-        self.timing, self.progress = Timing(), Progress(cfg)
+        self.timing, self.progress = Timing(options.save_seconds), Progress(cfg)
         self.signals = signals.Signals()
         self.scores = np.full(len(cfg.seeds), np.nan)  # [S] of the last evaluation
         self.best = np.full(len(cfg.seeds), np.nan)  # [S] over training; never called the score
@@ -319,6 +319,7 @@ class Run:
         late = time.perf_counter() >= self.save_due
         due = signal_number or late or self.divergence.all_lost or self.evaluates(step)
         if due and jax.process_index() == 0 and step not in self.manager.all_steps():
+            began = time.perf_counter()
             meta = {
                 "update": step,
                 "metrics": metrics,
@@ -331,7 +332,9 @@ class Run:
             if self.interaction is not None:
                 meta["interaction"] = self.interaction.saved()
             checkpoints.save(self.manager, step, host_state, meta)
-            self.save_due = time.perf_counter() + self.options.save_seconds
+            saved = time.perf_counter()
+            self.timing.add_checkpoint(saved - began)
+            self.save_due = saved + self.timing.between_checkpoints()
         if signal_number:
             print(f"saved at update {step:,}; continue with the same command and --resume")
             raise SystemExit(128 + signal_number)

@@ -23,7 +23,7 @@ import pytest
 import yaml
 
 from common import evaluation, experiment, machine
-from common.experiment import config, origin, provenance, records
+from common.experiment import checkpoints, config, origin, provenance, records, timing
 
 SEEDS = ["--seeds", "0", "1"]
 BORDERS = [0, 4, 8, 12, 16, 20, 24]
@@ -121,6 +121,8 @@ def test_run_folder(name, tiny, reference):
     timing = runs.read_csv(folder / "timing.csv")
     assert [int(row["update"]) for row in timing] == BORDERS
     assert float(timing[-1]["train_seconds"]) > 0 < float(timing[-1]["eval_seconds"])
+    saving = [float(row["checkpoint_seconds"]) for row in timing]
+    assert saving[0] > 0 and np.all(np.diff(saving) > 0)  # one at every chunk boundary here
 
     values = yaml.safe_load((folder / "config.yaml").read_text())
     assert values["seeds"] == [0, 1] and values["hidden"] == [8]
@@ -137,6 +139,7 @@ def test_run_folder(name, tiny, reference):
     assert result["versions"]["jax"] == jax.__version__
     assert result["algorithm"] == name and result["diverged"] == {}
     assert {"hardware", "matmul_precision", "updates_per_second", "eval_share"} <= set(result)
+    assert result["checkpoint_seconds"] == round(saving[-1], 1)
     assert len(list((folder / "checkpoints").iterdir())) == 2
     assert {path.name for path in folder.iterdir()} == {
         *("config.yaml", "metrics.csv", "timing.csv", "checkpoints", "result.json", ".lock")
@@ -385,6 +388,23 @@ def test_stopped_at_every_border(name, tiny, reference, monkeypatch):
     result = json.loads((folder / "result.json").read_text())
     before = json.loads((reference(name) / "result.json").read_text())
     assert (result["score"], result["best_score"]) == (before["score"], before["best_score"])
+
+
+@pytest.mark.parametrize(("cost", "between"), [(0, [4, 12, 20]), (1e6, [])])
+def test_checkpoints_that_take_long_are_made_seldom(cost, between, name, tiny, monkeypatch):
+    """Without --save-seconds, the next one is due after so many times what the last one took."""
+    saved, original = [], checkpoints.save
+
+    def save(manager, step, *rest):
+        saved.append(step)
+        original(manager, step, *rest)
+
+    monkeypatch.setattr(checkpoints, "save", save)
+    monkeypatch.setattr(timing, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(timing, "SAVE_COST", cost)
+    place = tiny.index("--save-seconds")
+    run(name, [*tiny[:place], *tiny[place + 2 :], "--num-updates", "24"])
+    assert saved == sorted([*EVALUATIONS, *between])
 
 
 def damage_files(folder):

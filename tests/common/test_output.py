@@ -222,6 +222,48 @@ def test_a_run_of_hours_says_what_would_take_one(told):
     assert "an hour is enough" not in "".join(said)  # a resumed run cannot become shorter
 
 
+def test_the_time_of_checkpoints_is_promised_too():
+    """20 chunks of 30 s, 2 evaluations, a checkpoint of 5 s at each and every 100 s between."""
+    cfg = runs.module("rebrac").Config(**SIZE)
+    spent = timing.Timing()
+    spent.chunks = [30.0, 30.0]
+    assert "checkpoints" not in progress.speed_line(cfg, 2000, spent)
+    assert sum(progress.seconds_left(cfg, 2000, spent)) == 18 * 30
+    spent.add_checkpoint(5.0)
+    assert progress.seconds_left(cfg, 2000, spent) == (18 * 30, 0.0, (2 + 18 * 30 / 100) * 5)
+    line = progress.speed_line(cfg, 2000, spent)
+    assert "about 10 min to go (training 9 min, evaluation 0 s, checkpoints 37 s)" in line
+    spent.save_seconds = 0.0  # one at every chunk boundary
+    assert progress.seconds_left(cfg, 2000, spent)[2] == 18 * 5
+
+
+def test_a_slow_checkpoint_is_followed_by_a_longer_time_without_one():
+    spent = timing.Timing()
+    assert spent.between_checkpoints() == 10
+    spent.add_checkpoint(0.1)
+    assert spent.between_checkpoints() == 10
+    spent.add_checkpoint(2.5)
+    assert spent.between_checkpoints() == 50 and spent.checkpoints == 2.6
+    asked = timing.Timing(save_seconds=3.0)
+    asked.add_checkpoint(2.5)
+    assert asked.between_checkpoints() == 3
+
+
+def test_a_run_begun_before_checkpoints_were_timed_goes_on(tmp_path):
+    """Its timing.csv gets the column, empty where nothing was measured."""
+    (tmp_path / "timing.csv").write_text(
+        "update,chunk_seconds,train_seconds,eval_seconds\n0,0,0,1\n4,1,1,1\n8,1,2,1\n12,1"
+    )
+    spent, kept = timing.Timing(), records.Records(tmp_path, (0,))
+    spent.restore({"train": 2.0, "eval": 1.0})
+    spent.add_checkpoint(0.5)
+    kept.resume(8)
+    kept.write_timing(8, spent.row())
+    header, *rows = (tmp_path / "timing.csv").read_text().splitlines()
+    assert header == "update,chunk_seconds,train_seconds,eval_seconds,checkpoint_seconds"
+    assert rows == ["0,0,0,1,", "4,1,1,1,", "8,0.000,2.000,1.000,0.500"]
+
+
 def test_a_run_of_two_chunks_says_no_duration(told):
     said = told(30.0, num_updates=2000, log_every=1000, eval_every=1000)
     assert [line for line in said.values() if not line.startswith("update")] == []
