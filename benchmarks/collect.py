@@ -34,13 +34,11 @@ from algorithms import sac
 from common import command_line, evaluation, experiment, fail, files, folders, interaction
 from common.recipes import mujoco
 
-# Four env steps per update, so that hopper's SAC takes about as many steps to its medium policy as
-# D4RL's, 402,000 by the rows of medium-replay there.
 SETTINGS = """--num-updates 0 --random-steps 5000 --hidden 128 128 --batch-size 128
 --actor-learning-rate 1e-3 --critic-learning-rate 1e-3 --temperature-learning-rate 1e-3
---updates-per-step 0.25 --steps-per-refresh 200 --log-every 1000 --eval-every 2000
+--updates-per-step 1 --steps-per-refresh 50 --log-every 1000 --eval-every 5000
 --eval-episodes 5 --keep all --save-seconds 60 --wandb disabled --resume"""
-UPDATES = 300_000
+UPDATES = {"hopper": 500_000, "halfcheetah": 600_000, "walker2d": 600_000}
 NEAR = 3  # points; so close to D4RL's score, a policy is taken as the medium one
 EPISODES = 20  # by which a policy is scored
 BEST = 5  # policies with the best evaluations during training; one of them is the expert
@@ -261,7 +259,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser("benchmarks/collect.py", description=__doc__.split("\n")[0])
     parser.add_argument("task", help=", ".join(mujoco.TASKS))
     parser.add_argument("--rows", type=int, default=200_000, help="of random, medium and expert")
-    parser.add_argument("--updates", type=int, default=UPDATES, help="updates of the training")
+    parser.add_argument("--updates", type=int, help="updates of the training, one per env step")
     parser.add_argument("--seed", type=int, default=0, help="of the training and the recordings")
     parser.add_argument("--runs-dir", default="runs/collect", help="where the training is kept")
     given = parser.parse_args(argv)
@@ -269,10 +267,11 @@ def main(argv=None):
         fail(f"{given.task}: not known here; there are {', '.join(mujoco.TASKS)}")
     if given.rows < 1:
         fail(f"--rows {given.rows}: must be at least 1")
+    updates = UPDATES[given.task] if given.updates is None else given.updates
     words = sys.argv[1:] if argv is None else argv
     command = shlex.join(["python", "benchmarks/collect.py", *words])
     try:
-        collect(given.task, given.rows, given.updates, given.seed, given.runs_dir, command)
+        collect(given.task, given.rows, updates, given.seed, given.runs_dir, command)
     except OSError as error:
         fail(f"{given.task}: cannot be collected ({error}); the same command goes on")
 
