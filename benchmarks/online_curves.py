@@ -87,12 +87,13 @@ def rows_of(env, steps, returns, known):
         rows.append(
             {
                 "env": env,
-                "env steps": f"{at:,}",
-                "return here": f"{ours.mean():,.0f}",
+                "env steps": at,
+                "return here": round(ours.mean()),
                 "seeds": len(ours),
-                "lowest": f"{ours.min():,.0f}",
-                "highest": f"{ours.max():,.0f}",
-                "Tianshou": f"{known[1][place]:,.0f} ± {known[2][place]:,.0f}",
+                "lowest": round(ours.min()),
+                "highest": round(ours.max()),
+                "Tianshou, mean": round(known[1][place]),
+                "Tianshou, std": round(known[2][place]),
             }
         )
     return rows
@@ -105,13 +106,29 @@ def draw(curves, reference, output):
     with figures.panels(len(curves), columns=3, size=(3.4, 2.9)) as (figure, axes):
         for axis, (env, (steps, returns)) in zip(axes, curves.items(), strict=True):
             at, mean, std = reference[env][:, reference[env][0] <= steps[-1]]
-            axis.plot(at, mean, color=orange, label="Tianshou, 10 seeds")
-            axis.fill_between(at, mean - std, mean + std, color=orange, alpha=0.2, linewidth=0)
+            axis.plot(at / 1000, mean, color=orange, label="Tianshou, 10 seeds")
+            axis.fill_between(
+                at / 1000, mean - std, mean + std, color=orange, alpha=0.2, linewidth=0
+            )
             for i, line in enumerate(returns.T):
-                axis.plot(steps, line, color=blue, linewidth=1, label="" if i else "here, a seed")
-            axis.set(title=env, xlabel="env steps", ylabel="return")
+                axis.plot(
+                    steps / 1000, line, color=blue, linewidth=1, label="" if i else "here, a seed"
+                )
+            axis.set(title=env, xlabel="thousand env steps", ylabel="return")
             axis.legend()
         figures.png(figure, output)
+
+
+def page(record):
+    """The page of a record."""
+    text = [
+        *__doc__.strip().splitlines()[5:],
+        "",
+        f"A row takes the mean of the last {NEAR} evaluations by its env steps, since one has few "
+        "episodes.",
+    ]
+    title = "SAC's learning curves beside published ones"
+    return measured.page(title, text, record, "return over env steps, here and by Tianshou")
 
 
 def main(arguments):
@@ -141,15 +158,7 @@ def main(arguments):
     }
     output.parent.mkdir(parents=True, exist_ok=True)
     draw(curves, reference, output.with_suffix(".png"))
-    text = [
-        *__doc__.strip().splitlines()[5:],
-        "",
-        f"A row takes the mean of the last {NEAR} evaluations by its env steps, since one has few "
-        "episodes.",
-    ]
-    title = "SAC's learning curves beside published ones"
-    alt = "return over env steps, here and by Tianshou"
-    measured.write(output, record, measured.page(title, text, record, alt))
+    measured.write(output, record, page(record))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,8 @@ from common import datasets, folders, interaction
 from common.recipes import mujoco
 
 SMALL = """--num-updates 0 --random-steps 60 --hidden 8 --batch-size 8 --actor-learning-rate 1e-3
---updates-per-step 0.5 --steps-per-refresh 20 --log-every 20 --eval-every 40 --eval-episodes 1 --keep all --wandb disabled --resume"""
+--updates-per-step 0.5 --steps-per-refresh 20 --log-every 20 --eval-every 40 --eval-episodes 1
+--keep all --wandb disabled --resume"""
 SMALL_FLAGS = " ".join(SMALL.split())
 ARGUMENTS = ["hopper", "--rows", "150", "--updates", "80"]
 

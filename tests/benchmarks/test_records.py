@@ -26,6 +26,7 @@ from benchmarks import (
     fidelity,
     host_data,
     model_error,
+    online_curves,
     overestimation,
     pessimism,
     report,
@@ -89,6 +90,7 @@ def written(name, record):
         return f"# Soak\n\n{soak.markdown(facts, record['rows'])}"
     scripts = {"ensembles": ensembles, "host_data": host_data, "pessimism": pessimism}
     scripts |= {"model_error": model_error, "overestimation": overestimation}
+    scripts |= {"online_curves": online_curves}
     assert name in scripts, "say here how its page is made"
     return scripts[name].page(record)
 
