@@ -349,11 +349,14 @@ def run_folder(cfg, options):
 def _command_line(config_class, argv, source):
     """Config and Options that words of a command line, or values of a file, make."""
     _check_flags(argv, config_class, source)
-    hints = wrong_words.hints_of(config_class, Options)
+    classes = [config_class, Options]
+    hints = wrong_words.hints_of(*classes)
     settings = {"prog": source, "config": (tyro.conf.OmitArgPrefixes,)}
     in_file = not source.endswith(".py")
     both = _both(config_class)
-    parsed = wrong_words.parse(both, argv, source, hints, in_file=in_file, **settings)
+    parsed = wrong_words.parse(
+        both, argv, source, hints, in_file=in_file, classes=classes, **settings
+    )
     return parsed.cfg, parsed.options
 
 

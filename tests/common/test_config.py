@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from common import datasets
-from common.experiment import config, ranges
+from common.experiment import config, ranges, wrong_words
 
 TOY = """
 from dataclasses import dataclass
@@ -520,6 +520,34 @@ def test_wrong_words_are_one_line_with_a_remedy_that_works(toy, capsys, words, s
         line.startswith("error: toy.py: ") and "helptext" not in line and "Value error" not in line
     )
     parse(toy, "--name new", remedy)
+
+
+@pytest.mark.parametrize(
+    ("name", "word", "meant"),
+    [
+        ("iql", "--lr", "--actor-learning-rate or --critic-learning-rate"),
+        ("iql", "--critic_lr", "--critic-learning-rate"),
+        ("iql", "--bs", "--batch-size"),
+        ("iql", "--gamma", "--discount"),
+        ("iql", "--tau", "--target-rate or --expectile"),
+        ("iql", "--beta", "--inverse-temperature"),
+        ("rebrac", "--beta1", "--actor-penalty"),
+        ("rebrac", "--beta_2", "--critic-penalty"),
+        ("rebrac", "--tau", "--target-rate"),
+    ],
+)
+def test_names_of_papers_and_other_code_are_answered_with_the_flag(name, word, meant, capsys):
+    with pytest.raises(SystemExit):
+        config.parse(runs.module(name).Config, [word, "0.5"])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"there is no flag {word}; did you mean {meant}? --help" in line
+
+
+def test_a_word_that_many_comments_have_suggests_nothing():
+    comments = {f"--field-{i}": "weight of something" for i in range(4)}
+    assert wrong_words._near("weight", comments, comments) == []
+    comments["--last"] = "weight, the first word of all"
+    assert wrong_words._near("weight", comments, comments) == ["--last"]
 
 
 def test_a_list_of_a_file_is_written_as_a_list(toy, tmp_path, capsys):
