@@ -249,9 +249,11 @@ def settings(rows):
             continue
         for known in dataclasses.fields(default):
             here = {name: row.config.get(known.name, known.default) for name, row in found.items()}
-            if known.name in ("dataset", "seeds") or {*map(plain, here.values())} == {
-                plain(known.default)
-            }:
+            usual = all(
+                value == known.default or plain(value) == plain(known.default)  # (8, 8) and [8, 8]
+                for value in here.values()
+            )
+            if known.name in ("dataset", "seeds") or usual:
                 continue
             cells = [plain(here[name]) if name in here else "" for name in names]
             lines.append([label, known.name, plain(known.default), *cells])
@@ -629,9 +631,7 @@ def index(rows, notes, arguments):
     reference, blocks = published.load(arguments.reference), []
     for family, group in by_family(rows).items():
         usual, scale = usual_sizes(group), joined(WORDS[row.scale] for row in group)
-        updates, seeds, _ = (dict.fromkeys(sizes) for sizes in zip(*usual.values(), strict=True))
-        size = f"{' / '.join(f'{x:,}' for x in updates)} updates, {joined(seeds)} seeds"
-        size = size.removesuffix("s") if [*seeds] == [1] else size
+        size = sizes_in_words([(updates, seeds) for updates, seeds, _ in usual.values()])
         mixed = any(_size(row) != usual[row.dataset] for row in group)
         size += "" if arguments.score == "last" else f"; the score is {SCORES[arguments.score]}"
         size += ", unless a score says otherwise" if mixed else ""
@@ -642,6 +642,17 @@ def index(rows, notes, arguments):
     link = Path(os.path.relpath(page, arguments.index.parent)).as_posix()
     words = f"Commands, best scores, intervals, curves and every evaluation: [{page.name}]({link})."
     return markdown([*blocks, Text(words)])
+
+
+def sizes_in_words(sizes):
+    """(updates, seeds) of every column of a table, as text."""
+    seeds_of = [f"{seeds} seed{'s' * (seeds > 1)}" for _, seeds in sizes]
+    if len(set(sizes)) == 1:
+        return f"{sizes[0][0]:,} updates, {seeds_of[0]}"
+    if len(set(seeds_of)) == 1:
+        return f"{', '.join(f'{x:,}' for x, _ in sizes)} updates by column, {seeds_of[0]}"
+    each = [f"{x:,} updates of {y}" for (x, _), y in zip(sizes, seeds_of, strict=True)]
+    return f"{', '.join(each)}, by column"
 
 
 def around(path, name):

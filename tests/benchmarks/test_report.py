@@ -718,7 +718,7 @@ def test_the_command_of_a_row_is_its_config(tmp_path):
 
 
 def test_settings_other_than_the_defaults(tmp_path):
-    from algorithms import bc
+    from algorithms import bc, sac
 
     rows = [
         SimpleNamespace(algorithm="bc", label="bc", dataset=name, config={"hidden": hidden})
@@ -726,6 +726,9 @@ def test_settings_other_than_the_defaults(tmp_path):
     ]
     rows.append(SimpleNamespace(algorithm="gone", label="gone", dataset="a", config={}))
     rows.append(SimpleNamespace(algorithm="awr", label="awr", dataset="a", config={}))
+    # A field may have become a float since the run.
+    whole = {"updates_per_step": int(sac.Config.updates_per_step)}
+    rows.append(SimpleNamespace(algorithm="sac", label="sac", dataset="a", config=whole))
     widths = " ".join(map(str, bc.Config.hidden))
     assert cells(report.settings(rows)) == [["bc", "hidden", widths, "8 8", widths]]
 
@@ -1074,3 +1077,11 @@ def test_wrong_words_are_one_line(words, said, capsys):
 def test_without_output_nothing_is_written_among_the_committed_pages():
     given = wrong_words.parse(report.Arguments, ["runs"], "report.py")
     assert given.output.parent == Path("runs")  # which git ignores
+
+
+def test_sizes_of_the_columns_in_words():
+    words = report.sizes_in_words
+    assert words([(20_000, 3), (20_000, 3)]) == "20,000 updates, 3 seeds"
+    assert words([(20_000, 1), (30_000, 1)]) == "20,000, 30,000 updates by column, 1 seed"
+    by_column = "20,000 updates of 1 seed, 30,000 updates of 3 seeds, by column"
+    assert words([(20_000, 1), (30_000, 3)]) == by_column
