@@ -293,6 +293,13 @@ def test_the_table_of_speed_in_the_readme_is_made_by_speed():
         assert speed.readme(spoilt) != speed.readme(RECORDS)
 
 
+def test_readme_names_the_files_without_a_score():
+    results = [json.loads(x.read_text()) for x in (ROOT / "benchmarks/runs").rglob("result.json")]
+    without = {*own_files.NAMES} - {result["algorithm"] for result in results}
+    (named,) = re.findall(r"any score so far: ([^:]*?\.py)\. ", flat(README.replace("\n> ", " ")))
+    assert {*named.replace(".py", "").split(", ")} == without
+
+
 def test_the_quickstart_shows_a_kept_run():
     (log,) = re.findall(r"```\n(config: .*?)\n```", README, re.S)
     (folder,) = re.findall(r"^run (?:runs)/(rebrac)/local/pointmaze/umaze-v0/(\w+)$", log, re.M)
