@@ -6,7 +6,7 @@ import os
 import numpy as np
 
 from common import envs, fail
-from common.datasets import checks, env_only, reading, reference_scores
+from common.datasets import checks, env_only, mistakes, reading, reference_scores
 from common.datasets.dataset import Dataset
 from common.datasets.transitions import cut
 
@@ -48,6 +48,8 @@ def _dataset(dataset_id, source):
     """Check the rows, scale the actions to [-1, 1], cut the rows into episodes."""
     keys, horizon, make_env = source.keys, source.horizon, source.make_env
     rows = checks.rows(dataset_id, source.rows)
+    if source.is_own:
+        mistakes.warn(dataset_id, rows, source.termination_ends_episode)
     count = len(rows["rewards"])
     env, spec, limit = None, None, horizon
     reference = checks.reference(dataset_id, source.reference)

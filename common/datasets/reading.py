@@ -36,7 +36,8 @@ def read(dataset_id: str, env: str | None, env_steps: int | None) -> Source:
     names.refuse_url(dataset_id)
     path = Path(os.path.expanduser(dataset_id))
     if names.is_file(path):
-        return d4rl.read_file(path, env, env_steps, reference_scores.row_of(path.stem))
+        source = d4rl.read_file(path, env, env_steps, reference_scores.row_of(path.stem))
+        return source._replace(is_own=True)
     if dataset_id.startswith(env_only.PREFIX):
         return env_only.read(dataset_id, env, env_steps)
     if dataset_id.startswith("local/"):

@@ -21,5 +21,6 @@ class Source(NamedTuple):
     horizon: int | None = None  # step limit of the recording
     termination_ends_episode: bool = True  # False: only `timeouts` end an episode
     score_is_success: bool = False  # whether the score is the success rate
+    is_own: bool = False  # a user's own file, in which common mistakes are looked for
     adapted: dict = {}  # noqa: RUF012 - what `envs.d4rl.adapt` was given beside the env
     facts: dict = {}  # noqa: RUF012 - never changed; what the run's config.yaml should tell
