@@ -234,6 +234,7 @@ def fused_as_users():
     The other tests compile in half the time, see compiler_flags.py.
     """
     import jax
+    import optax  # noqa: F401 - before jax.jit is another one, which its decorators would take
 
     program.cache_clear()  # programs that other tests have compiled
     fused = functools.partial(jax.jit, compiler_options=compiler_flags.AS_USERS)

@@ -6,7 +6,8 @@ runs: `update` is traced with columns that only record the indices they are aske
 compiler drops everything else. While the device trains on one chunk, a thread gathers the rows of
 the next one. Each row is gathered once, in the order of the data set, and the compiled chunk finds
 it by binary search. The same draws read the same rows, so the numbers equal those of
-`--data device`.
+`--data device`. An update of your own that chooses rows by its State asks for others than those
+that were gathered: they are NaN, which stops the run.
 """
 
 from concurrent.futures import ThreadPoolExecutor
@@ -42,12 +43,18 @@ class Rows:
 
     def columns(self):
         """The tree of columns that `update` takes for the data set."""
-        found = {}  # id of an index -> (index, its places): all columns get the same index
+        found = {}  # id of an index -> (index, places, found there): all columns get one index
 
         def read(array, index):
             if id(index) not in found:  # the index is kept, so that no other gets its id
-                found[id(index)] = index, jnp.searchsorted(self.ids, index, method="scan_unrolled")
-            return array[found[id(index)][1]]
+                place = jnp.searchsorted(self.ids, index, method="scan_unrolled")
+                found[id(index)] = index, place, self.ids[place] == index
+            _, place, is_there = found[id(index)]
+            rows = array[place]
+            if not jnp.issubdtype(rows.dtype, jnp.floating):
+                return rows
+            is_there = is_there.reshape(*index.shape, *[1] * (rows.ndim - index.ndim))
+            return jnp.where(is_there, rows, jnp.nan)
 
         return jax.tree.map(lambda x: Column(self.count, partial(read, x)), self.arrays)
 

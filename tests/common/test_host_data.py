@@ -89,6 +89,18 @@ def test_the_device_gets_each_row_of_a_chunk_once_and_in_order():
     assert np.array_equal(rows.arrays.pair, data().pair[ids]) and rows.count == ROWS
 
 
+def test_a_row_that_was_not_gathered_is_no_number():
+    """So an update that chooses rows by its State stops the run; it read rows beside them."""
+    ids, index = jnp.array([2, 5, 5]), jnp.array([[0, 2], [5, 8]])
+    arrays = {"x": jnp.arange(3.0), "wide": jnp.ones((3, 4, 2)), "n": jnp.array([7, 8, 9])}
+    with jax.debug_nans(False):
+        columns = host_data.Rows(ids, arrays, 9).columns()
+        x, wide, n = (columns[name][index] for name in ("x", "wide", "n"))
+    assert np.array_equal(x, [[np.nan, 0], [1, np.nan]], equal_nan=True)
+    assert np.isnan(wide).all(axis=(2, 3)).tolist() == [[True, False], [False, True]]
+    assert wide.shape == (2, 2, 4, 2) and n.shape == (2, 2) and n.dtype == arrays["n"].dtype
+
+
 def test_no_step_is_drawn_twice_under_a_policy_delay():
     """An update that reads for two steps, as in td3_bc.py and rebrac.py."""
 
