@@ -386,7 +386,7 @@ def config(module, seeds, arguments, **changes):
     """The file's defaults, with the batch size and with short phases before the last updates."""
     fields, updates = {x.name for x in dataclasses.fields(module.Config)}, arguments.updates
     for part in fields & {"actor_updates", "updates_per_step"}:  # of which a chunk is made
-        size = getattr(module.Config, part)
+        size = max(1, int(getattr(module.Config, part)))
         updates = math.ceil(updates / size) * size
     first = dict.fromkeys(fields.intersection(FIRST_PHASES), updates)
     if "online_updates" in fields:

@@ -183,7 +183,8 @@ SMALL = {  # what makes an algorithm file small and fast; data sets and claims s
     "combo": NET | FAST | MODEL | {"num_samples": 4},
     "cal_ql": NET
     | FAST
-    | {"critic_hidden": (64, 64), "num_samples": 4, "max_target_backup": False, "warm_up_steps": 4},
+    | {"critic_hidden": (64, 64), "num_samples": 4, "max_target_backup": False, "warm_up_steps": 4}
+    | {"last_reward_goes_on": True},
     "cql": NET | FAST | {"critic_hidden": (64, 64), "num_samples": 4},
     "cql_discrete": NET | FAST,
     "dt": SEQUENCE | FAST | {"context": 3, "warm_up": 10, "episode_length": 20},
@@ -246,7 +247,7 @@ SMALL = {  # what makes an algorithm file small and fast; data sets and claims s
     "wsrl": NET
     | FAST
     | {"critic_hidden": (64, 64), "num_critics": 3, "num_samples": 4, "max_target_backup": False}
-    | {"updates_per_step": 2, "warm_up_steps": 4},
+    | {"updates_per_step": 2, "warm_up_steps": 4, "last_reward_goes_on": True},
     "xql": NET | FAST | {"cosine": False},
 }
 
