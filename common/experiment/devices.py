@@ -88,8 +88,9 @@ def over_seeds(chunk, update=None):
             compiled = _compile(all_seeds, keys, data)
             if _on_host(data) and update is not None:
                 cfg = chunk.keywords["cfg"]
-                one_update = partial(update, cfg=cfg)
-                feed = host_data.Feed(one_update, state, keys, data, cfg.log_every, cfg.num_updates)
+                functions = partial(update, cfg=cfg), chunk
+                counts = cfg.log_every, cfg.num_updates
+                feed = host_data.Feed(*functions, state, keys, data, *counts)
                 compiled = host_data.fed(compiled, feed)
         return compiled(state, keys, start, data)
 

@@ -2,12 +2,13 @@
 """`--data host`: the data set stays in host memory, and the device gets the rows of one chunk.
 
 Which rows an update reads depends on (key, step) alone, so the rows of a chunk are known before it
-runs: `update` is traced with columns that only record the indices they are asked for, and the
-compiler drops everything else. While the device trains on one chunk, a thread gathers the rows of
-the next one. Each row is gathered once, in the order of the data set, and the compiled chunk finds
-it by binary search. The same draws read the same rows, so the numbers equal those of
-`--data device`. An update of your own that chooses rows by its State asks for others than those
-that were gathered: they are NaN, which stops the run.
+runs: `update` is traced with columns that only record the indices they are asked for, and
+everything else is dropped. An `update` is refused that chooses rows by its State, as in prioritised
+sampling, or by the values of other rows. While the device trains on one chunk, a thread gathers the
+rows of the next one. Each row is gathered once, in the order of the data set, and the compiled
+chunk finds it by binary search. The same draws read the same rows, so the numbers equal those of
+`--data device`. A row that was not gathered, for a chunk that does not scan over `update`, is NaN,
+which stops the run.
 """
 
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +19,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jax.extend.core import ClosedJaxpr, Var, jaxpr_as_fun
+
+from common import fail
 
 
 class Column:
@@ -64,16 +68,18 @@ class Feed:
 
     Args:
         update: (state, step, key, data) -> (state, metrics) of one seed, a `partial` with its cfg.
+        chunk: (state, key, start, data) -> (state, metrics), which scans over `update`.
         state, keys: those of the first chunk, [S]; only the shapes of the state matter.
         data: tree of arrays [N, ...] in host memory.
         steps, end: updates per chunk, and in all.
     """
 
-    def __init__(self, update, state, keys, data, steps, end):
+    def __init__(self, update, chunk, state, keys, data, steps, end):
         self.cpu = jax.local_devices(backend="cpu")[0]
         self.data, self.steps, self.end = data, steps, end
         self.keys = jax.device_put(keys, self.cpu)
-        self.draw = _draws(update, jax.eval_shape(lambda: state), data, steps)
+        state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), state)
+        self.draw = _draws(update, state, data, steps, _calls(chunk, state, data, steps))
         self.pool, self.ahead = ThreadPoolExecutor(1), {}
 
     def __call__(self, start):
@@ -106,22 +112,69 @@ def fed(train, feed):
     return one
 
 
-def _draws(update, state, data, steps):
-    """(keys [S], start) -> [S, calls of update, n] row numbers, compiled for the keys' device."""
+def _calls(chunk, state, data, steps):
+    """How often a chunk calls `update`, which may make several of its steps at once."""
 
-    def of_one_step(key, step):
+    def nothing(array, index):
+        return jnp.zeros((*index.shape, *array.shape[1:]), array.dtype)
+
+    columns = _columns(data, nothing)
+    program = jax.make_jaxpr(lambda *x: chunk(*x, columns))(state, jax.random.key(0), np.int32(0))
+    lengths = [x.params["length"] for x in program.eqns if x.primitive.name == "scan"]
+    return lengths[0] if lengths else steps
+
+
+def _columns(data, read):
+    return jax.tree.map(lambda x: Column(len(x), partial(read, x)), data)
+
+
+def _draws(update, state, data, steps, calls):
+    """(keys [S], start) -> [S, calls of update, n] row numbers, compiled for the keys' device."""
+    unknown = state, jax.ShapeDtypeStruct((), np.float32)  # stands for all values of rows
+
+    def read_rows(unknown, key, step):
+        """The numbers of the rows that a call of `update` reads, [n]."""
+        state, value = unknown
         asked = {}
 
         def read(array, index):
             asked[id(index)] = index
-            return jnp.zeros((*index.shape, *array.shape[1:]), array.dtype)
+            return jnp.full((*index.shape, *array.shape[1:]), value, array.dtype)
 
-        columns = jax.tree.map(lambda x: Column(len(x), partial(read, x)), data)
-        update(jax.tree.map(lambda x: jnp.zeros(x.shape[1:], x.dtype), state), step, key, columns)
+        with jax.disable_jit():  # loops within `update` are written out, so all reads are here
+            update(state, step, key, _columns(data, read))
         return jnp.concatenate([index.ravel() for index in asked.values()])
 
-    def of_one_seed(key, start):  # with a policy delay, one call of update is that many steps
-        delay = getattr(update.keywords["cfg"], "policy_delay", 1)
-        return jax.vmap(partial(of_one_step, key))(start + jnp.arange(0, steps, delay))
+    program = jax.make_jaxpr(read_rows)(unknown, jax.random.key(0), np.int32(0))
+    sizes = jax.tree.leaves(unknown)
+    of_one_step = jaxpr_as_fun(_needed(program, len(sizes), update.func.__name__))
+
+    def of_one_seed(key, start):
+        zeros = [jnp.zeros(x.shape, x.dtype) for x in sizes]  # nothing depends on them
+        first_steps = start + jnp.arange(0, steps, steps // calls)
+        (rows,) = jax.vmap(lambda step: of_one_step(*zeros, key, step))(first_steps)
+        return rows
 
     return jax.jit(jax.vmap(of_one_seed, (0, None)))
+
+
+def _needed(program, unknown, name):
+    """A program without the steps that its result does not depend on.
+
+    Exit with code 2 after one line where it depends on one of its first `unknown` inputs.
+    """
+    needed, kept = {*_variables(program.jaxpr.outvars)}, []
+    for step in reversed(program.jaxpr.eqns):
+        if needed & {*step.outvars}:
+            needed |= {*_variables(step.invars)}
+            kept.append(step)
+    if needed & {*program.jaxpr.invars[:unknown]}:
+        fail(
+            f"--data host: {name} chooses rows by its State or by the values of other rows, so "
+            "they are not known before it runs; use --data device"
+        )
+    return ClosedJaxpr(program.jaxpr.replace(eqns=kept[::-1]), program.consts)
+
+
+def _variables(operands):
+    return (x for x in operands if isinstance(x, Var))  # the others are numbers

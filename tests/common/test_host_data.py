@@ -74,7 +74,8 @@ def test_the_numbers_are_those_of_the_whole_data_on_the_device():
 def test_the_device_gets_each_row_of_a_chunk_once_and_in_order():
     keys, state = jax.random.split(jax.random.key(0)), {"total": jnp.zeros(2)}
     one = functools.partial(update, cfg=Settings())
-    feed = host_data.Feed(one, state, keys, data(), STEPS, END)
+    chunk = functools.partial(train_chunk, cfg=Settings())
+    feed = host_data.Feed(one, chunk, state, keys, data(), STEPS, END)
     rows = feed(STEPS)
     ids = np.asarray(rows.ids)
     assert len(ids) == 2 * STEPS * BATCH * 3 < ROWS and (np.diff(ids) >= 0).all()
@@ -90,7 +91,7 @@ def test_the_device_gets_each_row_of_a_chunk_once_and_in_order():
 
 
 def test_a_row_that_was_not_gathered_is_no_number():
-    """So an update that chooses rows by its State stops the run; it read rows beside them."""
+    """So a chunk that reads other rows than its `update` showed stops the run."""
     ids, index = jnp.array([2, 5, 5]), jnp.array([[0, 2], [5, 8]])
     arrays = {"x": jnp.arange(3.0), "wide": jnp.ones((3, 4, 2)), "n": jnp.array([7, 8, 9])}
     with jax.debug_nans(False):
@@ -101,23 +102,86 @@ def test_a_row_that_was_not_gathered_is_no_number():
     assert wide.shape == (2, 2, 4, 2) and n.shape == (2, 2) and n.dtype == arrays["n"].dtype
 
 
-def test_no_step_is_drawn_twice_under_a_policy_delay():
+def in_turn(state, step, key, data, cfg):
     """An update that reads for two steps, as in td3_bc.py and rebrac.py."""
+    for i in range(2):
+        state, metrics = update(state, step + i, key, data, cfg)
+    return state, metrics
+
+
+def in_a_loop(state, step, key, data, cfg):
+    """The same, as in rlpd.py."""
+    one = functools.partial(update, key=key, data=data, cfg=cfg)
+    state, metrics = jax.lax.scan(one, state, step + jnp.arange(2))
+    return state, jax.tree.map(lambda x: x[-1], metrics)
+
+
+@pytest.mark.parametrize("two", [in_turn, in_a_loop])
+def test_no_step_is_drawn_twice_by_an_update_of_two_steps(two):
+    """The chunk tells how often it calls `update`; the Config may have a delay of other updates."""
 
     class Delayed(NamedTuple):
+        log_every: int = 2 * STEPS
         policy_delay: int = 2
 
-    def two(state, step, key, data, cfg):
-        for i in range(cfg.policy_delay):
-            state, metrics = update(state, step + i, key, data, cfg)
-        return state, metrics
+    def chunk(state, key, start, data, update, stride):
+        steps = start + jnp.arange(0, 2 * STEPS, stride)
+        cfg = Delayed()
+        return jax.lax.scan(functools.partial(update, key=key, data=data, cfg=cfg), state, steps)
 
     keys, state = jax.random.split(jax.random.key(0)), {"total": jnp.zeros(2)}
-    made = [
-        host_data.Feed(functools.partial(one, cfg=cfg), state, keys, data(), 2 * STEPS, END)(STEPS)
-        for one, cfg in ((update, Settings()), (two, Delayed()))
-    ]
+    made = []
+    for one, stride in ((update, 1), (two, 2)):
+        functions = (
+            functools.partial(one, cfg=Delayed()),
+            functools.partial(chunk, update=one, stride=stride),
+        )
+        feed = host_data.Feed(*functions, state, keys, data(), 2 * STEPS, END)
+        made.append(feed(STEPS))
     assert np.array_equal(made[0].ids, made[1].ids) and len(made[0].ids) < ROWS
+
+
+def by_priority(state, step, key, data, cfg):
+    """Rows that the State likes are drawn more often, as in prioritised sampling."""
+    liked = jnp.full(len(data.x), state["total"])
+    key = jax.random.fold_in(key, step)
+    index = jax.random.choice(key, len(data.x), (BATCH,), p=jax.nn.softmax(liked))
+    return {"total": state["total"] + data.x[index].sum()}, {"first": data.x[index[0]]}
+
+
+def in_stages(state, step, key, data, cfg):
+    """The first rows alone until the State has learnt them."""
+    known = jnp.where(state["total"] < 10, 100, len(data.x))
+    index = jax.random.randint(jax.random.fold_in(key, step), (BATCH,), 0, known)
+    return {"total": state["total"] + data.x[index].sum()}, {"first": data.x[index[0]]}
+
+
+def by_link(state, step, key, data, cfg):
+    """A row tells which other row is read."""
+    index = jax.random.randint(jax.random.fold_in(key, step), (BATCH,), 0, len(data.x))
+    other = data.x[index].astype(int)
+    return {"total": state["total"] + data.pair[other].sum()}, {"first": data.x[index[0]]}
+
+
+@pytest.mark.parametrize("chooses", [by_priority, in_stages, by_link])
+def test_rows_that_are_not_known_ahead_are_refused(chooses, capsys):
+    """They were drawn by a State and by rows of zeros, and then rows beside them were read."""
+
+    def chunk(state, key, start, data, cfg):
+        steps = start + jnp.arange(cfg.log_every)
+        return jax.lax.scan(functools.partial(chooses, key=key, data=data, cfg=cfg), state, steps)
+
+    train = devices.over_seeds(functools.partial(chunk, cfg=Settings()), chooses)
+    keys = jax.random.split(jax.random.key(0))
+    with pytest.raises(SystemExit) as leave:
+        train({"total": jnp.zeros(2)}, keys, 0, data())
+    assert leave.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"--data host: {chooses.__name__} chooses rows by its State or by" in line
+    assert line.endswith("use --data device")
+    train = devices.over_seeds(functools.partial(chunk, cfg=Settings()), chooses)
+    state, _ = train({"total": jnp.zeros(2)}, keys, 0, jax.device_put(data()))  # the remedy
+    assert np.isfinite(state["total"]).all()
 
 
 def test_a_memory_map_is_read_in_rows_not_copied(tmp_path):
@@ -135,6 +199,7 @@ def test_chunks_are_gathered_ahead_but_not_past_the_end():
     asked = []
     feed = host_data.Feed(
         functools.partial(update, cfg=Settings()),
+        functools.partial(train_chunk, cfg=Settings()),
         {"total": jnp.zeros(2)},
         jax.random.split(jax.random.key(0)),
         data(),
@@ -159,11 +224,11 @@ def test_one_program_serves_all_chunks(monkeypatch):
 
     monkeypatch.setattr(jax.lax, "scan", counted)
     trained(data())
-    assert len(traced) == 1
+    assert len(traced) == 2  # to see how often it calls `update`, and to compile it
 
 
 @pytest.mark.usefixtures("fused_as_users")
-@pytest.mark.parametrize("name", runs.slow_but(NAMES, ["rebrac", "qc"]))
+@pytest.mark.parametrize("name", runs.slow_but(NAMES, ["rebrac", "qc", "spot"]))
 def test_a_run_with_data_in_host_memory_has_the_same_numbers(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write = runs.write_cartpole if name in runs.DISCRETE else runs.write_hdf5
