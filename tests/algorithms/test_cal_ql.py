@@ -218,13 +218,15 @@ def test_rows_of_the_env_get_their_returns_when_their_episode_is_over():
     assert np.isinf(found.returns_to_go[:, 1]).all()
 
 
-def test_training_sees_scaled_rewards_and_their_returns(monkeypatch, tmp_path):
+@pytest.mark.parametrize("goes_on", [False, True])
+def test_training_sees_scaled_rewards_and_their_returns(goes_on, monkeypatch, tmp_path):
     raw = probes.random_transitions(20, 3, 1, termination=0, truncation=0)
     raw.truncation[[9, 19]] = 1
     overrides = {"reward_scale": 10.0, "reward_shift": -5.0, "critic_hidden": (4,)}
+    overrides["last_reward_goes_on"] = goes_on
     _, data = nets.handed_over(cal_ql, monkeypatch, tmp_path, raw, (1, 2), **overrides)
     reward = 10.0 * raw.reward.astype(float) - 5.0
-    cfg = cal_ql.Config(discount=probes.config(cal_ql).discount)
+    cfg = probes.config(cal_ql, **overrides)
     np.testing.assert_allclose(data.reward, reward, rtol=1e-5, atol=1e-5)
     expected = numpy_returns(reward, raw.termination, raw.truncation, cfg)
     np.testing.assert_allclose(data.returns_to_go, expected, rtol=1e-4)
@@ -233,7 +235,7 @@ def test_training_sees_scaled_rewards_and_their_returns(monkeypatch, tmp_path):
 
 def test_an_endless_sum_needs_a_discount():
     with pytest.raises(SystemExit):
-        cal_ql.train(cal_ql.Config(discount=1.0), config.Options())
+        cal_ql.train(cal_ql.Config(discount=1.0, last_reward_goes_on=True), config.Options())
 
 
 # --- The online phase ---------------------------------------------------------------------------

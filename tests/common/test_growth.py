@@ -952,6 +952,7 @@ SEEN_IN = {
     "has a new name": "test_a_former_name_of_a_field_is_one_line_that_names_the_present_one",
     "no checkpoint can be read": "test_every_checkpoint_damaged",
     "give at least one hidden layer": "test_a_config_made_in_python_is_checked",
+    "chooses rows by its State or by": "test_rows_that_are_not_known_ahead_are_refused",
     "is in its online phase": (
         "test_the_offline_phase_is_that_of_an_offline_run_which_may_go_on_online"
     ),
