@@ -4,7 +4,7 @@
 Paper       https://arxiv.org/abs/2103.08050
 Reference   https://github.com/google-research/google-research (fisher_brc)
 Run         python algorithms/fisher_brc.py --config configs/fisher_brc/mujoco.yaml
-Parent      sac.py (303 lines)
+Parent      sac.py (299 lines)
 Results     docs/results.md
 Deviations  Adam's epsilon is 1e-8, not TensorFlow's 1e-7. The learning rate of the cloning falls at
             80 % and at 90 % of `clone_updates`, where the authors' falls at their million's. Rows
@@ -253,11 +253,6 @@ def clone_loss(params, state, batch, key, cfg):
     }
 
 
-def clone_temperature_loss(params, entropy, action_dim):
-    """`temperature_loss` of the cloning."""
-    return temperature_loss(params, entropy, action_dim)
-
-
 def offset_gradient(params, apply_critics, observation, action):
     """grad_a O_k(s, a) of every critic, [K, B, A]."""
 
@@ -293,6 +288,7 @@ def sample_mixture(logits, mean, log_std, key):
     key_component, key_noise = jax.random.split(key)
     position = jax.random.uniform(key_component, mean.shape[:-1])  # [B, A]
     upper_ends = jnp.cumsum(jax.nn.softmax(logits), axis=-1)[..., :-1]  # [B, A, C - 1]
+    # The component whose part of [0, 1] holds the position: as many ends lie below it.
     component = (position[..., None] > upper_ends).sum(axis=-1, keepdims=True)  # [B, A, 1]
     mean = jnp.take_along_axis(mean, component, axis=-1)[..., 0]  # [B, A]
     log_std = jnp.take_along_axis(log_std, component, axis=-1)[..., 0]  # [B, A]
@@ -337,7 +333,7 @@ def clone_update(state, step, key, data, cfg):
     grads, metrics = jax.grad(clone_loss, has_aux=True)(
         state.behaviour.params, state, batch, key_clone, cfg
     )
-    temperature_grads = jax.grad(clone_temperature_loss)(
+    temperature_grads = jax.grad(temperature_loss)(
         state.clone_temperature.params, metrics["clone_entropy"], batch.action.shape[-1]
     )
     state = state._replace(

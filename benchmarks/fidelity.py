@@ -113,8 +113,11 @@ def compared_functions(tree, source):
 
 
 def digest(source):
-    """Short name for the functions that errors are put into, without comments and layout."""
+    """Short name for the code of the functions that errors are put into, without any text."""
     functions = compared_functions(ast.parse(source), source)
+    for function in functions:
+        if ast.get_docstring(function) is not None:
+            function.body = function.body[1:]
     return hashlib.sha256("".join(map(ast.dump, functions)).encode()).hexdigest()[:12]
 
 

@@ -8,11 +8,13 @@ data vary the first one, a_1, and keep the others at 0. Every step has the rewar
 and in truth costs 1 more once another component exceeds 0.1, which no row shows. So the best value
 is 0. What the critics say about the other components comes from their initial parameters. Two
 critics often rise in the same direction, the actor follows it, and the bootstrapped target makes
-the error ten times larger. The more critics, the rarer a direction in which all of them rise.
+the error ten times larger (the discount is 0.9). The more critics, the rarer a direction in which
+all of them rise.
 
 Left: the least of the critics' values at the policy's action, and what this action is truly worth.
-Right: the largest of the five components that should be 0. One dot per seed. With 50 critics the
-policy stays near the data, and its value is underestimated.
+Right: the largest of the five components that should be 0. One dot per seed. Ten critics are not
+enough: the policy still leaves the data, and the value that they promise is far above the true one.
+With 50 the policy stays near the data, and its value is underestimated.
 """
 
 import dataclasses
