@@ -4,7 +4,7 @@
 Paper       https://arxiv.org/abs/1911.11361, BEAR https://arxiv.org/abs/1906.00949
 Reference   https://github.com/google-research/google-research (behavior_regularized_offline_rl)
 Run         python algorithms/brac.py --config configs/brac/mujoco.yaml
-Parent      sac.py (340 lines)
+Parent      sac.py (338 lines)
 Results     docs/results.md
 Deviations  An alpha that is learned takes the divergence of the actor before its step, where the
             authors estimate it anew after it; so does the temperature of the cloning. Both are
@@ -64,7 +64,7 @@ class Config:
     alpha_training: Literal["none", "linear", "log"] = "none"  # learn alpha, or its logarithm
     alpha_learning_rate: float = 1e-3  # Adam
     target_divergence: float = 0.0  # the divergence that a learned alpha aims at
-    warm_start: int = 20_000  # first updates of the actor: they lower the divergence alone
+    warm_start: int = 20_000  # updates after the cloning in which the actor ignores Q
     num_samples: int = 4  # N, actions per row to estimate the divergence
     action_margin: float = 1e-3  # where log mu is taken, actions keep this distance from -1 and 1
     kernel: Literal["laplacian", "gaussian"] = "laplacian"  # of mmd: with |x - y|_1 or |x - y|_2^2
@@ -425,8 +425,6 @@ def train(cfg, options):
         fail(f"--alpha {cfg.alpha}: from 0.007 to 22000, since log alpha stays between -5 and 10")
     if cfg.alpha_training == "linear" and cfg.alpha > 500:
         fail(f"--alpha {cfg.alpha}: at most 500, the limit of an alpha that is learned")
-    if cfg.clone_updates + cfg.warm_start >= cfg.num_updates:
-        fail(f"--warm-start {cfg.warm_start}: must end before --num-updates, for Q to count")
     dataset = datasets.load(cfg.dataset, options.env, options.env_steps)
     data = experiment.place(dataset.transitions, options)
     example = jax.tree.map(lambda x: x[:1], data)  # one row, for its shapes

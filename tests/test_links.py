@@ -4,6 +4,7 @@
 import re
 from pathlib import Path
 
+import own_files
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -66,10 +67,13 @@ def test_what_a_fork_is_told_to_copy_is_there():
     """docs/forking.md, "Check your change": a line of the test, and two lines of tables."""
     tests = ROOT / "tests" / "algorithms"
     page = (ROOT / "docs" / "forking.md").read_text()
-    (old, new, name) = re.search(r"sed 's/(.*)\$/(.*)/' tests/algorithms/(\S+)", page).groups()
-    lines = (tests / name).read_text().splitlines()
-    assert [line for line in lines if line.endswith(old)] == ["from algorithms import iql"]
-    assert new == "import my_iql as iql"
+    (where, old, new) = re.search(r"sed '/\^(.*)/s/(.*)/(.*)/' tests/alg", page).groups()
+    assert (where, old, new) == ("from algorithms import", " iql", " my_iql as iql")
+    for name in own_files.NAMES:  # so the command does for every file what it does for iql.py
+        lines = (tests / f"test_{name}.py").read_text().splitlines()
+        (imports,) = [line for line in lines if line.startswith(where)]
+        copied = imports.replace(f" {name}", f" my_{name} as {name}", 1)
+        assert re.search(rf" my_{name} as {name}(,|$)", copied), copied
     for file, table in (("probes.py", "SMALL = {"), ("test_probes.py", "FREE = {")):
         assert f"`{table.split()[0]}` of `tests/algorithms/{file}`" in page
         rows = (tests / file).read_text().partition(table)[2].partition("\n}")[0]

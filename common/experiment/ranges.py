@@ -63,10 +63,13 @@ def check(cfg):
             )
     for first in ("clone_updates", "model_updates", "q_updates"):
         number = getattr(cfg, first, 0)
-        if number and number >= cfg.num_updates:
+        idle = getattr(cfg, "warm_start", 0)  # updates that follow, without what they are for
+        if number and number + idle >= cfg.num_updates:
+            counted = f"{flag(first)} {number}" + (f" and --warm-start {idle}" if idle else "")
+            least = ((number + idle) // cfg.log_every + 1) * cfg.log_every
             fail(
-                f"--num-updates {cfg.num_updates}: counts the {flag(first)} {number} as well, "
-                "so it must be more"
+                f"--num-updates {cfg.num_updates}: counts {counted} as well, so it must be more; "
+                f"give at least {least}"
             )
 
     if isinstance(getattr(cfg, "updates_per_step", 1), float):

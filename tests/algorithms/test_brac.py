@@ -395,7 +395,10 @@ def test_a_phase_that_leaves_no_update_is_refused(capsys):
         ("--alpha 0.0069:", {"alpha": 0.0069, "alpha_training": "log"}),
         ("--alpha 22001.0:", {"alpha": 22_001.0, "alpha_training": "log"}),
         ("--alpha 500.5:", {"alpha": 500.5, "alpha_training": "linear"}),
-        ("--warm-start 2000:", {"num_updates": 5000, "clone_updates": 3000, "warm_start": 2000}),
+        (
+            "--warm-start 2000 as well, so it must be more; give at least 6000",
+            {"num_updates": 5000, "clone_updates": 3000, "warm_start": 2000},
+        ),
     ],
     ids=str,
 )

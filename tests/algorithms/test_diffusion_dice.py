@@ -13,17 +13,17 @@ import probes
 import pytest
 from numpy_nets import directions, dot, double, slope
 
-from algorithms import diffusion_dice as dice
+from algorithms import diffusion_dice
 
 SIZES = {"actor_hidden": (8, 6), "guidance_hidden": (8, 8), "noisy_copies": 3, "num_choosers": 3}
 SIZES |= {"generator_steps": 5, "num_samples": 4, "clone_batch_size": 32}
-setup = functools.partial(nets.setup, dice, **SIZES)
-critic_loss = nets.compiled(dice.critic_loss)
-value_loss = nets.compiled(dice.value_loss)
-chooser_loss = nets.compiled(dice.chooser_loss)
-guidance_loss = nets.compiled(dice.guidance_loss)
+setup = functools.partial(nets.setup, diffusion_dice, **SIZES)
+critic_loss = nets.compiled(diffusion_dice.critic_loss)
+value_loss = nets.compiled(diffusion_dice.value_loss)
+chooser_loss = nets.compiled(diffusion_dice.chooser_loss)
+guidance_loss = nets.compiled(diffusion_dice.guidance_loss)
 clone_loss = nets.compiled(
-    lambda params, state, batch, key, cfg: dice.clone_loss(params, state, batch, key)
+    lambda params, state, batch, key, cfg: diffusion_dice.clone_loss(params, state, batch, key)
 )
 
 
@@ -214,13 +214,15 @@ def test_the_guidance_is_the_log_of_the_mean_weight():
 
 def test_weights_are_the_derivative_of_the_conjugate():
     y = np.float32([-5, -1, -0.1, 0, 0.1, 1, 50])
-    found = jax.vmap(jax.grad(dice.conjugate))(y)
-    np.testing.assert_allclose(found, dice.weight_of(y), rtol=1e-5)
+    found = jax.vmap(jax.grad(diffusion_dice.conjugate))(y)
+    np.testing.assert_allclose(found, diffusion_dice.weight_of(y), rtol=1e-5)
     np.testing.assert_allclose(
-        np.asarray(dice.weight_of(y))[[0, 3, 6]], [np.exp(-5), 1, 26], rtol=1e-5
+        np.asarray(diffusion_dice.weight_of(y))[[0, 3, 6]], [np.exp(-5), 1, 26], rtol=1e-5
     )
-    np.testing.assert_allclose(dice.conjugate(np.float32([-1, 0, 2])), [np.exp(-1) - 1, 0, 3], 1e-5)
-    assert np.isfinite(jax.vmap(jax.grad(dice.conjugate))(np.float32([-1e4, 1e4]))).all()
+    np.testing.assert_allclose(
+        diffusion_dice.conjugate(np.float32([-1, 0, 2])), [np.exp(-1) - 1, 0, 3], 1e-5
+    )
+    assert np.isfinite(jax.vmap(jax.grad(diffusion_dice.conjugate))(np.float32([-1e4, 1e4]))).all()
 
 
 @pytest.mark.parametrize("steps", [1, 2, 5, 6])
@@ -233,7 +235,7 @@ def test_a_perfect_model_of_one_action_generates_it(steps):
         return jnp.broadcast_to(action, x.shape)
 
     noise = np.float32(np.random.default_rng(0).standard_normal((3, 2)))
-    found = dice.solve(denoised, noise, dice.Config(generator_steps=steps))
+    found = diffusion_dice.solve(denoised, noise, diffusion_dice.Config(generator_steps=steps))
     jax.effects_barrier()
     signal, std = numpy_schedule(1e-3)
     last = numpy_schedule(1.0)
@@ -248,7 +250,7 @@ def test_the_steps_are_of_second_order():
     spread = 0.5
 
     def denoised(x, time):
-        level, noise = dice.noise_schedule(time)
+        level, noise = diffusion_dice.noise_schedule(time)
         return level * spread**2 / (level**2 * spread**2 + noise**2) * x
 
     exact = np.hypot(signal * spread, std) / np.hypot(
@@ -256,7 +258,9 @@ def test_the_steps_are_of_second_order():
     )
     errors = []
     for steps in (9, 17, 33):
-        found = dice.solve(denoised, jnp.ones((1, 1)), dice.Config(generator_steps=steps))
+        found = diffusion_dice.solve(
+            denoised, jnp.ones((1, 1)), diffusion_dice.Config(generator_steps=steps)
+        )
         errors.append(abs(found.item() - exact))
     assert errors[0] < 0.2 and errors[1] < errors[0] / 2 and errors[2] < errors[1] / 2, errors
 
@@ -311,8 +315,8 @@ def test_the_policy_chooses_one_of_the_guided_samples(selection, rows):
     cfg, state, _, data = setup(
         selection=selection, num_choosers=3 if selection == "max" else None, guidance_scale=0.5
     )
-    params = jax.tree.map(lambda x: 0.02 * x, dice.policy_params(state)[:2])
-    params = (*params, dice.policy_params(state)[2])
+    params = jax.tree.map(lambda x: 0.02 * x, diffusion_dice.policy_params(state)[:2])
+    params = (*params, diffusion_dice.policy_params(state)[2])
     observation = data.observation[0 if rows is None else slice(rows)]
     action = act_of(cfg)(params, observation, jax.random.key(3))
     assert action.shape == (*observation.shape[:-1], 2)
@@ -333,14 +337,14 @@ def test_the_policy_chooses_one_of_the_guided_samples(selection, rows):
 @functools.cache
 def act_of(cfg):
     _, state, _, _ = setup(selection=cfg.selection, num_choosers=cfg.num_choosers)
-    return jax.jit(dice.policy_fn(state, cfg))
+    return jax.jit(diffusion_dice.policy_fn(state, cfg))
 
 
 def test_which_networks_act():
     _, state, _, _ = setup()
-    assert dice.policy_params(state)[2] is state.choosers.params
+    assert diffusion_dice.policy_params(state)[2] is state.choosers.params
     _, state, _, _ = setup(num_choosers=None)
-    found = dice.policy_params(state)
+    found = diffusion_dice.policy_params(state)
     assert found[0] is state.actor.params and found[1] is state.guidance.params
     assert found[2] is state.critic.target_params and state.choosers is None
 
@@ -392,9 +396,11 @@ def test_losses_read_only_what_they_should(name):
 # --- Networks -----------------------------------------------------------------------------------
 def test_initial_parameters():
     """PyTorch's default in every layer, also of the choosers; frequencies with a std of 30."""
-    cfg = probes.config(dice, hidden=(64, 96), num_critics=3, actor_hidden=(8,), num_choosers=3)
+    cfg = probes.config(
+        diffusion_dice, hidden=(64, 96), num_critics=3, actor_hidden=(8,), num_choosers=3
+    )
     data = probes.random_transitions(observation_dim=16)
-    create = functools.partial(dice.create_state, cfg=cfg)
+    create = functools.partial(diffusion_dice.create_state, cfg=cfg)
     state = jax.jit(create)(jax.random.key(0), data)
     nets.check_uniform_init(state.critic.params, (18, 64, 96, 1))
     nets.check_uniform_init(state.choosers.params, (18, 64, 96, 1))
@@ -409,9 +415,9 @@ def test_initial_parameters():
 def test_each_phase_trains_its_own_networks():
     """And neither the fixed frequencies, which do not decay either."""
     cfg, state, key, data = setup(log_every=2, clone_updates=2, weight_decay=0.1)
-    clone = jax.jit(dice.clone_chunk, static_argnums=4)
+    clone = jax.jit(diffusion_dice.clone_chunk, static_argnums=4)
     cloned, metrics = clone(state, jax.random.clone(key), 0, data, cfg)
-    trained, more = nets.train_chunk(dice, cloned, key, 2, data, cfg)
+    trained, more = nets.train_chunk(diffusion_dice, cloned, key, 2, data, cfg)
     for name in state._fields:
         before, between, after = (getattr(x, name).params for x in (state, cloned, trained))
         same = all(map(np.array_equal, probes.leaves(before), probes.leaves(between)))
@@ -428,15 +434,15 @@ def test_each_phase_trains_its_own_networks():
 
 def test_training_sees_changed_rewards(monkeypatch, tmp_path):
     """From networks of zeros, since their initialisation takes seconds to compile."""
-    raw, create = probes.random_transitions(20), dice.create_state
+    raw, create = probes.random_transitions(20), diffusion_dice.create_state
 
     def blank(key, batch, cfg):
         shapes = jax.eval_shape(functools.partial(create, batch=batch, cfg=cfg), key)
         return jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
 
-    monkeypatch.setattr(dice, "create_state", blank)
+    monkeypatch.setattr(diffusion_dice, "create_state", blank)
     overrides = SIZES | {"reward_shift": -1.0, "return_scale": 10.0}
-    _, data = nets.handed_over(dice, monkeypatch, tmp_path, raw, (2, 7), **overrides)
+    _, data = nets.handed_over(diffusion_dice, monkeypatch, tmp_path, raw, (2, 7), **overrides)
     np.testing.assert_allclose(
         data.reward, 2 * (raw.reward.astype(float) - 1), rtol=1e-4, atol=1e-5
     )

@@ -13,11 +13,11 @@ import probes
 import pytest
 from numpy_nets import directions, dot, double, slope
 
-from algorithms import diffusion_ql as dql
+from algorithms import diffusion_ql
 
-critic_loss = nets.compiled(dql.critic_loss)
-actor_loss = nets.compiled(dql.actor_loss)
-setup = functools.partial(nets.setup, dql, generator_steps=2, max_gradient_norm=None)
+critic_loss = nets.compiled(diffusion_ql.critic_loss)
+actor_loss = nets.compiled(diffusion_ql.actor_loss)
+setup = functools.partial(nets.setup, diffusion_ql, generator_steps=2, max_gradient_norm=None)
 FLOW = {"generator": "flow", "flow_steps": 2, "actor_q": "mean", "q_agg": "mean"}
 
 
@@ -199,7 +199,7 @@ ACTIONS = np.float32([[0.5, -0.25], [-0.75, 1.0], [0.0, 0.125]])
 @pytest.mark.parametrize("steps", [1, 5])
 @pytest.mark.parametrize("generator", ["ddpm", "flow"])
 def test_a_perfect_model_of_one_action_generates_it(generator, steps):
-    cfg = dql.Config(generator=generator, generator_steps=steps, flow_steps=steps)
+    cfg = diffusion_ql.Config(generator=generator, generator_steps=steps, flow_steps=steps)
 
     def noise(params, observation, x, time):
         alpha_bar = np.float32(numpy_schedule(steps)[1])[int(time[0, 0])]
@@ -209,13 +209,15 @@ def test_a_perfect_model_of_one_action_generates_it(generator, steps):
         return (ACTIONS - x) / (1 - time)
 
     model, shape = {"ddpm": noise, "flow": velocity}[generator], {"head": {"bias": np.zeros(2)}}
-    found = dql.generate_action(model, {"params": shape}, np.zeros((3, 7)), jax.random.key(0), cfg)
+    found = diffusion_ql.generate_action(
+        model, {"params": shape}, np.zeros((3, 7)), jax.random.key(0), cfg
+    )
     np.testing.assert_allclose(found, ACTIONS, atol=1e-5)
 
 
 def test_the_chain_has_the_marginals_of_the_forward_process():
     """With one true action, x before the last step is N(sqrt(alpha_bar_0) a, 1 - alpha_bar_0)."""
-    cfg, seen = dql.Config(), []
+    cfg, seen = diffusion_ql.Config(), []
     alpha_bar = np.float32(numpy_schedule(5)[1])
 
     def noise(params, observation, x, time):
@@ -224,7 +226,7 @@ def test_the_chain_has_the_marginals_of_the_forward_process():
         return (x - np.sqrt(bar) * 0.5) / np.sqrt(1 - bar)
 
     shape = {"params": {"head": {"bias": np.zeros(1)}}}
-    dql.generate_action(noise, shape, np.zeros((20_000, 1)), jax.random.key(0), cfg)
+    diffusion_ql.generate_action(noise, shape, np.zeros((20_000, 1)), jax.random.key(0), cfg)
     for x, bar in zip(reversed(seen), alpha_bar[:4], strict=False):  # the first x_T is N(0, 1)
         np.testing.assert_allclose(x.mean(), 0.5 * np.sqrt(bar), atol=0.02)
         np.testing.assert_allclose(x.std(), np.sqrt(1 - bar), rtol=0.02)
@@ -232,10 +234,15 @@ def test_the_chain_has_the_marginals_of_the_forward_process():
 
 def test_the_average_of_the_actor_moves_when_it_is_due():
     """In every fifth step, not before the update of that number, by a tenth."""
-    net = nets.linear_net(dql.TrainState.create, None, [1.0], [0.0])
+    net = nets.linear_net(diffusion_ql.TrainState.create, None, [1.0], [0.0])
     for start, steps in ((1, (0, 5, 10)), (6, (5, 10)), (7, (10,))):
-        cfg = dql.Config(actor_target_start=start, actor_target_every=5, actor_target_rate=0.1)
-        moved = [float(dql.update_average(net, step, cfg).target_params[0]) for step in range(12)]
+        cfg = diffusion_ql.Config(
+            actor_target_start=start, actor_target_every=5, actor_target_rate=0.1
+        )
+        moved = [
+            float(diffusion_ql.update_average(net, step, cfg).target_params[0])
+            for step in range(12)
+        ]
         expected = [0.1 if step in steps else 0.0 for step in range(12)]
         np.testing.assert_allclose(moved, expected, rtol=1e-6)
 
@@ -246,9 +253,11 @@ def acting(generator):
     """cfg, small parameters and the compiled policy with 6 samples."""
     cfg, state, _, _ = setup(num_samples=6, **(FLOW if generator == "flow" else {}))
     act = functools.partial(
-        dql.policy, state.actor.apply_fn, apply_critics=state.critic.apply_fn, cfg=cfg
+        diffusion_ql.policy, state.actor.apply_fn, apply_critics=state.critic.apply_fn, cfg=cfg
     )
-    small = jax.tree.map(lambda x: 0.3 * x, dql.policy_params(state))  # few actions are clipped
+    small = jax.tree.map(
+        lambda x: 0.3 * x, diffusion_ql.policy_params(state)
+    )  # few actions are clipped
     return cfg, small, jax.jit(act)
 
 
@@ -273,12 +282,12 @@ def test_the_policy_draws_a_sample_by_softmax(generator, rows):
 
 def test_candidates_are_drawn_in_proportion_to_exp_of_the_lower_q():
     """Two actions, -1 and 1, as likely as the noise's sign; Q = 0 and 1 by the lower critic."""
-    cfg = dql.Config(generator="flow", flow_steps=1, num_samples=2)
+    cfg = diffusion_ql.Config(generator="flow", flow_steps=1, num_samples=2)
     observation = np.zeros((20_000, 1), np.float32)
     critics = lambda params, s, a: jnp.stack([(a[..., 0] + 1) / 2, a[..., 0] + 2])  # noqa: E731
     sign = lambda params, s, x, t: jnp.sign(x) - x  # noqa: E731
     params = {"params": {"head": {"bias": np.zeros(1)}}}, None
-    action = dql.policy(sign, params, observation, jax.random.key(0), critics, cfg)
+    action = diffusion_ql.policy(sign, params, observation, jax.random.key(0), critics, cfg)
     # Both are 1 in a quarter of the rows; in half of them one is, with odds of e to 1.
     expected = 0.25 + 0.5 * np.e / (1 + np.e)
     np.testing.assert_allclose((np.asarray(action) > 0).mean(), expected, atol=0.01)
@@ -286,7 +295,7 @@ def test_candidates_are_drawn_in_proportion_to_exp_of_the_lower_q():
 
 def test_the_actor_acts_and_the_target_critics_choose():
     _, state, _, _ = setup()
-    actor, critic = dql.policy_params(state)
+    actor, critic = diffusion_ql.policy_params(state)
     assert actor is state.actor.params and critic is state.critic.target_params
 
 
@@ -328,7 +337,7 @@ def test_losses_read_only_what_they_should(name):
 # --- Networks -----------------------------------------------------------------------------------
 @functools.cache
 def fresh():
-    return nets.fresh(dql)
+    return nets.fresh(diffusion_ql)
 
 
 def test_initial_parameters():
@@ -384,7 +393,7 @@ def test_order_of_two_updates():
             target = nets.polyak(net.params, net.target_params, rate)
             expected = expected._replace(**{name: net.replace(target_params=target)})
 
-    after, metrics = nets.train_chunk(dql, state, key, 6, data, cfg)
+    after, metrics = nets.train_chunk(diffusion_ql, state, key, 6, data, cfg)
     for name in ("actor", "critic"):
         nets.check_close(getattr(after, name).params, getattr(expected, name).params)
         nets.check_close(getattr(after, name).target_params, getattr(expected, name).target_params)
@@ -408,7 +417,7 @@ def test_learning_rates(cosine):
 def test_training_sees_changed_rewards(monkeypatch, tmp_path, standardise):
     raw = probes.random_transitions(20)
     overrides = {"reward_scale": 4.0, "reward_shift": -2.0, "standardise_rewards": standardise}
-    _, data = nets.handed_over(dql, monkeypatch, tmp_path, raw, (2, 2), **overrides)
+    _, data = nets.handed_over(diffusion_ql, monkeypatch, tmp_path, raw, (2, 2), **overrides)
     reward = raw.reward.astype(np.float64)
     if standardise:
         centred = reward - reward.mean()

@@ -13,7 +13,7 @@ import probes
 import pytest
 from numpy_nets import dense, directions, dot, double, slope
 
-from algorithms import trajectory_transformer as tt
+from algorithms import trajectory_transformer
 from common.datasets import Dataset
 
 TINY = {"context": 3, "embedding": 8, "num_layers": 2, "num_heads": 2, "batch_size": 6}
@@ -22,9 +22,9 @@ TINY |= {"plan_horizon": 3, "plan_context": 3, "beam_width": 2, "action_cdf": 0.
 TINY |= {"reward_weight": 2.0, "value_weight": 0.5, "max_gradient_norm": 0.05, "warm_up": 3}
 ENDS = np.array([3, 4, 15, 31, 40])  # the episodes of `toy`
 O, A, M = 3, 2, 7  # noqa: E741
-CFG = tt.Config(**TINY)
-actor_loss = nets.compiled(tt.actor_loss)
-windows = jax.jit(tt.token_windows, static_argnums=2)
+CFG = trajectory_transformer.Config(**TINY)
+actor_loss = nets.compiled(trajectory_transformer.actor_loss)
+windows = jax.jit(trajectory_transformer.token_windows, static_argnums=2)
 
 
 def toy():
@@ -37,13 +37,13 @@ def toy():
 
 @functools.cache
 def tokens():
-    return tt.tokenised(toy(), CFG)
+    return trajectory_transformer.tokenised(toy(), CFG)
 
 
 @functools.cache
 def setup():
     """A state of random numbers, and windows of which many go over an end."""
-    create = functools.partial(tt.create_state, cfg=CFG)
+    create = functools.partial(trajectory_transformer.create_state, cfg=CFG)
     state = jax.eval_shape(create, jax.random.key(0), toy().transitions)
     state = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), state)
     rng = np.random.default_rng(8)
@@ -112,23 +112,27 @@ def numpy_loss(params, batch, valid):
 def test_bins_have_equally_many_rows_and_are_all_used():
     rng = np.random.default_rng(0)
     numbers = np.float32(rng.standard_normal((47, 2)))  # no multiple of 5
-    bins = np.asarray(tt.quantile_bins(jnp.asarray(numbers), 5))
+    bins = np.asarray(trajectory_transformer.quantile_bins(jnp.asarray(numbers), 5))
     assert bins.shape == (6, 2) and (np.diff(bins, axis=0) > 0).all()
     np.testing.assert_array_equal(bins[[0, -1]], [numbers.min(axis=0), numbers.max(axis=0)])
-    found = np.asarray(tt.discretise(jnp.asarray(numbers), jnp.asarray(bins)))
+    found = np.asarray(trajectory_transformer.discretise(jnp.asarray(numbers), jnp.asarray(bins)))
     for column, borders, numbers_of in zip(numbers.T, bins.T, found.T, strict=True):
         counts = np.bincount(numbers_of, minlength=5)
         assert counts.min() >= 9 and counts.max() <= 10
         expected = [max(i for i in range(5) if x >= borders[i]) for x in column]
         np.testing.assert_array_equal(numbers_of, expected)
     far = np.array([[-1e6, 1e6]], np.float32)  # beyond the data: the outermost bins
-    np.testing.assert_array_equal(tt.discretise(jnp.asarray(far), jnp.asarray(bins)), [[0, 4]])
+    np.testing.assert_array_equal(
+        trajectory_transformer.discretise(jnp.asarray(far), jnp.asarray(bins)), [[0, 4]]
+    )
 
 
 def test_of_equal_borders_the_last_counts():
     bins = jnp.array([[0.0], [0.0], [0.0], [1.0]])
     numbers = jnp.array([[0.0], [0.5], [-1.0], [1.0], [2.0]])
-    np.testing.assert_array_equal(tt.discretise(numbers, bins)[:, 0], [2, 2, 0, 2, 2])
+    np.testing.assert_array_equal(
+        trajectory_transformer.discretise(numbers, bins)[:, 0], [2, 2, 0, 2, 2]
+    )
 
 
 def test_rewards_and_values_know_of_the_end():
@@ -143,11 +147,15 @@ def test_rewards_and_values_know_of_the_end():
             value[t] = sum(0.9 ** (k - t - 1) * reward[k] for k in range(t + 1, end))
             timestep[t] = t - start
     np.testing.assert_array_equal(data.timestep, timestep)
-    expected = tt.discretise(jnp.asarray(np.float32(value[:, None])), bins[:, -1:])[:, 0]
+    expected = trajectory_transformer.discretise(
+        jnp.asarray(np.float32(value[:, None])), bins[:, -1:]
+    )[:, 0]
     assert (np.abs(np.asarray(data.value) - expected) <= 1).all()  # rounding at a border
     assert (np.asarray(data.value) != expected).mean() <= 0.2
     np.testing.assert_allclose(np.sort(value)[::8], bins[:-1, -1], rtol=1e-4, atol=1e-5)
-    expected = tt.discretise(jnp.asarray(np.float32(reward[:, None])), bins[:, -2:-1])[:, 0]
+    expected = trajectory_transformer.discretise(
+        jnp.asarray(np.float32(reward[:, None])), bins[:, -2:-1]
+    )[:, 0]
     np.testing.assert_array_equal(data.reward, expected)
     assert data.observation.shape == (40, O) and data.action.shape == (40, A)
     np.testing.assert_array_equal(data.termination, rows.termination)
@@ -208,20 +216,22 @@ def test_cached_calls_equal_one_call_of_the_window():
 
 def test_what_is_left_of_the_likely_tokens():
     logits = jnp.log(jnp.array([[0.05, 0.3, 0.2, 0.45]]))
-    kept = np.asarray(tt.likely(logits, cdf=0.6))[0]
+    kept = np.asarray(trajectory_transformer.likely(logits, cdf=0.6))[0]
     # 0.05 and 0.2 and 0.3 are 0.55 < 0.6: what is left is the most likely one.
     assert (kept > -100).tolist() == [False, False, False, True]
-    kept = np.asarray(tt.likely(logits, cdf=0.5))[0]
+    kept = np.asarray(trajectory_transformer.likely(logits, cdf=0.5))[0]
     assert (kept > -100).tolist() == [False, True, False, True]
-    kept = np.asarray(tt.likely(logits, top_k=2))[0]
+    kept = np.asarray(trajectory_transformer.likely(logits, top_k=2))[0]
     assert np.isfinite(kept).tolist() == [False, True, False, True]
-    np.testing.assert_array_equal(tt.likely(logits), logits)
+    np.testing.assert_array_equal(trajectory_transformer.likely(logits), logits)
 
 
 # --- Update -------------------------------------------------------------------------------------
 def test_the_learning_rate_rises_and_falls():
-    cfg = tt.Config(**TINY | {"warm_up": 2, "decay_updates": 6, "actor_learning_rate": 0.1})
-    create = functools.partial(tt.create_state, cfg=cfg)
+    cfg = trajectory_transformer.Config(
+        **TINY | {"warm_up": 2, "decay_updates": 6, "actor_learning_rate": 0.1}
+    )
+    create = functools.partial(trajectory_transformer.create_state, cfg=cfg)
     state = jax.eval_shape(create, jax.random.key(0), toy().transitions)
     actor = state.actor.replace(params=None)
 
@@ -268,11 +278,13 @@ def numpy_plan(params, past, observation, bins, horizon):
 
 @functools.cache
 def greedy():
-    cfg = tt.Config(**TINY | {"action_cdf": None, "action_top_k": 1})
+    cfg = trajectory_transformer.Config(**TINY | {"action_cdf": None, "action_top_k": 1})
 
     def one(params, token, known, observation, bins):
         network = functools.partial(setup()[0].actor.apply_fn, params)
-        return tt.beam_search(network, token, known, observation, jax.random.key(0), bins, cfg)
+        return trajectory_transformer.beam_search(
+            network, token, known, observation, jax.random.key(0), bins, cfg
+        )
 
     return jax.jit(one)
 
@@ -293,14 +305,20 @@ def test_a_plan_of_the_most_likely_tokens(known):
 def test_the_memory_of_the_policy():
     """It has the last steps' observations, actions as played and rewards."""
     state, _, _ = setup()
-    act = jax.jit(tt.policy_fn(state, CFG))
-    memory = tt.initial_memory(2, toy().transitions, CFG)
+    act = jax.jit(trajectory_transformer.policy_fn(state, CFG))
+    memory = trajectory_transformer.initial_memory(2, toy().transitions, CFG)
     rng, bins = np.random.default_rng(0), np.asarray(state.bins)
     observations = rng.standard_normal((5, 2, O), np.float32)
     rewards = rng.standard_normal((5, 2), np.float32)
     last, steps = np.zeros(2, np.float32), []
     for observation, reward in zip(observations, rewards, strict=True):
-        action, memory = act(tt.policy_params(state), observation, jax.random.key(1), memory, last)
+        action, memory = act(
+            trajectory_transformer.policy_params(state),
+            observation,
+            jax.random.key(1),
+            memory,
+            last,
+        )
         action, last = np.asarray(action), reward
         steps.append(np.concatenate([observation, action, reward[:, None]], axis=1))
         assert np.abs(action).max() <= 1
@@ -309,7 +327,9 @@ def test_the_memory_of_the_policy():
     assert act._cache_size() == 1  # one program from the first step on
     assert memory.steps.tolist() == [5, 5]
     numbers = np.stack(steps[-3:], axis=1)  # [E, C, M - 1]
-    expected = np.asarray(tt.discretise(jnp.asarray(numbers), state.bins[:, :-1]))
+    expected = np.asarray(
+        trajectory_transformer.discretise(jnp.asarray(numbers), state.bins[:, :-1])
+    )
     found = np.asarray(memory.token)
     np.testing.assert_array_equal(found[:, :, :-2], expected[:, :, :-1])
     np.testing.assert_array_equal(found[:, :-1, -2], expected[:, :-1, -1])
@@ -318,14 +338,18 @@ def test_the_memory_of_the_policy():
 @runs.SLOW  # it trains for a while
 def test_the_plan_takes_the_action_that_pays():
     """One step with reward 1 - (a - 0.5)^2: of the candidates the one next to 0.5 is best."""
-    cfg = probes.config(tt, termination_reward=None, action_cdf=None, log_every=300)
-    state, key, data = probes.start(tt, probes.best_action(), cfg)
+    cfg = probes.config(
+        trajectory_transformer, termination_reward=None, action_cdf=None, log_every=300
+    )
+    state, key, data = probes.start(trajectory_transformer, probes.best_action(), cfg)
     rows = probes.best_action()
-    bins = tt.tokenised(Dataset("rows", rows, np.arange(1, 2001), rows.reward), cfg)[1]
-    chunk = jax.jit(tt.train_chunk, static_argnums=4, donate_argnums=0)
+    bins = trajectory_transformer.tokenised(
+        Dataset("rows", rows, np.arange(1, 2001), rows.reward), cfg
+    )[1]
+    chunk = jax.jit(trajectory_transformer.train_chunk, static_argnums=4, donate_argnums=0)
     state, _ = chunk(state, key, 0, data, cfg)
-    act = jax.jit(tt.policy_fn(state, cfg))
-    memory = tt.initial_memory(8, rows, cfg)
+    act = jax.jit(trajectory_transformer.policy_fn(state, cfg))
+    memory = trajectory_transformer.initial_memory(8, rows, cfg)
     params = state.actor.params, bins
     one = np.ones((8, 1), np.float32)
     action, _ = act(params, one, jax.random.key(3), memory, one[:, 0])
@@ -335,7 +359,7 @@ def test_the_plan_takes_the_action_that_pays():
 @pytest.mark.parametrize("words", ["--plan-context 1", "--plan-context 11", "--action-top-k 101"])
 def test_plans_that_cannot_be_made_are_refused(words, capsys):
     flag, value = words.split()
-    cfg = tt.Config(**{flag[2:].replace("-", "_"): int(value)})
+    cfg = trajectory_transformer.Config(**{flag[2:].replace("-", "_"): int(value)})
     with pytest.raises(SystemExit) as leave:
-        tt.check_plans(cfg)
+        trajectory_transformer.check_plans(cfg)
     assert leave.value.code == 2 and words in capsys.readouterr().err
