@@ -65,7 +65,9 @@ def check(cfg):
         number = getattr(cfg, first, 0)
         idle = getattr(cfg, "warm_start", 0)  # updates that follow, without what they are for
         if number and number + idle >= cfg.num_updates:
-            counted = f"{flag(first)} {number}" + (f" and --warm-start {idle}" if idle else "")
+            counted = f"the {flag(first)} {number}"
+            if idle:
+                counted += f" and the --warm-start {idle}"
             least = ((number + idle) // cfg.log_every + 1) * cfg.log_every
             fail(
                 f"--num-updates {cfg.num_updates}: counts {counted} as well, so it must be more; "
