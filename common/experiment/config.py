@@ -149,7 +149,7 @@ def _check_copy(script):
 
 def _suite_file(script, dataset):
     """The config file of the data set's suite, None where there is none."""
-    missing = ""
+    missing, hint = "", ""
     if suite := datasets.suite(dataset):
         # A copy of an algorithm file may be in the root of the repository, too.
         root = script.resolve().parent
@@ -158,7 +158,10 @@ def _suite_file(script, dataset):
         if path.exists():
             return _short(path)
         missing = f" {_short(path)}"
-    print(f"config: no file{missing} for {dataset}, the defaults of {script.name} apply")
+        if not path.parent.exists():  # a copy whose settings were not copied
+            parents = _short(path.parent.parent / "PARENT")
+            hint = f"; cp -r {parents} {_short(path.parent)} copies its parent's"
+    print(f"config: no file{missing} for {dataset}, the defaults of {script.name} apply{hint}")
     return None
 
 

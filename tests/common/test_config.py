@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 import importlib.util
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -105,6 +106,13 @@ MAZE = ("--dataset", "maze2d-umaze-v1")
 )
 def test_the_last_source_wins(toy, argv, field, value):
     assert getattr(config.parse(toy, list(argv))[0], field) == value
+
+
+def test_a_copy_without_configs_is_told_how_to_get_its_parents(toy, capsys):
+    shutil.rmtree("configs/toy")
+    config.parse(toy, [])
+    line = capsys.readouterr().out.splitlines()[0]
+    assert line.endswith("of toy.py apply; cp -r configs/PARENT configs/toy copies its parent's")
 
 
 def test_one_line_says_what_was_read(toy, capsys):
