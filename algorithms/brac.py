@@ -8,13 +8,13 @@ Parent      sac.py (338 lines)
 Results     docs/results.md
 Deviations  An alpha that is learned takes the divergence of the actor before its step, where the
             authors estimate it anew after it; so does the temperature of the cloning. Both are
-            clipped to their range, where the authors' gradient is cut at its ends. The actor
+            clipped to their range, where the authors mask the gradient at its ends. The actor
             follows the minimum of the critics at any `lam`, as in BEAR; BRAC's authors mix minimum
-            and maximum there, too. Targets begin as copies; theirs are drawn apart. Adam's epsilon
-            is 1e-8, not Keras's 1e-7. BEAR's code differs more: it trains a VAE beside the critics
-            in place of mu, has other initial values and a wider range of the actor's std, and takes
-            the steps of critics and actor at the same time. Rows at terminations and truncations
-            are kept; D4RL's loader of BRAC drops the former.
+            and maximum there, too. Targets begin as copies; theirs are initialised independently.
+            Adam's epsilon is 1e-8, not Keras's 1e-7. BEAR's code differs more: it trains a VAE
+            beside the critics in place of mu, has other initial values and a wider range of the
+            actor's std, and takes the steps of critics and actor at the same time. Rows at
+            terminations and truncations are kept; D4RL's BRAC loader drops the former.
 
 Variant v lowers the reward by alpha D, the divergence of pi from mu, in target and actor: lectures
 call it the penalty on the reward's side. Variant p has the penalty in the actor's loss alone, the
@@ -166,7 +166,7 @@ def create_state(key, batch, cfg):
 def keep_between(low, high):
     """The last step of an optimiser whose parameters do not leave [low, high]."""
 
-    def bounded(changes, params):  # optax adds to the parameters what this returns
+    def bounded(changes, params):  # optax adds the result to the parameters
         return jax.tree.map(lambda x, change: (x + change).clip(low, high) - x, params, changes)
 
     return optax.stateless(bounded)

@@ -288,7 +288,7 @@ def sample_mixture(logits, mean, log_std, key):
     key_component, key_noise = jax.random.split(key)
     position = jax.random.uniform(key_component, mean.shape[:-1])  # [B, A]
     upper_ends = jnp.cumsum(jax.nn.softmax(logits), axis=-1)[..., :-1]  # [B, A, C - 1]
-    # The component whose part of [0, 1] holds the position: as many ends lie below it.
+    # The components share [0, 1] by their weights: choose the one whose part holds `position`.
     component = (position[..., None] > upper_ends).sum(axis=-1, keepdims=True)  # [B, A, 1]
     mean = jnp.take_along_axis(mean, component, axis=-1)[..., 0]  # [B, A]
     log_std = jnp.take_along_axis(log_std, component, axis=-1)[..., 0]  # [B, A]

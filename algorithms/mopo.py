@@ -302,7 +302,7 @@ def actor_loss(params, state, batch, key, cfg):
 def temperature_loss(params, state, batch, key, cfg):
     """log temperature (entropy - target), target -A. An entropy above it lowers the temperature.
 
-    SAC's paper has the temperature in place of its logarithm, Eq. 18; published code has this.
+    SAC's paper, Eq. 18, has the temperature itself; published code has its logarithm, as here.
     """
     noise = jax.random.normal(key, batch.action.shape)
     _, log_prob = sample_policy(state.actor, batch.observation, noise)

@@ -8,9 +8,9 @@ Parent      sac.py (31 lines)
 Results     docs/results.md; speed and memory by N in docs/scale.md
 Deviations  log pi is exact; the reference adds 1e-6 to the slope of tanh. Kernels of the critics
             are uniform in ±1 / sqrt(inputs); the reference has outputs in place of inputs there.
-            The authors' code (https://github.com/snu-mllab/EDAC) draws the initial targets apart
-            from the critics and takes all gradients before the first step. Rows at a truncation are
-            kept where their next observation is known.
+            The authors' code (https://github.com/snu-mllab/EDAC) initialises targets and
+            critics independently and takes all gradients before the first step. Rows at a
+            truncation are kept where their next observation is known.
 
 Shapes: S seeds, K critics (the paper's N), B batch, O observation, A action. Arrays are float32.
 """
@@ -176,7 +176,7 @@ def actor_loss(params, state, batch, key, cfg):
 def temperature_loss(params, state, batch, key, cfg):
     """log temperature (entropy - target), target -A. An entropy above it lowers the temperature.
 
-    SAC's paper has the temperature in place of its logarithm, Eq. 18; published code has this.
+    SAC's paper, Eq. 18, has the temperature itself; published code has its logarithm, as here.
     """
     noise = jax.random.normal(key, batch.action.shape)
     _, log_prob = sample_policy(state.actor, batch.observation, noise)

@@ -113,7 +113,7 @@ def compared_functions(tree, source):
 
 
 def digest(source):
-    """Short name for the code of the functions that errors are put into, without any text."""
+    """Short name for the code that errors are put into, without comments, docstrings, layout."""
     functions = compared_functions(ast.parse(source), source)
     for function in functions:
         if ast.get_docstring(function) is not None:

@@ -56,7 +56,7 @@ INDEX = """
 Written by `python benchmarks/speed.py`. Updates/s are updates per second (of the critics, where a
 method has them; of the actor in awr), added over the seeds that one process trains in parallel, on
 synthetic data and without evaluation. All batches have 256 rows (dt: windows) and the networks are
-those of the files' defaults. "Own batch" is what the file itself takes: a larger one costs
+those of the files' defaults. "Default batch" is what the file itself takes: a larger one costs
 more. The pages of the machines have what an update costs, how close it is to its matrix products
 alone, the records and their commands. An empty cell was not measured. Columns of different
 machines cannot be compared. On CPUs more seeds share the same cores, so their updates/s barely
@@ -270,7 +270,7 @@ def index(found, started, compared):
         )
     parts = ["# Speed", INDEX.strip()]
     parts += [table(["page", "hardware", "files", "measured on", "version", "beside"], lines)]
-    head, columns = ["algorithm", "own batch (measured: 256)"], []
+    head, columns = ["algorithm", "default batch (all measured with 256)"], []
     for machine, rows in newest_of.items():
         counts = sorted({seeds for _, seeds in rows})
         for seeds in dict.fromkeys((counts[0], counts[-1])):

@@ -15,6 +15,7 @@ import shlex
 from pathlib import Path
 
 import helpers_runs as runs
+import numpy as np
 import own_files
 import pytest
 import tyro
@@ -291,6 +292,18 @@ def test_the_table_of_speed_in_the_readme_is_made_by_speed():
         spoilt = copy.deepcopy(RECORDS)
         speed.newest(spoilt[SPEED[stem]])[algorithm, seeds][0]["updates/s"] += 10
         assert speed.readme(spoilt) != speed.readme(RECORDS)
+
+
+def test_the_cost_of_many_critics_in_the_docs_is_that_of_the_record():
+    """The table "Many critics" of docs/scale.md."""
+    page = (ROOT / "docs" / "scale.md").read_text()
+    found = re.findall(r"^\| (\d+) \| ([\d.]+) \| ([\d.]+) GB \|$", page, re.M)
+    record = (RESULTS / "ensembles.md").read_text()
+    row = r"^\| sac_n \| (\d+) \| ([\d.]+) \| \S+ \| \S+ \| ([\d.]+) \|"
+    rows = re.findall(row, record, re.M)
+    assert [row[0] for row in found] == [row[0] for row in rows]
+    shown, measured = (np.array(table, float) for table in (found, rows))
+    np.testing.assert_allclose(shown, measured, rtol=0.03)
 
 
 def test_readme_names_the_files_without_a_score():
